@@ -1,0 +1,121 @@
+"""Levels, planes and tile geometry: the constants of the bank format.
+
+The same constants stand in native/src/kernels/kernels.h; a test holds the two together. Their
+reasons are in docs/bank_format.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = [
+    "BLOCK_COLUMNS",
+    "CHUNK_ALIGNMENT",
+    "LAYER_ALIGNMENT",
+    "LEVELS",
+    "PLANES",
+    "PLANES_OF_LEVEL",
+    "SCALED_PLANES",
+    "TILE_ROWS",
+    "Level",
+    "Plane",
+    "TileGeometry",
+    "blocks_of",
+    "planes_for",
+    "tiles_of",
+]
+
+Level = Literal[32, 8, 4, 2, 1]
+Plane = Literal["f32", "p4", "r8", "s1", "m1"]
+
+LEVELS: tuple[Level, ...] = (32, 8, 4, 2, 1)
+"""Every level, highest first."""
+
+PLANES: dict[Plane, Level] = {"f32": 32, "r8": 8, "p4": 4, "m1": 2, "s1": 1}
+"""Every plane and the level that it completes: the level runs once this plane is there too."""
+
+PLANES_OF_LEVEL: dict[Level, tuple[Plane, ...]] = {
+    32: ("f32",),
+    8: ("p4", "r8"),
+    4: ("p4",),
+    2: ("s1", "m1"),
+    1: ("s1",),
+}
+"""Planes that a level reads, in the order of `bapq_tile.code` in kernels.h."""
+
+SCALED_PLANES: dict[Plane, Level] = {"p4": 4, "m1": 2, "s1": 1}
+"""Planes that carry scales of their own. Level 8 divides level 4's scale by `residual_steps`."""
+
+TILE_ROWS = 16
+"""Output rows per tile: one AVX-512 register, two AVX2, four NEON registers of int32 sums."""
+
+BLOCK_COLUMNS = 32
+"""Columns that share one activation scale; a scale group is a whole number of blocks."""
+
+CHUNK_ALIGNMENT = 64
+"""Every chunk starts at a multiple of this: one cache line, one widest vector load."""
+
+LAYER_ALIGNMENT = 4096
+"""Every layer's first chunk starts at a multiple of this, so that direct I/O wastes little."""
+
+_CODE_BYTES_PER_BLOCK: dict[Plane, int] = {"f32": 2048, "p4": 256, "r8": 256, "s1": 64, "m1": 64}
+
+
+def planes_for(levels: tuple[Level, ...]) -> tuple[Plane, ...]:
+    """Planes that a bank of these levels stores, in the order of `PLANES`."""
+    wanted = {plane for level in levels for plane in PLANES_OF_LEVEL[level]}
+    return tuple(plane for plane in PLANES if plane in wanted)
+
+
+def tiles_of(rows: int) -> int:
+    """Tiles that hold this many rows."""
+    return -(-rows // TILE_ROWS)
+
+
+def blocks_of(columns: int) -> int:
+    """Blocks that hold this many columns."""
+    return -(-columns // BLOCK_COLUMNS)
+
+
+@dataclass(frozen=True)
+class TileGeometry:
+    """Byte layout of one tile record of one plane: codes, then scales, then bias, then padding.
+
+    A chunk of a plane is its tiles' records, one after another; all records of a layer's plane have
+    the same size, so tile t of a chunk starts at t * record_bytes.
+    """
+
+    plane: Plane
+    columns: int
+    scale_columns: int
+    """Columns per scale, a multiple of 32; 0 for planes without scales of their own."""
+    has_bias: bool
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes (level 32: of the float32 weights)."""
+        return blocks_of(self.columns) * _CODE_BYTES_PER_BLOCK[self.plane]
+
+    @property
+    def scale_groups(self) -> int:
+        """Scales per row; 0 for planes without scales of their own."""
+        if self.scale_columns == 0:
+            return 0
+        return -(-blocks_of(self.columns) * BLOCK_COLUMNS // self.scale_columns)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the bf16 scales, (scale_groups, 16)."""
+        return self.scale_groups * TILE_ROWS * 2
+
+    @property
+    def bias_bytes(self) -> int:
+        """Bytes of the float32 bias, (16,)."""
+        return TILE_ROWS * 4 if self.has_bias else 0
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one record, padded with zeros to a multiple of `CHUNK_ALIGNMENT`."""
+        used = self.code_bytes + self.scale_bytes + self.bias_bytes
+        return -(-used // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT

@@ -1,0 +1,238 @@
+"""Every exception and warning of BAPQ-Edge, in one place.
+
+    BapqError
+    ├── ModelError                      the source model
+    │   ├── ModelFormatError            not an ONNX model, or a broken one
+    │   ├── NoHeavyLayerError           nothing in it is worth a bank
+    │   └── UnsupportedModelError       uses what the host pipeline cannot carry
+    ├── CalibrationError                the calibration data
+    │   ├── CalibrationArrayError       an array is missing, or one too many
+    │   ├── CalibrationShapeError       an array's shape or type does not fit the model
+    │   └── CalibrationValueError       NaN or infinity
+    ├── BankError                       a bank on disk
+    │   ├── BankNotFoundError           no such bank
+    │   ├── BankFormatError             breaks the specification (docs/bank_format.md)
+    │   ├── BankVersionError            written for another format version
+    │   ├── BankPathError               names a file outside the bank
+    │   ├── BankTruncatedError          a file is shorter than what it must hold
+    │   └── BankIntegrityError          bytes differ from their checksum or digest
+    ├── RequestError                    what the caller asked for
+    │   ├── UnknownLevelError           a level that the bank does not hold
+    │   ├── BudgetTooSmallError         the smallest budget that works is in the message
+    │   ├── RunInputError               a feed is missing, or has a wrong type or shape
+    │   └── SizeError                   not a size such as 64MiB
+    ├── SessionClosedError              the session was closed before
+    ├── ExecutionError                  the graph engine failed during a run
+    ├── StorageError                    the disk: full, unreadable, not writable
+    ├── PlatformError                   this machine cannot run BAPQ-Edge
+    └── MissingExtraError               an optional package is not installed
+
+    BapqWarning
+    ├── MissingPlaneWarning             a plane file is absent: fewer levels
+    └── UncalibratedWarning             built without calibration data
+
+Each exception also derives from the builtin that fits, and carries the exit code that the command
+line ends with. A message is one line: what was wrong, both values, the next step.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BankError",
+    "BankFormatError",
+    "BankIntegrityError",
+    "BankNotFoundError",
+    "BankPathError",
+    "BankTruncatedError",
+    "BankVersionError",
+    "BapqError",
+    "BapqWarning",
+    "BudgetTooSmallError",
+    "CalibrationArrayError",
+    "CalibrationError",
+    "CalibrationShapeError",
+    "CalibrationValueError",
+    "ExecutionError",
+    "MissingExtraError",
+    "MissingPlaneWarning",
+    "ModelError",
+    "ModelFormatError",
+    "NoHeavyLayerError",
+    "PlatformError",
+    "RequestError",
+    "RunInputError",
+    "SessionClosedError",
+    "SizeError",
+    "StorageError",
+    "UncalibratedWarning",
+    "UnknownLevelError",
+    "UnsupportedModelError",
+]
+
+
+class BapqError(Exception):
+    """Base of every error that BAPQ-Edge raises on purpose."""
+
+    exit_code = 1
+
+
+class ModelError(BapqError, ValueError):
+    """The source model cannot be compiled."""
+
+    exit_code = 10
+
+
+class ModelFormatError(ModelError):
+    """The file is not an ONNX model, or it is broken."""
+
+    exit_code = 11
+
+
+class NoHeavyLayerError(ModelError):
+    """No layer of the model is heavy enough to be worth a bank."""
+
+    exit_code = 12
+
+
+class UnsupportedModelError(ModelError):
+    """The model uses what the host pipeline cannot carry."""
+
+    exit_code = 13
+
+
+class CalibrationError(BapqError, ValueError):
+    """The calibration data cannot be used."""
+
+    exit_code = 20
+
+
+class CalibrationArrayError(CalibrationError):
+    """The calibration file lacks an array that the model needs, or has one too many."""
+
+    exit_code = 21
+
+
+class CalibrationShapeError(CalibrationError):
+    """A calibration array's shape or type does not fit the model's input."""
+
+    exit_code = 22
+
+
+class CalibrationValueError(CalibrationError):
+    """A calibration array holds NaN or infinity."""
+
+    exit_code = 23
+
+
+class BankError(BapqError):
+    """A bank on disk cannot be used."""
+
+    exit_code = 30
+
+
+class BankNotFoundError(BankError, FileNotFoundError):
+    """There is no bank at that path."""
+
+    exit_code = 31
+
+
+class BankFormatError(BankError, ValueError):
+    """The bank breaks the specification in docs/bank_format.md."""
+
+    exit_code = 32
+
+
+class BankVersionError(BankError, ValueError):
+    """The bank is written for another version of the format."""
+
+    exit_code = 33
+
+
+class BankPathError(BankError, ValueError):
+    """The manifest names a file outside the bank."""
+
+    exit_code = 34
+
+
+class BankTruncatedError(BankError, OSError):
+    """A file of the bank is shorter than what it must hold."""
+
+    exit_code = 35
+
+
+class BankIntegrityError(BankError, ValueError):
+    """Bytes of the bank differ from their checksum or digest."""
+
+    exit_code = 36
+
+
+class RequestError(BapqError, ValueError):
+    """The caller asked for something that cannot be had."""
+
+    exit_code = 40
+
+
+class UnknownLevelError(RequestError):
+    """The level is not one that the bank holds."""
+
+    exit_code = 41
+
+
+class BudgetTooSmallError(RequestError, MemoryError):
+    """The memory budget is too small; the message names the smallest that works."""
+
+    exit_code = 42
+
+
+class RunInputError(RequestError):
+    """A feed of a run is missing, unknown, or has a wrong type or shape."""
+
+    exit_code = 43
+
+
+class SizeError(RequestError):
+    """A size is not written as 64MiB, 64MB or a number of bytes."""
+
+    exit_code = 44
+
+
+class SessionClosedError(BapqError, RuntimeError):
+    """The session was closed before this call."""
+
+    exit_code = 45
+
+
+class ExecutionError(BapqError, RuntimeError):
+    """The graph engine failed during a run; its own words are in the message."""
+
+    exit_code = 46
+
+
+class StorageError(BapqError, OSError):
+    """The disk is full, unreadable or not writable."""
+
+    exit_code = 50
+
+
+class PlatformError(BapqError, RuntimeError):
+    """This machine or its Python cannot run BAPQ-Edge."""
+
+    exit_code = 60
+
+
+class MissingExtraError(BapqError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+    exit_code = 61
+
+
+class BapqWarning(UserWarning):
+    """Base of every warning that BAPQ-Edge gives."""
+
+
+class MissingPlaneWarning(BapqWarning):
+    """A plane file is absent, so the levels that need it cannot run."""
+
+
+class UncalibratedWarning(BapqWarning):
+    """The bank is built without calibration data; its low levels will be less accurate."""

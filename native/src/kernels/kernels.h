@@ -1,0 +1,81 @@
+/* The kernel families and the data they work on.
+ *
+ * A tile is 16 output rows of one layer; its columns come in blocks of 32. All levels share one
+ * layout (docs/bank_format.md), so one bank serves every CPU. A kernel multiplies one tile with a
+ * panel of m activation rows:
+ *
+ *   out[i][r] = sum over blocks b, in order, by fused multiply-add, of
+ *               (d[b][r] * x.scale[i][b]) * ( sum_k code[r][k]*q[i][k]  -  zero * x.sum[i][b] )
+ *
+ * The bracket is an integer or half-integer below 2^24, hence exact in float32. The only roundings
+ * are the product d*scale and one fma per block, so every family gives the same bits.
+ */
+#ifndef BAPQ_KERNELS_H
+#define BAPQ_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { BAPQ_TILE_ROWS = 16, BAPQ_BLOCK = 32 };
+
+/* Index of a level in every per-level table. */
+enum { BAPQ_L32, BAPQ_L8, BAPQ_L4, BAPQ_L2, BAPQ_L1, BAPQ_LEVELS };
+
+/* One tile at one level.
+ * code[0], code[1]: p4, r8 (level 8); p4, - (4); s1, m1 (2); s1, - (1); f32, - (32).
+ * d = bf16 scale, times 1/residual_steps at level 8.
+ *   level 8: code = residual_steps*p4 + r8, zero = 7.5*(residual_steps + 1)
+ *   level 4: code = p4,                     zero = 7.5
+ *   level 2: code = 2*s1 + m1,              zero = 1.5
+ *   level 1: code = s1,                     zero = 0.5 */
+typedef struct {
+    const uint8_t *code[2];
+    const uint16_t *scale;  /* (scale groups, 16) bf16; NULL at level 32 */
+    int32_t blocks;         /* ceil(columns / 32) */
+    int32_t scale_blocks;   /* blocks that share one scale, >= 1 */
+    int32_t residual_steps; /* 8..16: level-8 steps in one level-4 step */
+} bapq_tile;
+
+/* m activation rows. Columns past the layer's are zero. */
+typedef struct {
+    const int8_t *q;     /* (m, blocks*32), row stride blocks*32 */
+    const float *scale;  /* (m, blocks) */
+    const float *sum;    /* (m, blocks): sum of q over the block */
+    const float *x;      /* (m, blocks*32) float32, level 32 only */
+} bapq_panel;
+
+/* out: (m, 16), row stride 16. */
+typedef void (*bapq_tile_fn)(const bapq_tile *w, const bapq_panel *x, int32_t m, float *out);
+
+/* Quantize one row of n floats into ceil(n/32) blocks: scale = amax/127, q = x*(127/amax) rounded
+ * half to even, q = 0 past n. amax == 0: scale 0, q 0. A NaN or infinity in a block makes its scale
+ * NaN and its q 0, so that every output of the row is NaN. */
+typedef void (*bapq_quantize_row_fn)(const float *x, int32_t n, int8_t *q, float *scale, float *sum);
+
+/* Block sums of m rows of already quantized values: sum[i][b] = sum of q[i][32b..32b+31]. */
+typedef void (*bapq_block_sums_fn)(const int8_t *q, int32_t rows, int32_t blocks, float *sum);
+
+typedef struct {
+    const char *name; /* "scalar", "avx2", "avx512vnni", "neon", "neondot" */
+    bapq_tile_fn tile[BAPQ_LEVELS];
+    bapq_quantize_row_fn quantize_row;
+    bapq_block_sums_fn block_sums;
+} bapq_kernels;
+
+/* The best family this CPU can run; BAPQ_ISA in the environment names another one. */
+const bapq_kernels *bapq_kernels_best(void);
+/* NULL when the name is unknown or the CPU lacks the instructions. */
+const bapq_kernels *bapq_kernels_by_name(const char *name);
+/* Every family that this CPU can run, best first; returns the count. */
+int32_t bapq_kernels_available(const bapq_kernels **out, int32_t capacity);
+
+extern const bapq_kernels bapq_kernels_scalar;
+#if defined(__x86_64__)
+extern const bapq_kernels bapq_kernels_avx2;
+extern const bapq_kernels bapq_kernels_avx512vnni;
+#elif defined(__aarch64__)
+extern const bapq_kernels bapq_kernels_neon;
+extern const bapq_kernels bapq_kernels_neondot;
+#endif
+
+#endif

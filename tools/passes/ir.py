@@ -1,0 +1,92 @@
+"""What the stages of the host pipeline hand to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import onnx
+
+from bapq_edge.bank.manifest import KeptNode
+
+Operator = Literal["MatMul", "Gemm", "Conv", "Gather"]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A Relu or Clip that follows the node and is fused into it: y = min(max(y, low), high)."""
+
+    low: float = -float("inf")
+    high: float = float("inf")
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """Attributes of a 1-D or 2-D Conv; 1-D is 2-D with height 1."""
+
+    kernel: tuple[int, int]
+    strides: tuple[int, int] = (1, 1)
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """top, left, bottom, right; unused unless auto_pad is NOTSET"""
+    dilations: tuple[int, int] = (1, 1)
+    group: int = 1
+    auto_pad: Literal["NOTSET", "SAME_UPPER", "SAME_LOWER"] = "NOTSET"
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """One node that reads a heavy layer."""
+
+    node: onnx.NodeProto
+    """The node itself, inside the folded model."""
+    replaced: tuple[onnx.NodeProto, ...]
+    """The node and the bias/activation nodes fused into it: the operator replaces them all."""
+    operator: Operator
+    activation_input: str
+    """Tensor that the layer multiplies (Gather: the indices)."""
+    output: str
+    """Tensor that the operator writes: the output of the last of `replaced`."""
+    graph: onnx.GraphProto
+    """The graph or body that holds the node."""
+    is_body: bool
+    """True inside an If/Loop/Scan body, where no activation can be observed from outside."""
+    activation: Activation = field(default_factory=Activation)
+    conv: ConvGeometry | None = None
+
+
+@dataclass
+class HeavyLayer:
+    """One weight matrix and every node that reads it (tied weights: more than one)."""
+
+    name: str
+    """Unique; letters, digits, '.', '_' and '-' only."""
+    weight: np.ndarray
+    """(rows, columns) float32: rows are output channels (Gather: table rows); columns are input
+    features; of a Conv in the order (kernel_y, kernel_x, input channel of the group)."""
+    bias: np.ndarray | None
+    """(rows,) float32, or None"""
+    uses: tuple[LayerUse, ...]
+    initializers: tuple[str, ...]
+    """Names of the initializers that the bank replaces (weight and fused bias)."""
+
+
+@dataclass
+class LayerPlan:
+    """Result of the layers stage, in execution order."""
+
+    layers: list[HeavyLayer]
+    kept_in_float: list[KeptNode]
+
+
+@dataclass
+class ColumnStats:
+    """What calibration saw of a layer's input, per column of its weight matrix."""
+
+    mean: np.ndarray
+    """(columns,) float32: mean of x"""
+    mean_square: np.ndarray
+    """(columns,) float32: mean of x squared"""
+    rows: int
+    """activation rows seen"""
+

@@ -1,0 +1,89 @@
+/* libbapq: the plain C ABI that Python binds with ctypes.
+ *
+ * Every call that can fail returns a status and fills a bapq_error; nothing aborts. All pointers in
+ * a bapq_bank are copied or read during bapq_store_open only.
+ */
+#ifndef BAPQ_H
+#define BAPQ_H
+
+#include <stdint.h>
+
+#define BAPQ_API __attribute__((visibility("default")))
+
+/* Raised by one whenever a struct or a function below changes; Python refuses another. */
+enum { BAPQ_ABI_VERSION = 1 };
+
+typedef enum {
+    BAPQ_OK = 0,
+    BAPQ_ARGUMENT,  /* a caller's mistake: wrong index, shape or level */
+    BAPQ_NO_MEMORY, /* the system refused memory */
+    BAPQ_IO,        /* a read failed; os_errno says how */
+    BAPQ_TRUNCATED, /* a plane file ends before the chunk does */
+    BAPQ_CHECKSUM,  /* a chunk's bytes differ from their checksum */
+    BAPQ_NO_PLANE,  /* the plane that a level needs is not there */
+    BAPQ_NO_KERNEL, /* BAPQ_ISA names kernels that this CPU cannot run */
+} bapq_status;
+
+typedef struct {
+    int32_t status;
+    int32_t os_errno;
+    int32_t layer; /* -1: none */
+    int32_t chunk; /* number in the whole bank, -1: none */
+    char message[240];
+} bapq_error;
+
+/* Planes, in the order of every per-plane table. */
+enum { BAPQ_F32, BAPQ_R8, BAPQ_P4, BAPQ_M1, BAPQ_S1, BAPQ_PLANES };
+
+/* One row of tables/<plane>_chunks.npy. */
+typedef struct {
+    uint64_t offset;
+    uint32_t bytes;
+    uint32_t crc32;
+} bapq_extent;
+
+typedef struct {
+    int32_t rows;
+    int32_t columns;
+    int32_t chunk_rows;
+    int32_t first_chunk;
+    int32_t residual_steps;
+    int32_t has_bias;
+    int32_t scale_columns[BAPQ_PLANES]; /* per plane; 0: no scales of its own */
+} bapq_layer;
+
+typedef struct {
+    const char *plane_path[BAPQ_PLANES];     /* NULL: absent */
+    const bapq_extent *extents[BAPQ_PLANES]; /* (chunk_count,) each; NULL: absent */
+    const bapq_layer *layers;
+    int32_t layer_count;
+    int32_t chunk_count;
+    int32_t threads; /* most threads that one operator runs on */
+} bapq_bank;
+
+typedef struct {
+    int64_t resident_bytes; /* of chunks in memory, all plans that are alive */
+    int64_t read_bytes;     /* from storage since the store was opened */
+    int64_t scratch_bytes;  /* buffers of all runs */
+    int64_t live_plans;     /* the published one and those that runs still hold */
+} bapq_store_stats;
+
+typedef struct bapq_store bapq_store;
+
+BAPQ_API int32_t bapq_abi_version(void);
+BAPQ_API int32_t bapq_store_open(const bapq_bank *bank, bapq_store **out, bapq_error *error);
+/* Closes the store and gives its memory back. BAPQ_ARGUMENT while a run is open. */
+BAPQ_API int32_t bapq_store_close(bapq_store *store, bapq_error *error);
+/* Reads what the levels (one of 32, 8, 4, 2, 1 per chunk) need beyond what is resident, then makes
+ * them the plan of every run that begins from now on. On failure the old plan stays. */
+BAPQ_API int32_t bapq_store_publish(bapq_store *store, const uint8_t *chunk_levels,
+                                    bapq_error *error);
+BAPQ_API void bapq_store_read_stats(bapq_store *store, bapq_store_stats *out);
+/* Begins a run on the published plan. The ticket is the value of the graph input "bapq.run". */
+BAPQ_API int32_t bapq_run_begin(bapq_store *store, int64_t *ticket, bapq_error *error);
+/* Ends the run. Returns the status of the first operator that failed in it, and its error. */
+BAPQ_API int32_t bapq_run_end(int64_t ticket, bapq_error *error);
+/* Name of the kernels in use, "" when BAPQ_ISA names ones that cannot run. */
+BAPQ_API const char *bapq_kernels_name(void);
+
+#endif

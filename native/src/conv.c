@@ -1,0 +1,312 @@
+/* Convolution as a matrix product: a panel holds, for some output pixels, the input values under the
+ * kernel window in the order (kernel_y, kernel_x, channel), which is the order of the layer's columns.
+ * Panels are built anew for every chunk, so no unfolded image is ever held. */
+#include <math.h>
+#include <string.h>
+
+#include "error.h"
+#include "image.h"
+#include "work.h"
+
+enum { PANEL_ROWS = 64, PANEL_BYTES = 128 << 10 /* of int8: fits a second-level cache of 256 KiB */ };
+
+int32_t bapq_conv_shape(const bapq_layer *layer, const bapq_conv_params *params, int64_t batch,
+                        int64_t channels, int64_t height, int64_t width, bapq_conv *out,
+                        bapq_error *error) {
+    bapq_conv_params p = *params;
+    int sound = p.group > 0 && p.kernel_h > 0 && p.kernel_w > 0 && p.stride_h > 0 &&
+                p.stride_w > 0 && p.dilation_h > 0 && p.dilation_w > 0 && p.pad_top >= 0 &&
+                p.pad_left >= 0 && p.pad_bottom >= 0 && p.pad_right >= 0;
+    if (!sound || layer->rows % p.group != 0)
+        return bapq_fail(error, BAPQ_ARGUMENT, "the convolution's attributes are malformed");
+    if (channels % p.group != 0 || channels / p.group * p.kernel_h * p.kernel_w != layer->columns)
+        return bapq_fail(error, BAPQ_ARGUMENT,
+                         "the convolution's input has %lld channels, its weights fit %lld",
+                         (long long)channels,
+                         (long long)(layer->columns / (p.kernel_h * p.kernel_w) * p.group));
+    int64_t span_h = (p.kernel_h - 1) * p.dilation_h + 1;
+    int64_t span_w = (p.kernel_w - 1) * p.dilation_w + 1;
+    if (p.auto_pad != BAPQ_PAD_EXPLICIT) {
+        int64_t h = ((height + p.stride_h - 1) / p.stride_h - 1) * p.stride_h + span_h - height;
+        int64_t w = ((width + p.stride_w - 1) / p.stride_w - 1) * p.stride_w + span_w - width;
+        int64_t odd = p.auto_pad == BAPQ_PAD_SAME_LOWER; /* the odd pixel goes before, not after */
+        h = h > 0 ? h : 0;
+        w = w > 0 ? w : 0;
+        p.pad_top = (h + odd) / 2;
+        p.pad_left = (w + odd) / 2;
+        p.pad_bottom = h - p.pad_top;
+        p.pad_right = w - p.pad_left;
+    }
+    int64_t room_h = height + p.pad_top + p.pad_bottom - span_h;
+    int64_t room_w = width + p.pad_left + p.pad_right - span_w;
+    if (room_h < 0 || room_w < 0)
+        return bapq_fail(error, BAPQ_ARGUMENT,
+                         "the convolution's input of %lld x %lld is smaller than its window",
+                         (long long)height, (long long)width);
+    *out = (bapq_conv){p,      batch, channels, height, width, room_h / p.stride_h + 1,
+                       room_w / p.stride_w + 1};
+    return BAPQ_OK;
+}
+
+/* Buffers of one worker. */
+typedef struct {
+    int8_t *q;    /* (panel_rows, blocks*32) */
+    float *scale; /* (panel_rows, blocks), all the image's scale */
+    float *sum;   /* (panel_rows, blocks) */
+    float *x;     /* (panel_rows, blocks*32), level 32 */
+} worker_buffers;
+
+typedef struct {
+    const bapq_kernels *kernels;
+    const bapq_conv *conv;
+    const bapq_epilogue *epilogue;
+    int32_t columns, blocks, rows;
+    int32_t panel_rows;
+    int32_t group_rows;     /* output rows per group */
+    int32_t group_channels; /* input channels per group */
+    const float *x;         /* this sample: (channels, height, width) */
+    float *y;               /* this sample: (rows, out_h, out_w) */
+    bapq_image image;
+    void *image_scratch;
+    /* A row of ones in every real column: its product is the sum of a row's weights. */
+    int8_t *ones;
+    float *ones_scale, *ones_sum;
+    worker_buffers *buffers; /* (threads,) */
+    bapq_chunk_view view;
+} conv_job;
+
+static int is_pointwise(const bapq_conv *conv) {
+    const bapq_conv_params *p = &conv->p;
+    return p->kernel_h == 1 && p->kernel_w == 1 && p->stride_h == 1 && p->stride_w == 1 &&
+           p->pad_top == 0 && p->pad_left == 0 && p->pad_bottom == 0 && p->pad_right == 0 &&
+           p->group == 1 && conv->channels % BAPQ_BLOCK == 0;
+}
+
+/* ---- panels ---- */
+
+/* int8: per output pixel and kernel row, one run of pixels where they are adjacent in the image. */
+static void fill_quantized(const conv_job *j, int64_t group, int64_t pixel, int32_t m, int8_t *q) {
+    const bapq_conv *conv = j->conv;
+    const bapq_conv_params *p = &conv->p;
+    int64_t padded = (int64_t)j->blocks * BAPQ_BLOCK;
+    int64_t channels = j->group_channels;
+    int adjacent = p->dilation_w == 1 && p->group == 1;
+    for (int32_t i = 0; i < m; i++, q += padded) {
+        int64_t y0 = (pixel + i) / conv->out_w * p->stride_h - p->pad_top;
+        int64_t x0 = (pixel + i) % conv->out_w * p->stride_w - p->pad_left;
+        int8_t *target = q;
+        for (int64_t ky = 0; ky < p->kernel_h; ky++) {
+            int64_t iy = y0 + ky * p->dilation_h;
+            if (iy < 0 || iy >= conv->height) {
+                memset(target, j->image.zero_point, (size_t)(p->kernel_w * channels));
+                target += p->kernel_w * channels;
+                continue;
+            }
+            const int8_t *row = j->image.q + iy * conv->width * conv->channels + group * channels;
+            if (adjacent && x0 >= 0 && x0 + p->kernel_w <= conv->width) {
+                memcpy(target, row + x0 * channels, (size_t)(p->kernel_w * channels));
+                target += p->kernel_w * channels;
+            } else {
+                for (int64_t kx = 0; kx < p->kernel_w; kx++, target += channels) {
+                    int64_t ix = x0 + kx * p->dilation_w;
+                    if (ix < 0 || ix >= conv->width)
+                        memset(target, j->image.zero_point, (size_t)channels);
+                    else
+                        memcpy(target, row + ix * conv->channels, (size_t)channels);
+                }
+            }
+        }
+        memset(target, 0, (size_t)(padded - j->columns));
+    }
+}
+
+/* float32, straight from the channels-first sample. */
+static void fill_float(const conv_job *j, int64_t group, int64_t pixel, int32_t m, float *x) {
+    const bapq_conv *conv = j->conv;
+    const bapq_conv_params *p = &conv->p;
+    int64_t padded = (int64_t)j->blocks * BAPQ_BLOCK;
+    for (int32_t i = 0; i < m; i++, x += padded) {
+        int64_t y0 = (pixel + i) / conv->out_w * p->stride_h - p->pad_top;
+        int64_t x0 = (pixel + i) % conv->out_w * p->stride_w - p->pad_left;
+        float *target = x;
+        for (int64_t ky = 0; ky < p->kernel_h; ky++) {
+            int64_t iy = y0 + ky * p->dilation_h;
+            for (int64_t kx = 0; kx < p->kernel_w; kx++) {
+                int64_t ix = x0 + kx * p->dilation_w;
+                int inside = iy >= 0 && iy < conv->height && ix >= 0 && ix < conv->width;
+                int64_t plane = conv->height * conv->width;
+                int64_t first = group * j->group_channels * plane + iy * conv->width + ix;
+                for (int32_t c = 0; c < j->group_channels; c++)
+                    *target++ = inside ? j->x[first + c * plane] : 0.0f;
+            }
+        }
+        memset(target, 0, (size_t)(padded - j->columns) * sizeof(float));
+    }
+}
+
+static bapq_panel build_panel(const conv_job *j, worker_buffers *buffers, int64_t group,
+                              int64_t pixel, int32_t m) {
+    bapq_panel panel = {0};
+    if (j->view.level == BAPQ_L32) {
+        fill_float(j, group, pixel, m, buffers->x);
+        panel.x = buffers->x;
+        return panel;
+    }
+    panel.q = buffers->q;
+    if (is_pointwise(j->conv))
+        panel.q = j->image.q + pixel * j->conv->channels; /* a pixel is a row already */
+    else
+        fill_quantized(j, group, pixel, m, buffers->q);
+    for (int64_t i = 0; i < (int64_t)m * j->blocks; i++) buffers->scale[i] = j->image.scale;
+    j->kernels->block_sums(panel.q, m, j->blocks, buffers->sum);
+    panel.scale = buffers->scale;
+    panel.sum = buffers->sum;
+    return panel;
+}
+
+/* ---- product ---- */
+
+/* Rows [first, end) of tile t, all of one group, for m pixels. */
+static void multiply_tile(const conv_job *j, const bapq_panel *panel, int32_t t, int32_t first,
+                          int32_t end, int64_t pixel, int32_t m) {
+    const float *bias;
+    bapq_tile tile = bapq_view_tile(&j->view, t, &bias);
+    bapq_tile_fn product = j->kernels->tile[j->view.level];
+    float out[PANEL_ROWS * BAPQ_TILE_ROWS] __attribute__((aligned(64)));
+    float row_sum[BAPQ_TILE_ROWS] __attribute__((aligned(64))) = {0};
+    float offset = 0.0f;
+    product(&tile, panel, m, out);
+    if (j->view.level != BAPQ_L32) {
+        bapq_panel ones = {.q = j->ones, .scale = j->ones_scale, .sum = j->ones_sum};
+        product(&tile, &ones, 1, row_sum);
+        offset = j->image.scale * (float)j->image.zero_point;
+    }
+    if (!j->epilogue->use_bias) bias = NULL;
+    int64_t pixels = j->conv->out_h * j->conv->out_w;
+    for (int32_t row = first; row < end; row++) {
+        int32_t r = row % BAPQ_TILE_ROWS;
+        float shift = offset * row_sum[r];
+        float *y = j->y + (j->view.first_row + row) * pixels + pixel;
+        for (int32_t i = 0; i < m; i++)
+            y[i] = bapq_finish(out[i * BAPQ_TILE_ROWS + r] - shift, bias ? bias + r : NULL,
+                               j->epilogue);
+    }
+}
+
+/* The tiles of an item may span groups, and each group reads its own channels: so first the rows are
+ * cut by group, then by tile. A tile on the border is multiplied once for each of its groups. */
+static void multiply_item(void *data, int32_t worker, int64_t panel_index, int32_t first_tile,
+                          int32_t end_tile) {
+    conv_job *j = data;
+    int64_t pixels = j->conv->out_h * j->conv->out_w;
+    int64_t pixel = panel_index * j->panel_rows;
+    int32_t m = (int32_t)(pixels - pixel < j->panel_rows ? pixels - pixel : j->panel_rows);
+    int32_t row = first_tile * BAPQ_TILE_ROWS;
+    int32_t end_row = end_tile * BAPQ_TILE_ROWS < j->view.rows ? end_tile * BAPQ_TILE_ROWS : j->view.rows;
+    while (row < end_row) {
+        int32_t group = (j->view.first_row + row) / j->group_rows;
+        int32_t group_end = (group + 1) * j->group_rows - j->view.first_row;
+        if (group_end > end_row) group_end = end_row;
+        bapq_panel panel = build_panel(j, &j->buffers[worker], group, pixel, m);
+        while (row < group_end) {
+            int32_t t = row / BAPQ_TILE_ROWS;
+            int32_t end = (t + 1) * BAPQ_TILE_ROWS < group_end ? (t + 1) * BAPQ_TILE_ROWS : group_end;
+            multiply_tile(j, &panel, t, row, end, pixel, m);
+            row = end;
+        }
+    }
+}
+
+/* ---- run ---- */
+
+static void carve_buffers(conv_job *j, uint32_t levels, int32_t threads, bapq_carver *carver) {
+    int64_t padded = (int64_t)j->blocks * BAPQ_BLOCK;
+    int64_t block_floats = (int64_t)j->blocks * (int64_t)sizeof(float);
+    worker_buffers none = {0};
+    j->buffers = bapq_carve(carver, threads * (int64_t)sizeof *j->buffers);
+    int quantized = (levels & ~(1u << BAPQ_L32)) != 0;
+    if (quantized) {
+        const bapq_conv *conv = j->conv;
+        j->image.q = bapq_carve(carver, conv->channels * conv->height * conv->width);
+        j->image_scratch = bapq_carve(carver, bapq_image_scratch(conv->channels));
+        j->ones = bapq_carve(carver, padded);
+        j->ones_scale = bapq_carve(carver, block_floats);
+        j->ones_sum = bapq_carve(carver, block_floats);
+    }
+    for (int32_t i = 0; i < threads; i++) {
+        worker_buffers *buffers = carver->base ? &j->buffers[i] : &none;
+        if (quantized) {
+            if (!is_pointwise(j->conv)) buffers->q = bapq_carve(carver, j->panel_rows * padded);
+            buffers->scale = bapq_carve(carver, j->panel_rows * block_floats);
+            buffers->sum = bapq_carve(carver, j->panel_rows * block_floats);
+        }
+        if (levels & 1u << BAPQ_L32)
+            buffers->x = bapq_carve(carver, j->panel_rows * padded * (int64_t)sizeof(float));
+    }
+}
+
+static void fill_ones(conv_job *j) {
+    memset(j->ones, 0, (size_t)j->blocks * BAPQ_BLOCK);
+    memset(j->ones, 1, (size_t)j->columns);
+    for (int32_t b = 0; b < j->blocks; b++) j->ones_scale[b] = 1.0f;
+    j->kernels->block_sums(j->ones, 1, j->blocks, j->ones_sum);
+}
+
+static int32_t run_sample(bapq_run *run, int32_t layer, conv_job *j, const bapq_parallel *parallel,
+                          bapq_error *error) {
+    const bapq_conv *conv = j->conv;
+    int64_t pixels = conv->out_h * conv->out_w;
+    if (j->image.q) {
+        bapq_image_quantize(j->x, conv->channels, conv->height, conv->width, parallel,
+                            j->image_scratch, &j->image);
+        if (!j->image.finite) {
+            for (int64_t i = 0; i < j->rows * pixels; i++) j->y[i] = NAN;
+            return BAPQ_OK;
+        }
+    }
+    for (int32_t i = 0; i < bapq_chunk_count(bapq_run_layer(run, layer)); i++) {
+        int32_t status = bapq_run_acquire(run, layer, i, &j->view, error);
+        if (status != BAPQ_OK) return status;
+        bapq_work work = {.panels = bapq_ceil_div(pixels, j->panel_rows),
+                          .tiles = bapq_ceil_div(j->view.rows, BAPQ_TILE_ROWS),
+                          .item = multiply_item,
+                          .data = j};
+        bapq_work_run(&work, parallel, bapq_run_threads(run), pixels * j->columns * j->view.rows);
+        bapq_run_release(run, &j->view);
+    }
+    return BAPQ_OK;
+}
+
+int32_t bapq_conv_run(bapq_run *run, int32_t layer, const bapq_conv *conv,
+                      const bapq_epilogue *epilogue, const bapq_parallel *parallel, const float *x,
+                      float *y, bapq_error *error) {
+    const bapq_layer *l = bapq_run_layer(run, layer);
+    int32_t blocks = bapq_ceil_div(l->columns, BAPQ_BLOCK);
+    int32_t fitting = PANEL_BYTES / (blocks * BAPQ_BLOCK) & ~7; /* kernels take rows by eights */
+    conv_job j = {.kernels = bapq_run_kernels(run),
+                  .conv = conv,
+                  .epilogue = epilogue,
+                  .columns = l->columns,
+                  .blocks = blocks,
+                  .rows = l->rows,
+                  .panel_rows = fitting < 8 ? 8 : fitting > PANEL_ROWS ? PANEL_ROWS : fitting,
+                  .group_rows = (int32_t)(l->rows / conv->p.group),
+                  .group_channels = (int32_t)(conv->channels / conv->p.group)};
+    uint32_t levels = bapq_run_levels(run, layer);
+    int32_t threads = bapq_run_threads(run);
+    bapq_carver count = {0};
+    carve_buffers(&j, levels, threads, &count);
+    bapq_carver carver = {.base = bapq_run_scratch(run, count.used)};
+    if (!carver.base)
+        return bapq_fail(error, BAPQ_NO_MEMORY, "no memory for %lld bytes of scratch",
+                         (long long)count.used);
+    carve_buffers(&j, levels, threads, &carver);
+    if (j.ones) fill_ones(&j);
+    for (int64_t n = 0; n < conv->batch; n++) {
+        j.x = x + n * conv->channels * conv->height * conv->width;
+        j.y = y + n * l->rows * conv->out_h * conv->out_w;
+        int32_t status = run_sample(run, layer, &j, parallel, error);
+        if (status != BAPQ_OK) return status;
+    }
+    return BAPQ_OK;
+}

@@ -1,0 +1,66 @@
+#include "layout.h"
+
+#include <stddef.h>
+
+static const int32_t LEVEL_BITS[BAPQ_LEVELS] = {32, 8, 4, 2, 1};
+static const int32_t LEVEL_PLANES[BAPQ_LEVELS][2] = {
+    {BAPQ_F32, -1}, {BAPQ_P4, BAPQ_R8}, {BAPQ_P4, -1}, {BAPQ_S1, BAPQ_M1}, {BAPQ_S1, -1}};
+/* Which of the level's planes carries its scales; the last one carries its bias. */
+static const int32_t SCALES_IN[BAPQ_LEVELS] = {-1, 0, 0, 1, 0};
+static const int64_t BLOCK_BYTES[BAPQ_PLANES] = {2048, 256, 256, 64, 64};
+enum { RECORD_ALIGNMENT = 64 };
+
+int32_t bapq_level_index(int32_t bits) {
+    for (int32_t i = 0; i < BAPQ_LEVELS; i++)
+        if (LEVEL_BITS[i] == bits) return i;
+    return -1;
+}
+
+int32_t bapq_level_planes(int32_t level, int32_t planes[2]) {
+    planes[0] = LEVEL_PLANES[level][0];
+    planes[1] = LEVEL_PLANES[level][1];
+    return planes[1] < 0 ? 1 : 2;
+}
+
+int32_t bapq_chunk_count(const bapq_layer *layer) {
+    return bapq_ceil_div(layer->rows, layer->chunk_rows);
+}
+
+int64_t bapq_code_bytes(const bapq_layer *layer, int32_t plane) {
+    return bapq_ceil_div(layer->columns, BAPQ_BLOCK) * BLOCK_BYTES[plane];
+}
+
+static int64_t scale_bytes(const bapq_layer *layer, int32_t plane) {
+    int32_t group = layer->scale_columns[plane];
+    if (group == 0) return 0;
+    int64_t columns = (int64_t)bapq_ceil_div(layer->columns, BAPQ_BLOCK) * BAPQ_BLOCK;
+    return (int64_t)bapq_ceil_div(columns, group) * BAPQ_TILE_ROWS * (int64_t)sizeof(uint16_t);
+}
+
+int64_t bapq_record_bytes(const bapq_layer *layer, int32_t plane) {
+    int64_t used = bapq_code_bytes(layer, plane) + scale_bytes(layer, plane);
+    if (layer->has_bias) used += BAPQ_TILE_ROWS * (int64_t)sizeof(float);
+    return bapq_ceil_div(used, RECORD_ALIGNMENT) * (int64_t)RECORD_ALIGNMENT;
+}
+
+bapq_tile bapq_view_tile(const bapq_chunk_view *view, int32_t t, const float **bias) {
+    const bapq_layer *layer = view->layer;
+    int32_t planes[2];
+    int32_t n = bapq_level_planes(view->level, planes);
+    bapq_tile tile = {.blocks = bapq_ceil_div(layer->columns, BAPQ_BLOCK),
+                      .scale_blocks = 1,
+                      .residual_steps = layer->residual_steps};
+    for (int32_t i = 0; i < n; i++) tile.code[i] = view->records[i] + t * view->record_bytes[i];
+    int32_t s = SCALES_IN[view->level];
+    if (s >= 0) {
+        tile.scale = (const uint16_t *)(tile.code[s] + bapq_code_bytes(layer, planes[s]));
+        tile.scale_blocks = layer->scale_columns[planes[s]] / BAPQ_BLOCK;
+    }
+    *bias = NULL;
+    if (layer->has_bias) {
+        int32_t last = planes[n - 1];
+        *bias = (const float *)(tile.code[n - 1] + bapq_code_bytes(layer, last) +
+                                scale_bytes(layer, last));
+    }
+    return tile;
+}

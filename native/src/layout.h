@@ -1,0 +1,35 @@
+/* Byte layout of tile records (docs/bank_format.md, bapq_edge/bank/layout.py). */
+#ifndef BAPQ_LAYOUT_H
+#define BAPQ_LAYOUT_H
+
+#include <stdint.h>
+
+#include "bapq.h"
+#include "kernels/kernels.h"
+
+static inline int32_t bapq_ceil_div(int64_t a, int64_t b) { return (int32_t)((a + b - 1) / b); }
+
+/* Level index of a precision in bits, -1 for none. */
+int32_t bapq_level_index(int32_t bits);
+/* Planes that a level reads, in the order of bapq_tile.code. Returns how many. */
+int32_t bapq_level_planes(int32_t level, int32_t planes[2]);
+int32_t bapq_chunk_count(const bapq_layer *layer);
+/* Bytes of the codes of one tile record (level 32: of its weights). */
+int64_t bapq_code_bytes(const bapq_layer *layer, int32_t plane);
+/* Bytes of one tile record: codes, scales, bias, zeros up to a multiple of 64. */
+int64_t bapq_record_bytes(const bapq_layer *layer, int32_t plane);
+
+/* A chunk at one level, ready to compute on. */
+typedef struct {
+    const bapq_layer *layer;
+    int32_t level;              /* BAPQ_L32 .. BAPQ_L1 */
+    int32_t first_row;          /* of the chunk, in its layer */
+    int32_t rows;               /* of the chunk, without padding */
+    const uint8_t *records[2];  /* tile records of each plane of the level */
+    int64_t record_bytes[2];
+} bapq_chunk_view;
+
+/* Tile t of the chunk: what a kernel reads, and its bias (NULL when the layer has none). */
+bapq_tile bapq_view_tile(const bapq_chunk_view *view, int32_t t, const float **bias);
+
+#endif

@@ -1,0 +1,129 @@
+#include <string.h>
+
+#include "error.h"
+#include "work.h"
+
+enum { PANEL_ROWS = 64 }; /* a panel's outputs for one tile, 4 KiB, stay in the first-level cache */
+
+typedef struct {
+    const bapq_kernels *kernels;
+    const bapq_epilogue *epilogue;
+    int64_t m;
+    int32_t columns, blocks, rows;
+    const float *input; /* (m, columns) */
+    float *y;           /* (m, rows) */
+    /* The input in the forms that the layer's levels need. */
+    int8_t *q;       /* (m, blocks*32) */
+    float *scale;    /* (m, blocks) */
+    float *sum;      /* (m, blocks) */
+    const float *x;  /* (m, blocks*32) */
+    float *x_padded; /* NULL when the columns fill their blocks: then x is the input itself */
+    bapq_chunk_view view;
+} matmul;
+
+static void carve_inputs(matmul *mm, uint32_t levels, bapq_carver *carver) {
+    int64_t padded = (int64_t)mm->blocks * BAPQ_BLOCK;
+    if (levels & ~(1u << BAPQ_L32)) {
+        mm->q = bapq_carve(carver, mm->m * padded);
+        mm->scale = bapq_carve(carver, mm->m * mm->blocks * (int64_t)sizeof(float));
+        mm->sum = bapq_carve(carver, mm->m * mm->blocks * (int64_t)sizeof(float));
+    }
+    if (levels & 1u << BAPQ_L32) {
+        mm->x = mm->input;
+        if (padded != mm->columns) {
+            mm->x_padded = bapq_carve(carver, mm->m * padded * (int64_t)sizeof(float));
+            mm->x = mm->x_padded;
+        }
+    }
+}
+
+enum { PREPARE_ROWS = 16 };
+
+static void prepare_rows(void *data, size_t i) {
+    matmul *mm = data;
+    int64_t padded = (int64_t)mm->blocks * BAPQ_BLOCK;
+    int64_t end = (int64_t)(i + 1) * PREPARE_ROWS < mm->m ? (int64_t)(i + 1) * PREPARE_ROWS : mm->m;
+    for (int64_t row = (int64_t)i * PREPARE_ROWS; row < end; row++) {
+        const float *source = mm->input + row * mm->columns;
+        if (mm->q)
+            mm->kernels->quantize_row(source, mm->columns, mm->q + row * padded,
+                                      mm->scale + row * mm->blocks, mm->sum + row * mm->blocks);
+        if (mm->x_padded) {
+            float *target = mm->x_padded + row * padded;
+            memcpy(target, source, (size_t)mm->columns * sizeof(float));
+            memset(target + mm->columns, 0, (size_t)(padded - mm->columns) * sizeof(float));
+        }
+    }
+}
+
+static void multiply_item(void *data, int32_t worker, int64_t panel, int32_t first_tile,
+                          int32_t end_tile) {
+    (void)worker;
+    matmul *mm = data;
+    int64_t row = panel * PANEL_ROWS;
+    int32_t m = (int32_t)(mm->m - row < PANEL_ROWS ? mm->m - row : PANEL_ROWS);
+    int64_t padded = (int64_t)mm->blocks * BAPQ_BLOCK;
+    bapq_panel in = {0};
+    if (mm->q) {
+        in.q = mm->q + row * padded;
+        in.scale = mm->scale + row * mm->blocks;
+        in.sum = mm->sum + row * mm->blocks;
+    }
+    if (mm->x) in.x = mm->x + row * padded;
+    float out[PANEL_ROWS * BAPQ_TILE_ROWS] __attribute__((aligned(64)));
+    for (int32_t t = first_tile; t < end_tile; t++) {
+        const float *bias;
+        bapq_tile tile = bapq_view_tile(&mm->view, t, &bias);
+        mm->kernels->tile[mm->view.level](&tile, &in, m, out);
+        if (!mm->epilogue->use_bias) bias = NULL;
+        int32_t first = t * BAPQ_TILE_ROWS;
+        int32_t width = mm->view.rows - first < BAPQ_TILE_ROWS ? mm->view.rows - first : BAPQ_TILE_ROWS;
+        for (int32_t i = 0; i < m; i++) {
+            float *y = mm->y + (row + i) * mm->rows + mm->view.first_row + first;
+            for (int32_t r = 0; r < width; r++)
+                y[r] = bapq_finish(out[i * BAPQ_TILE_ROWS + r], bias ? bias + r : NULL, mm->epilogue);
+        }
+    }
+}
+
+int32_t bapq_matmul(bapq_run *run, int32_t layer, const bapq_epilogue *epilogue,
+                    const bapq_parallel *parallel, int64_t m, const float *x, float *y,
+                    bapq_error *error) {
+    const bapq_layer *l = bapq_run_layer(run, layer);
+    matmul mm = {.kernels = bapq_run_kernels(run),
+                 .epilogue = epilogue,
+                 .m = m,
+                 .columns = l->columns,
+                 .blocks = bapq_ceil_div(l->columns, BAPQ_BLOCK),
+                 .rows = l->rows,
+                 .input = x,
+                 .y = y};
+    if (m == 0) return BAPQ_OK;
+    uint32_t levels = bapq_run_levels(run, layer);
+    bapq_carver count = {0};
+    carve_inputs(&mm, levels, &count);
+    bapq_carver carver = {.base = bapq_run_scratch(run, count.used + 64)};
+    if (!carver.base)
+        return bapq_fail(error, BAPQ_NO_MEMORY, "no memory for %lld bytes of scratch",
+                         (long long)count.used);
+    carve_inputs(&mm, levels, &carver);
+
+    if (mm.q || mm.x_padded) {
+        size_t tasks = (size_t)bapq_ceil_div(m, PREPARE_ROWS);
+        if (tasks == 1)
+            prepare_rows(&mm, 0);
+        else
+            parallel->for_each(parallel->self, prepare_rows, tasks, &mm);
+    }
+    for (int32_t i = 0; i < bapq_chunk_count(l); i++) {
+        int32_t status = bapq_run_acquire(run, layer, i, &mm.view, error);
+        if (status != BAPQ_OK) return status;
+        bapq_work work = {.panels = bapq_ceil_div(m, PANEL_ROWS),
+                          .tiles = bapq_ceil_div(mm.view.rows, BAPQ_TILE_ROWS),
+                          .item = multiply_item,
+                          .data = &mm};
+        bapq_work_run(&work, parallel, bapq_run_threads(run), m * mm.columns * mm.view.rows);
+        bapq_run_release(run, &mm.view);
+    }
+    return BAPQ_OK;
+}

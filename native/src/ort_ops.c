@@ -1,0 +1,312 @@
+/* The operators of domain "bapq" for ONNX Runtime: MatMul, Gemm, Conv and Gather.
+ *
+ * An operator holds no weights and knows no store. Its last input, "bapq.run", is the ticket of the
+ * run it computes for; everything else follows from that and from its attribute `layer`. So one
+ * session serves concurrent runs on different plans, and swapping a plan touches no session. */
+#include "ort_abi.h"
+
+#include <limits.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "error.h"
+#include "ops.h"
+
+typedef enum { MATMUL, GEMM, CONV, GATHER, KINDS } op_kind;
+
+typedef struct {
+    OrtCustomOp callbacks; /* first: ORT hands back a pointer to it */
+    op_kind kind;
+} custom_op;
+
+typedef struct {
+    const OrtApi *api;
+    op_kind kind;
+    int64_t layer;
+    bapq_epilogue epilogue;
+    bapq_conv_params conv;
+} op_kernel;
+
+enum { MAX_RANK = 16 };
+
+typedef struct {
+    int64_t dims[MAX_RANK];
+    size_t rank;
+    void *data;
+} tensor;
+
+#define TRY(call)                         \
+    do {                                  \
+        OrtStatus *status_ = (call);      \
+        if (status_ != NULL) return status_; \
+    } while (0)
+
+/* ---- attributes ---- */
+
+static OrtStatus *read_ints(const OrtApi *api, const OrtKernelInfo *info, const char *const *names,
+                            int64_t *const *targets, size_t count) {
+    for (size_t i = 0; i < count; i++)
+        TRY(ORT_KernelInfoGetAttribute_int64(api)(info, names[i], targets[i]));
+    return NULL;
+}
+
+static OrtStatus *read_attributes(op_kernel *kernel, const OrtKernelInfo *info) {
+    const OrtApi *api = kernel->api;
+    TRY(ORT_KernelInfoGetAttribute_int64(api)(info, "layer", &kernel->layer));
+    if (kernel->kind == GATHER) return NULL;
+    int64_t use_bias;
+    TRY(ORT_KernelInfoGetAttribute_int64(api)(info, "use_bias", &use_bias));
+    kernel->epilogue.use_bias = use_bias != 0;
+    TRY(ORT_KernelInfoGetAttribute_float(api)(info, "clip_low", &kernel->epilogue.clip_low));
+    TRY(ORT_KernelInfoGetAttribute_float(api)(info, "clip_high", &kernel->epilogue.clip_high));
+    if (kernel->kind != CONV) return NULL;
+    bapq_conv_params *p = &kernel->conv;
+    static const char *const names[] = {
+        "group",    "kernel_h",   "kernel_w",  "stride_h",   "stride_w",   "pad_top",
+        "pad_left", "pad_bottom", "pad_right", "dilation_h", "dilation_w", "auto_pad"};
+    int64_t *const targets[] = {&p->group,    &p->kernel_h,   &p->kernel_w,  &p->stride_h,
+                                &p->stride_w, &p->pad_top,    &p->pad_left,  &p->pad_bottom,
+                                &p->pad_right, &p->dilation_h, &p->dilation_w, &p->auto_pad};
+    return read_ints(api, info, names, targets, sizeof names / sizeof *names);
+}
+
+static OrtStatus *create_kernel(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info,
+                                void **out) {
+    op_kernel *kernel = calloc(1, sizeof *kernel);
+    if (!kernel) return ORT_CreateStatus(api)(ORT_FAIL, "bapq: no memory for an operator");
+    kernel->api = api;
+    kernel->kind = ((const custom_op *)op)->kind;
+    OrtStatus *status = read_attributes(kernel, info);
+    if (status != NULL) {
+        free(kernel);
+        return status;
+    }
+    *out = kernel;
+    return NULL;
+}
+
+static void destroy_kernel(void *kernel) { free(kernel); }
+
+/* ---- tensors ---- */
+
+static OrtStatus *get_input(const op_kernel *kernel, OrtKernelContext *context, size_t index,
+                            tensor *out) {
+    const OrtApi *api = kernel->api;
+    const OrtValue *value = NULL;
+    OrtShapeInfo *shape = NULL;
+    TRY(ORT_KernelContext_GetInput(api)(context, index, &value));
+    TRY(ORT_GetTensorTypeAndShape(api)(value, &shape));
+    OrtStatus *status = ORT_GetDimensionsCount(api)(shape, &out->rank);
+    if (status == NULL && out->rank > MAX_RANK)
+        status = ORT_CreateStatus(api)(ORT_INVALID_ARGUMENT, "bapq: more than 16 dimensions");
+    if (status == NULL) status = ORT_GetDimensions(api)(shape, out->dims, out->rank);
+    ORT_ReleaseShapeInfo(api)(shape);
+    if (status != NULL) return status;
+    return ORT_GetTensorMutableData(api)((OrtValue *)value, &out->data);
+}
+
+static OrtStatus *make_output(const op_kernel *kernel, OrtKernelContext *context, tensor *out) {
+    OrtValue *value = NULL;
+    TRY(ORT_KernelContext_GetOutput(kernel->api)(context, 0, out->dims, out->rank, &value));
+    return ORT_GetTensorMutableData(kernel->api)(value, &out->data);
+}
+
+static int64_t product(const int64_t *dims, size_t count) {
+    int64_t n = 1;
+    for (size_t i = 0; i < count; i++) n *= dims[i];
+    return n;
+}
+
+/* ---- compute ---- */
+
+typedef struct {
+    const OrtApi *api;
+    const OrtKernelContext *context;
+} ort_parallel;
+
+static void ort_for_each(void *self, void (*task)(void *, size_t), size_t count, void *data) {
+    const ort_parallel *p = self;
+    OrtStatus *status = ORT_KernelContext_ParallelFor(p->api)(p->context, task, count, 0, data);
+    if (status != NULL) { /* ORT refused before it started any: do the work here */
+        ORT_ReleaseStatus(p->api)(status);
+        for (size_t i = 0; i < count; i++) task(data, i);
+    }
+}
+
+/* What one call computes with; `failure` is BAPQ_OK unless the operator itself refused. */
+typedef struct {
+    const op_kernel *kernel;
+    OrtKernelContext *context;
+    bapq_run *run;
+    const bapq_layer *layer;
+    tensor x;
+    bapq_error failure;
+} call;
+
+static OrtStatus *refuse(call *c, const char *what) {
+    bapq_fail(&c->failure, BAPQ_ARGUMENT, "%s", what);
+    return NULL;
+}
+
+static OrtStatus *compute_matmul(call *c, const bapq_parallel *parallel) {
+    tensor y = c->x;
+    if (c->x.rank == 0 || c->x.dims[c->x.rank - 1] != c->layer->columns) {
+        bapq_fail(&c->failure, BAPQ_ARGUMENT, "the input's last axis is %lld, the weights fit %d",
+                  c->x.rank ? (long long)c->x.dims[c->x.rank - 1] : 0LL, c->layer->columns);
+        return NULL;
+    }
+    if (c->kernel->kind == GEMM && c->x.rank != 2) return refuse(c, "Gemm's input is not a matrix");
+    y.dims[y.rank - 1] = c->layer->rows;
+    TRY(make_output(c->kernel, c->context, &y));
+    bapq_matmul(c->run, (int32_t)c->kernel->layer, &c->kernel->epilogue, parallel,
+                product(c->x.dims, c->x.rank - 1), c->x.data, y.data, &c->failure);
+    return NULL;
+}
+
+static OrtStatus *compute_conv(call *c, const bapq_parallel *parallel) {
+    const int64_t *d = c->x.dims;
+    int flat = c->x.rank == 3; /* (batch, channels, length) is an image of height 1 */
+    if (!flat && c->x.rank != 4) return refuse(c, "Conv's input has neither 3 nor 4 axes");
+    bapq_conv conv;
+    if (bapq_conv_shape(c->layer, &c->kernel->conv, d[0], d[1], flat ? 1 : d[2], flat ? d[2] : d[3],
+                        &conv, &c->failure) != BAPQ_OK)
+        return NULL;
+    tensor y = {.rank = c->x.rank, .dims = {d[0], c->layer->rows, conv.out_h, conv.out_w}};
+    if (flat) y.dims[2] = conv.out_w;
+    TRY(make_output(c->kernel, c->context, &y));
+    bapq_conv_run(c->run, (int32_t)c->kernel->layer, &conv, &c->kernel->epilogue, parallel, c->x.data,
+                  y.data, &c->failure);
+    return NULL;
+}
+
+static OrtStatus *compute_gather(call *c) {
+    tensor y = c->x;
+    if (y.rank == MAX_RANK) return refuse(c, "Gather's indices have 16 axes");
+    y.dims[y.rank++] = c->layer->columns;
+    TRY(make_output(c->kernel, c->context, &y));
+    bapq_gather(c->run, (int32_t)c->kernel->layer, product(c->x.dims, c->x.rank), c->x.data, y.data,
+                &c->failure);
+    return NULL;
+}
+
+static OrtStatus *compute(void *state, OrtKernelContext *context) {
+    const op_kernel *kernel = state;
+    call c = {.kernel = kernel, .context = context};
+    tensor ticket;
+    TRY(get_input(kernel, context, 0, &c.x));
+    TRY(get_input(kernel, context, 1, &ticket));
+    c.run = bapq_run_of(*(const int64_t *)ticket.data);
+    if (c.run == NULL || kernel->layer < 0 || kernel->layer >= bapq_run_layer_count(c.run))
+        return ORT_CreateStatus(kernel->api)(ORT_INVALID_ARGUMENT,
+                                             "bapq.run is no open run of this bank");
+    c.layer = bapq_run_layer(c.run, (int32_t)kernel->layer);
+    ort_parallel pool = {kernel->api, context};
+    bapq_parallel parallel = {ort_for_each, &pool};
+    if (kernel->kind == CONV)
+        TRY(compute_conv(&c, &parallel));
+    else if (kernel->kind == GATHER)
+        TRY(compute_gather(&c));
+    else
+        TRY(compute_matmul(&c, &parallel));
+    if (c.failure.status == BAPQ_OK) return NULL;
+    if (c.failure.layer < 0) c.failure.layer = (int32_t)kernel->layer;
+    bapq_run_fail(c.run, &c.failure);
+    return ORT_CreateStatus(kernel->api)(ORT_FAIL, c.failure.message);
+}
+
+/* ---- registration ---- */
+
+static const char *const NAMES[KINDS] = {"MatMul", "Gemm", "Conv", "Gather"};
+
+static const char *get_name(const OrtCustomOp *op) { return NAMES[((const custom_op *)op)->kind]; }
+static const char *get_provider(const OrtCustomOp *op) {
+    (void)op;
+    return NULL; /* the CPU */
+}
+static int get_input_type(const OrtCustomOp *op, size_t index) {
+    int ids = ((const custom_op *)op)->kind == GATHER;
+    return index == 1 || ids ? ORT_INT64 : ORT_FLOAT;
+}
+static size_t get_input_count(const OrtCustomOp *op) {
+    (void)op;
+    return 2;
+}
+static int get_output_type(const OrtCustomOp *op, size_t index) {
+    (void)op, (void)index;
+    return ORT_FLOAT;
+}
+static size_t get_output_count(const OrtCustomOp *op) {
+    (void)op;
+    return 1;
+}
+static int get_characteristic(const OrtCustomOp *op, size_t index) {
+    (void)op, (void)index;
+    return ORT_INPUT_REQUIRED;
+}
+static int get_memory_type(const OrtCustomOp *op, size_t index) {
+    (void)op, (void)index;
+    return ORT_MEMORY_DEFAULT;
+}
+static int get_one(const OrtCustomOp *op) {
+    (void)op;
+    return 1;
+}
+static int get_last_version(const OrtCustomOp *op) {
+    (void)op;
+    return INT_MAX;
+}
+
+static custom_op ops[KINDS];
+static OrtCustomOpDomain *domain;
+static pthread_mutex_t domain_lock = PTHREAD_MUTEX_INITIALIZER;
+
+/* Called with domain_lock held. The domain lives as long as the process: sessions refer to it. */
+static OrtStatus *make_domain(const OrtApi *api) {
+    OrtCustomOpDomain *made = NULL;
+    TRY(ORT_CreateCustomOpDomain(api)("bapq", &made));
+    for (int kind = 0; kind < KINDS; kind++) {
+        ops[kind].kind = (op_kind)kind;
+        ops[kind].callbacks = (OrtCustomOp){.version = ORT_API_VERSION,
+                                            .GetName = get_name,
+                                            .GetExecutionProviderType = get_provider,
+                                            .GetInputType = get_input_type,
+                                            .GetInputTypeCount = get_input_count,
+                                            .GetOutputType = get_output_type,
+                                            .GetOutputTypeCount = get_output_count,
+                                            .KernelDestroy = destroy_kernel,
+                                            .GetInputCharacteristic = get_characteristic,
+                                            .GetOutputCharacteristic = get_characteristic,
+                                            .GetInputMemoryType = get_memory_type,
+                                            .GetVariadicInputMinArity = get_one,
+                                            .GetVariadicInputHomogeneity = get_one,
+                                            .GetVariadicOutputMinArity = get_one,
+                                            .GetVariadicOutputHomogeneity = get_one,
+                                            .CreateKernelV2 = create_kernel,
+                                            .KernelComputeV2 = compute,
+                                            .GetStartVersion = get_one,
+                                            .GetEndVersion = get_last_version};
+        OrtStatus *status = ORT_CustomOpDomain_Add(api)(made, &ops[kind].callbacks);
+        if (status != NULL) {
+            ORT_ReleaseCustomOpDomain(api)(made);
+            return status;
+        }
+    }
+    domain = made;
+    return NULL;
+}
+
+/* The entry that SessionOptions.register_custom_ops_library looks up. */
+__attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options,
+                                                                    const OrtApiBase *base) {
+    const OrtApi *api = base->GetApi(ORT_API_VERSION);
+    if (api == NULL) {
+        const OrtApi *oldest = base->GetApi(1);
+        return ORT_CreateStatus(oldest)(ORT_FAIL, "bapq needs ONNX Runtime 1.17 or newer");
+    }
+    pthread_mutex_lock(&domain_lock);
+    OrtStatus *status = domain == NULL ? make_domain(api) : NULL;
+    pthread_mutex_unlock(&domain_lock);
+    if (status != NULL) return status;
+    return ORT_AddCustomOpDomain(api)(options, domain);
+}

@@ -1,0 +1,1 @@
+"""The engine: libbapq through ctypes, and the ONNX Runtime session that uses its operators."""

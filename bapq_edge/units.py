@@ -1,0 +1,35 @@
+"""Sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from .errors import SizeError
+
+__all__ = ["format_size", "parse_size"]
+
+_UNITS = {"": 1, "B": 1}
+for _power, _prefix in enumerate("KMGT", start=1):
+    _UNITS[f"{_prefix}B"] = 1000**_power
+    _UNITS[f"{_prefix}iB"] = 1024**_power
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of `64MiB` (binary), `64MB` (decimal) or a plain number. Raises SizeError."""
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    if match and match[2] in _UNITS:
+        value = int(float(match[1]) * _UNITS[match[2]])
+        if value > 0:
+            return value
+    raise SizeError(f"{size!r} is not a size: write it as 64MiB, 64MB or a positive number of bytes")
+
+
+def format_size(size_bytes: float) -> str:
+    """The size in the largest binary unit that keeps it above one, such as `12.5 MiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size_bytes) < 1024:
+            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1024
+    return f"{size_bytes:.1f} GiB"

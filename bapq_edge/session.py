@@ -83,6 +83,8 @@ class Session:
         self._level = self._choose_level(level)
 
         self._lock = threading.Lock()
+        self._switching = threading.Lock()  # one switch at a time; runs never wait for it
+        self._plans: list[Level] = []  # plan number n is the n-th published
         self._idle = threading.Condition(self._lock)
         self._closed = False
         self._running = 0
@@ -141,9 +143,7 @@ class Session:
     def _run_once(
         self, output_names: Sequence[str] | None, feed: Mapping[str, Any], run_options: Any
     ) -> list[Any]:
-        with self._lock:
-            ticket = self._store.begin_run()
-            bits = float(self._level)
+        ticket, plan_number = self._store.begin_run()
         failure: Exception | None = None
         outputs: list[Any] = []
         try:
@@ -159,8 +159,8 @@ class Session:
             raise kind(f"{self._bank.path}: ONNX Runtime: {reason}") from failure
         with self._lock:
             self._runs += 1
-            self._last_bits = bits
-            self._bits_sum += bits
+            self._last_bits = float(self._plans[plan_number - 1])
+            self._bits_sum += self._last_bits
         return outputs
 
     def _check_feed(self, feed: Mapping[str, Any]) -> None:
@@ -177,13 +177,13 @@ class Session:
         UnknownLevelError or BudgetTooSmallError and then changes nothing.
         """
         chosen = self._choose_level(level)
-        with self._lock:
+        with self._switching:
             self._check_open()
             previous = self._level
-        if chosen == previous:
-            return
-        self._publish(chosen)
-        event = self._record("switch", previous, "set_level")
+            if chosen == previous:
+                return
+            self._publish(chosen)
+            event = self._record("switch", previous, "set_level")
         if self.on_switch is not None:
             self.on_switch(event)
 
@@ -214,9 +214,13 @@ class Session:
 
     def _publish(self, level: Level) -> None:
         chunk_count = sum(layer.chunk_count for layer in self._bank.manifest.layers)
-        with self._lock:
-            self._store.publish(np.full(chunk_count, level, dtype=np.uint8))
-            self._level = level
+        self._plans.append(level)  # before a run can begin on it
+        try:
+            self._store.publish([level] * chunk_count)
+        except BaseException:
+            self._plans.pop()
+            raise
+        self._level = level
 
     # ---- what the session tells ----
 
@@ -232,7 +236,7 @@ class Session:
 
     def stats(self) -> SessionStats:
         """Memory, precision and counts at this moment."""
-        with self._lock:
+        with self._switching, self._lock:
             self._check_open()
             store = self._store.stats()
             return SessionStats(
@@ -261,7 +265,7 @@ class Session:
 
     def close(self) -> None:
         """Wait for the runs in flight, then give all memory back. Closing twice is fine."""
-        with self._lock:
+        with self._switching, self._lock:
             if self._closed:
                 return
             self._closed = True

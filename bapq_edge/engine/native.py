@@ -122,13 +122,14 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(library_path()))
     error = ctypes.POINTER(_Error)
     store = ctypes.c_void_p
+    number = ctypes.POINTER(ctypes.c_int64)
     signatures: dict[str, tuple[type | None, list[object]]] = {
         "bapq_abi_version": (ctypes.c_int32, []),
         "bapq_store_open": (ctypes.c_int32, [ctypes.POINTER(_Bank), ctypes.POINTER(store), error]),
         "bapq_store_close": (ctypes.c_int32, [store, error]),
         "bapq_store_publish": (ctypes.c_int32, [store, ctypes.c_char_p, error]),
         "bapq_store_read_stats": (None, [store, ctypes.POINTER(_StoreStats)]),
-        "bapq_run_begin": (ctypes.c_int32, [store, ctypes.POINTER(ctypes.c_int64), error]),
+        "bapq_run_begin": (ctypes.c_int32, [store, number, number, error]),
         "bapq_run_end": (ctypes.c_int32, [ctypes.c_int64, error]),
         "bapq_kernels_name": (ctypes.c_char_p, []),
     }
@@ -205,24 +206,31 @@ class Store:
             native.extents[index] = extents.ctypes.data
         return native, keep_alive
 
-    def publish(self, levels: Sequence[Level] | np.ndarray) -> None:
+    def publish(self, levels: Sequence[Level]) -> None:
         """Make `levels`, one per chunk, the plan of every run that begins from now on.
+
+        Plans are numbered from 1 in the order of their publication.
 
         Reads the missing planes first; on failure the old plan stays. Raises UnknownLevelError,
         BankIntegrityError, BankTruncatedError or StorageError.
         """
-        data = np.asarray(levels, dtype=np.uint8)
         error = _Error()
-        self._library.bapq_store_publish(self._handle, data.tobytes(), ctypes.byref(error))
+        self._library.bapq_store_publish(self._handle, bytes(levels), ctypes.byref(error))
         self._check(error)
 
-    def begin_run(self) -> int:
-        """Begin a run on the published plan; the ticket is the graph input "bapq.run"."""
+    def begin_run(self) -> tuple[int, int]:
+        """Begin a run on the published plan.
+
+        Returns its ticket, the value of the graph input "bapq.run", and the plan's number.
+        """
         ticket = ctypes.c_int64()
+        number = ctypes.c_int64()
         error = _Error()
-        self._library.bapq_run_begin(self._handle, ctypes.byref(ticket), ctypes.byref(error))
+        self._library.bapq_run_begin(
+            self._handle, ctypes.byref(ticket), ctypes.byref(number), ctypes.byref(error)
+        )
         self._check(error)
-        return ticket.value
+        return ticket.value, number.value
 
     def end_run(self, ticket: int) -> None:
         """End the run. Raises the error of the first operator that failed in it."""

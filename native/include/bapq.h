@@ -75,12 +75,14 @@ BAPQ_API int32_t bapq_store_open(const bapq_bank *bank, bapq_store **out, bapq_e
 /* Closes the store and gives its memory back. BAPQ_ARGUMENT while a run is open. */
 BAPQ_API int32_t bapq_store_close(bapq_store *store, bapq_error *error);
 /* Reads what the levels (one of 32, 8, 4, 2, 1 per chunk) need beyond what is resident, then makes
- * them the plan of every run that begins from now on. On failure the old plan stays. */
+ * them the plan of every run that begins from now on. On failure the old plan stays. Plans are
+ * numbered from 1 in the order of their publication. */
 BAPQ_API int32_t bapq_store_publish(bapq_store *store, const uint8_t *chunk_levels,
                                     bapq_error *error);
 BAPQ_API void bapq_store_read_stats(bapq_store *store, bapq_store_stats *out);
 /* Begins a run on the published plan. The ticket is the value of the graph input "bapq.run". */
-BAPQ_API int32_t bapq_run_begin(bapq_store *store, int64_t *ticket, bapq_error *error);
+BAPQ_API int32_t bapq_run_begin(bapq_store *store, int64_t *ticket, int64_t *plan_number,
+                                bapq_error *error);
 /* Ends the run. Returns the status of the first operator that failed in it, and its error. */
 BAPQ_API int32_t bapq_run_end(int64_t ticket, bapq_error *error);
 /* Name of the kernels in use, "" when BAPQ_ISA names ones that cannot run. */

@@ -13,6 +13,7 @@
 
 typedef struct plan {
     struct plan *next_dead;
+    int64_t number;
     int32_t runs;
     uint8_t level[]; /* (chunk_count,) level index */
 } plan;
@@ -41,6 +42,7 @@ struct bapq_store {
     pthread_mutex_t plan_lock;
     plan *published;
     plan *dead;
+    int64_t plan_count; /* ever published */
     int64_t live_plans;
     int64_t resident_bytes;
     int64_t scratch_bytes;
@@ -237,6 +239,7 @@ int32_t bapq_store_publish(bapq_store *store, const uint8_t *chunk_levels, bapq_
     if (status == BAPQ_OK) {
         pthread_mutex_lock(&store->plan_lock);
         plan *old = store->published;
+        next->number = ++store->plan_count;
         store->published = next;
         store->live_plans++;
         if (old && old->runs == 0) bury(store, old);
@@ -402,7 +405,8 @@ void bapq_store_read_stats(bapq_store *store, bapq_store_stats *out) {
 
 /* ---- runs ---- */
 
-int32_t bapq_run_begin(bapq_store *store, int64_t *ticket, bapq_error *error) {
+int32_t bapq_run_begin(bapq_store *store, int64_t *ticket, int64_t *plan_number,
+                       bapq_error *error) {
     *ticket = 0;
     pthread_mutex_lock(&runs_lock);
     int32_t slot = 0;
@@ -429,6 +433,7 @@ int32_t bapq_run_begin(bapq_store *store, int64_t *ticket, bapq_error *error) {
         return bapq_fail(error, BAPQ_ARGUMENT, "no plan is published yet");
     }
     *ticket = (int64_t)run->generation << 32 | (slot + 1);
+    *plan_number = run->plan->number;
     return BAPQ_OK;
 }
 

@@ -16,6 +16,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#define BAPQ_EXPORT __attribute__((visibility("default")))
+
 enum { BAPQ_TILE_ROWS = 16, BAPQ_BLOCK = 32 };
 
 /* Index of a level in every per-level table. */
@@ -38,7 +40,7 @@ typedef struct {
 
 /* m activation rows. Columns past the layer's are zero. */
 typedef struct {
-    const int8_t *q;     /* (m, blocks*32), row stride blocks*32 */
+    const int8_t *q;     /* (m, blocks*32), row stride blocks*32; every int8 value is allowed */
     const float *scale;  /* (m, blocks) */
     const float *sum;    /* (m, blocks): sum of q over the block */
     const float *x;      /* (m, blocks*32) float32, level 32 only */
@@ -48,7 +50,8 @@ typedef struct {
 typedef void (*bapq_tile_fn)(const bapq_tile *w, const bapq_panel *x, int32_t m, float *out);
 
 /* Quantize one row of n floats into ceil(n/32) blocks: scale = amax/127, q = x*(127/amax) rounded
- * half to even, q = 0 past n. amax == 0: scale 0, q 0. A NaN or infinity in a block makes its scale
+ * half to even, q = 0 past n. Below 2^-100, x and amax are first multiplied by 2^100, so that
+ * 127/amax stays finite. amax == 0: scale 0, q 0. A NaN or infinity in a block makes its scale
  * NaN and its q 0, so that every output of the row is NaN. */
 typedef void (*bapq_quantize_row_fn)(const float *x, int32_t n, int8_t *q, float *scale, float *sum);
 
@@ -62,12 +65,13 @@ typedef struct {
     bapq_block_sums_fn block_sums;
 } bapq_kernels;
 
-/* The best family this CPU can run; BAPQ_ISA in the environment names another one. */
-const bapq_kernels *bapq_kernels_best(void);
+/* The best family this CPU can run; BAPQ_ISA in the environment names another one, and then the
+ * answer is NULL where bapq_kernels_by_name would give NULL. */
+BAPQ_EXPORT const bapq_kernels *bapq_kernels_best(void);
 /* NULL when the name is unknown or the CPU lacks the instructions. */
-const bapq_kernels *bapq_kernels_by_name(const char *name);
+BAPQ_EXPORT const bapq_kernels *bapq_kernels_by_name(const char *name);
 /* Every family that this CPU can run, best first; returns the count. */
-int32_t bapq_kernels_available(const bapq_kernels **out, int32_t capacity);
+BAPQ_EXPORT int32_t bapq_kernels_available(const bapq_kernels **out, int32_t capacity);
 
 extern const bapq_kernels bapq_kernels_scalar;
 #if defined(__x86_64__)

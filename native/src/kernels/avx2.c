@@ -1,0 +1,208 @@
+/* AVX2 with FMA: up to 8 activation rows by 8 outputs in registers. Codes of 4 bits at most, so
+ * that a whole block's products (32 * 15 * 128 over two lanes: 30720) fit int16 sums; level 8
+ * keeps p4 and r8 apart and joins their int32 sums. */
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "common.inc"
+
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+
+BAPQ_INLINE __m256i shift_right(__m256i v, int bits)
+{
+    return (__m256i)((u16x16)v >> bits);
+}
+
+/* What the codes of 8 rows of one block are cut from: the nibble planes where they lie, the bit
+ * planes in registers. */
+typedef struct {
+    const uint8_t *nibbles;
+    __m256i bits[2];
+} source;
+
+BAPQ_INLINE source source_at(int level, const uint8_t *const plane[2], int32_t b, int half,
+                             int which)
+{
+    source s = {0};
+    if (level == BAPQ_L8 || level == BAPQ_L4) {
+        s.nibbles = plane[which] + (ptrdiff_t)b * 256 + half * 32;
+        return s;
+    }
+    const ptrdiff_t at = (ptrdiff_t)b * 64 + half * 32;
+    const __m256i s1 = _mm256_loadu_si256((const __m256i *)(plane[0] + at));
+    if (level == BAPQ_L1) {
+        s.bits[0] = s1;
+        return s;
+    }
+    /* Interleave sign and magnitude bits once: four 2-bit codes per byte, even and odd j apart. */
+    const __m256i m1 = _mm256_loadu_si256((const __m256i *)(plane[1] + at));
+    const __m256i mask = _mm256_set1_epi8(0x55);
+    s.bits[0] = _mm256_or_si256(_mm256_and_si256(m1, mask),
+                                _mm256_andnot_si256(mask, _mm256_add_epi8(s1, s1)));
+    s.bits[1] = _mm256_or_si256(_mm256_and_si256(shift_right(m1, 1), mask),
+                                _mm256_andnot_si256(mask, s1));
+    return s;
+}
+
+/* Codes of columns 4j..4j+3. */
+BAPQ_INLINE __m256i code_of(int level, const source *s, int j)
+{
+    switch (level) {
+    case BAPQ_L1:
+        return _mm256_and_si256(shift_right(s->bits[0], j), _mm256_set1_epi8(1));
+    case BAPQ_L2:
+        return _mm256_and_si256(shift_right(s->bits[j % 2], j / 2 * 2), _mm256_set1_epi8(3));
+    default: {
+        const __m256i v = _mm256_loadu_si256((const __m256i *)(s->nibbles + j / 2 * 64));
+        return _mm256_and_si256(shift_right(v, j % 2 * 4), _mm256_set1_epi8(15));
+    }
+    }
+}
+
+/* n rows by 8 * halves outputs at a time; n * halves * planes <= 8 int16 sums in registers. */
+BAPQ_INLINE void rows_codes(int n, int32_t first, int level, const bapq_tile *w,
+                            const bapq_panel *x, float *out)
+{
+    const int planes = level == BAPQ_L8 ? 2 : 1;
+    const int halves = n * planes <= 4 ? 2 : 1;
+    const int32_t blocks = w->blocks;
+    const ptrdiff_t stride = (ptrdiff_t)blocks * BAPQ_BLOCK;
+    const int8_t *q = x->q + first * stride;
+    const float *scale = x->scale + (ptrdiff_t)first * blocks;
+    const float *sum = x->sum + (ptrdiff_t)first * blocks;
+    const uint8_t *const plane[2] = {w->code[0], w->code[1]};
+    const __m256 zero = _mm256_set1_ps(zero_of(level, w));
+    const __m256 step = _mm256_set1_ps(1.0f / (float)w->residual_steps);
+    const __m256i ones = _mm256_set1_epi16(1);
+    const __m256i steps = _mm256_set1_epi16((short)w->residual_steps);
+    for (int half = 0; half < 2; half += halves) {
+        __m256 acc[8][2];
+#pragma GCC unroll 8
+        for (int i = 0; i < n; i++) {
+#pragma GCC unroll 2
+            for (int h = 0; h < halves; h++) {
+                acc[i][h] = _mm256_setzero_ps();
+            }
+        }
+        const uint16_t *group = w->scale + half * 8;
+        for (int32_t b = 0, used = 0; b < blocks; b++) {
+            __m256 d[2];
+#pragma GCC unroll 2
+            for (int h = 0; h < halves; h++) {
+                const __m128i bf16 = _mm_loadu_si128((const __m128i *)(group + h * 8));
+                const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16);
+                d[h] = _mm256_castsi256_ps(wide);
+                if (level == BAPQ_L8) {
+                    d[h] = _mm256_mul_ps(d[h], step);
+                }
+            }
+            if (++used == w->scale_blocks) {
+                used = 0;
+                group += BAPQ_TILE_ROWS;
+            }
+            const int8_t *qb = q + (ptrdiff_t)b * BAPQ_BLOCK;
+            source from[2][2];
+            __m256i pairs[8][2][2]; /* [row][half][plane]: sums of two columns, int16 */
+#pragma GCC unroll 2
+            for (int h = 0; h < halves; h++) {
+#pragma GCC unroll 2
+                for (int p = 0; p < planes; p++) {
+                    from[h][p] = source_at(level, plane, b, half + h, p);
+                }
+            }
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++) {
+                __m256i code[2][2];
+#pragma GCC unroll 2
+                for (int h = 0; h < halves; h++) {
+#pragma GCC unroll 2
+                    for (int p = 0; p < planes; p++) {
+                        code[h][p] = code_of(level, &from[h][p], j);
+                    }
+                }
+#pragma GCC unroll 8
+                for (int i = 0; i < n; i++) {
+                    int32_t four;
+                    memcpy(&four, qb + i * stride + 4 * j, sizeof four);
+                    const __m256i qi = _mm256_set1_epi32(four);
+#pragma GCC unroll 2
+                    for (int h = 0; h < halves; h++) {
+#pragma GCC unroll 2
+                        for (int p = 0; p < planes; p++) {
+                            const __m256i product = _mm256_maddubs_epi16(code[h][p], qi);
+                            pairs[i][h][p] =
+                                j == 0 ? product
+                                       : _mm256_add_epi16(pairs[i][h][p], product);
+                        }
+                    }
+                }
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < n; i++) {
+                const ptrdiff_t at = (ptrdiff_t)i * blocks + b;
+                const __m256 si = _mm256_broadcast_ss(&sum[at]);
+                const __m256 xi = _mm256_broadcast_ss(&scale[at]);
+#pragma GCC unroll 2
+                for (int h = 0; h < halves; h++) {
+                    __m256i dot = _mm256_madd_epi16(pairs[i][h][0],
+                                                    level == BAPQ_L8 ? steps : ones);
+                    if (level == BAPQ_L8) {
+                        dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs[i][h][1], ones));
+                    }
+                    const __m256 f = _mm256_fnmadd_ps(zero, si, _mm256_cvtepi32_ps(dot));
+                    acc[i][h] = _mm256_fmadd_ps(_mm256_mul_ps(d[h], xi), f, acc[i][h]);
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < n; i++) {
+#pragma GCC unroll 2
+            for (int h = 0; h < halves; h++) {
+                float *to = out + (ptrdiff_t)(first + i) * BAPQ_TILE_ROWS + (half + h) * 8;
+                _mm256_storeu_ps(to, acc[i][h]);
+            }
+        }
+    }
+}
+
+BAPQ_INLINE void rows_float(int n, int32_t first, const bapq_tile *w, const bapq_panel *x,
+                            float *out)
+{
+    const ptrdiff_t columns = (ptrdiff_t)w->blocks * BAPQ_BLOCK;
+    const float *xi = x->x + first * columns;
+    __m256 acc[4][2];
+#pragma GCC unroll 4
+    for (int i = 0; i < n; i++) {
+        acc[i][0] = acc[i][1] = _mm256_setzero_ps();
+    }
+    for (ptrdiff_t k = 0; k < columns; k++) {
+        const float *weight = (const float *)(w->code[0] + k * BAPQ_TILE_ROWS * 4);
+        const __m256 low = _mm256_loadu_ps(weight), high = _mm256_loadu_ps(weight + 8);
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++) {
+            const __m256 xk = _mm256_broadcast_ss(&xi[i * columns + k]);
+            acc[i][0] = _mm256_fmadd_ps(xk, low, acc[i][0]);
+            acc[i][1] = _mm256_fmadd_ps(xk, high, acc[i][1]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < n; i++) {
+        float *to = out + (ptrdiff_t)(first + i) * BAPQ_TILE_ROWS;
+        _mm256_storeu_ps(to, acc[i][0]);
+        _mm256_storeu_ps(to + 8, acc[i][1]);
+    }
+}
+
+BAPQ_INLINE void tile_codes(int level, const bapq_tile *w, const bapq_panel *x, int32_t m,
+                            float *out)
+{
+    BAPQ_BY_ROWS(level == BAPQ_L8 ? 4 : 8, m, rows_codes, level, w, x, out);
+}
+
+static void tile_float(const bapq_tile *w, const bapq_panel *x, int32_t m, float *out)
+{
+    BAPQ_BY_ROWS(4, m, rows_float, w, x, out);
+}
+
+BAPQ_DEFINE_FAMILY(avx2)
+#endif

@@ -20,7 +20,8 @@
     │   ├── UnknownLevelError           a level that the bank does not hold
     │   ├── BudgetTooSmallError         the smallest budget that works is in the message
     │   ├── RunInputError               a feed is missing, or has a wrong type or shape
-    │   └── SizeError                   not a size such as 64MiB
+    │   ├── SizeError                   not a size such as 64MiB
+    │   └── ProfileError                a device profile that is unknown or malformed
     ├── SessionClosedError              the session was closed before
     ├── ExecutionError                  the graph engine failed during a run
     ├── StorageError                    the disk: full, unreadable, not writable
@@ -59,6 +60,7 @@ __all__ = [
     "ModelFormatError",
     "NoHeavyLayerError",
     "PlatformError",
+    "ProfileError",
     "RequestError",
     "RunInputError",
     "SessionClosedError",
@@ -194,6 +196,12 @@ class SizeError(RequestError):
     """A size is not written as 64MiB, 64MB or a number of bytes."""
 
     exit_code = 44
+
+
+class ProfileError(RequestError):
+    """A device profile is unknown, or breaks the schema in device_profiles/README.md."""
+
+    exit_code = 47
 
 
 class SessionClosedError(BapqError, RuntimeError):

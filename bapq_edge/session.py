@@ -1,11 +1,11 @@
 """The session: opens a bank, runs it, and changes its precision while it runs.
 
-    bank on disk ── Bank.open ──► manifest, chunk tables, graph
-                                     │                  │
-                                  Store (libbapq)    open_graph (ONNX Runtime + our operators)
-                                     │                  │
-    run():  ticket = store.begin_run() ──► graph.run(feed + ticket) ──► store.end_run(ticket)
-    set_level():  store.publish(levels)          runs that began before keep their plan
+bank on disk ── Bank.open ──► manifest, chunk tables, graph
+                                 │                  │
+                              Store (libbapq)    open_graph (ONNX Runtime + our operators)
+                                 │                  │
+run():  ticket = store.begin_run() ──► graph.run(feed + ticket) ──► store.end_run(ticket)
+set_level():  store.publish(levels)          runs that began before keep their plan
 """
 
 from __future__ import annotations

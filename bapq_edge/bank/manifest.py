@@ -1,34 +1,130 @@
-"""The manifest: frozen dataclasses, strict in both directions."""
+"""The manifest: frozen dataclasses, strict in both directions.
+
+What a value may be stands beside its field as a `Rule`; one decoder walks the types. Checks that
+span several fields follow in `_check_consistency`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import re
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .layout import Level, Plane
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BankError, BankFormatError, BankPathError, BankVersionError
+from .layout import (
+    BLOCK_COLUMNS,
+    LAYER_ALIGNMENT,
+    LEVELS,
+    SCALED_PLANES,
+    TILE_ROWS,
+    Level,
+    Plane,
+    TileGeometry,
+    planes_for,
+    tiles_of,
+)
+from .npy import CHUNK_DTYPE, chunk_table_bytes, digest_table_bytes
 
 __all__ = [
     "FORMAT_NAME",
     "FORMAT_VERSION",
+    "GRAPH_FILE",
+    "MANIFEST_FILE",
+    "MAX_MANIFEST_BYTES",
     "Calibration",
     "FileEntry",
     "KeptNode",
     "Layer",
     "Manifest",
+    "Operator",
     "PlaneEntry",
     "SourceModel",
+    "chunks_file",
+    "digests_file",
+    "plane_file",
+    "printable",
+    "safe_name",
 ]
 
 FORMAT_NAME = "bapq-bank"
 FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+GRAPH_FILE = "graph/main.onnx"
+
+MAX_MANIFEST_BYTES = 4 << 20
+"""About 8,000 layers; more would cost a small board its memory before anything is checked."""
+
+MAX_CHUNKS = 1 << 20
+"""Per bank: chunk tables stay under 16 MiB. At 128 KiB a chunk this is 128 GiB per plane."""
+
+MAX_CHUNK_BYTES = (1 << 31) - 1
+"""Fits the table's u4 and any signed 32-bit index."""
+
+Operator = Literal["MatMul", "Gemm", "Conv", "Gather"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must satisfy beyond its type, and how a message says so."""
+
+    allowed: str
+    test: Callable[[Any], Any]
+    error: type[BankError] = BankFormatError
+
+
+def _integer(low: int, high: int, step: int = 1) -> Rule:
+    multiple = f", a multiple of {step}" if step > 1 else ""
+    return Rule(
+        f"an integer from {low} to {high}{multiple}",
+        lambda n: low <= n <= high and n % step == 0,
+    )
+
+
+# Control characters and line separators would break one-line messages, surrogates UTF-8.
+_UNPRINTABLE = "\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
+_TEXT = re.compile(f"[^{_UNPRINTABLE}]{{0,1024}}")
+# 200 leaves room under the 255 bytes of a file name; "manifest.json" is taken in the exchange form.
+_NAME = re.compile(r"(?!(\.|\.\.|manifest\.json)\Z)[A-Za-z0-9._-]{1,200}")
+_FILE = re.compile(r"(graph|planes|tables)/(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,200}")
+_HEX = re.compile("[0-9a-f]{32}")
+
+Text = Annotated[str, Rule("at most 1024 characters without control characters", _TEXT.fullmatch)]
+Name = Annotated[
+    str,
+    Rule(
+        "1 to 200 letters, digits, '.', '_' and '-', but not '.', '..' or 'manifest.json'",
+        _NAME.fullmatch,
+    ),
+]
+File = Annotated[
+    str, Rule("a file in graph/, planes/ or tables/ of the bank", _FILE.fullmatch, BankPathError)
+]
+Digest = Annotated[str, Rule("32 lower-case hexadecimal digits", _HEX.fullmatch)]
+# 2^53 - 1: the largest integer that every JSON reader keeps exact.
+Size = Annotated[int, _integer(0, (1 << 53) - 1)]
+# Rows and columns are bounded so that no 32-bit sum of them and no chunk size can overflow.
+Rows = Annotated[int, _integer(1, 1 << 30)]
+Columns = Annotated[int, _integer(1, 1 << 24)]
+ChunkRows = Annotated[int, _integer(TILE_ROWS, 1 << 30, TILE_ROWS)]
+ScaleColumns = Annotated[int, _integer(BLOCK_COLUMNS, 1 << 24, BLOCK_COLUMNS)]
+Steps = Annotated[int, _integer(8, 16)]
+Fraction = Annotated[float, Rule("a finite number, 0 or more", lambda x: 0 <= x < float("inf"))]
 
 
 @dataclass(frozen=True)
 class FileEntry:
     """A file of the bank: its path relative to the bank, its size, its BLAKE2b-128 digest."""
 
-    file: str
-    bytes: int
-    blake2b: str
+    file: File
+    bytes: Size
+    blake2b: Digest
 
 
 @dataclass(frozen=True)
@@ -38,33 +134,38 @@ class PlaneEntry:
     The digests of the chunks stand in the table; the plane file as a whole has none.
     """
 
-    file: str
-    bytes: int
+    file: File
+    bytes: Size
     chunks: FileEntry
     """tables/<plane>_chunks.npy, (chunk_count,): offset u8, bytes u4, crc32 u4."""
     digests: FileEntry
     """tables/<plane>_digests.npy, (chunk_count, 16) uint8: BLAKE2b-128 of each chunk."""
+
+    @property
+    def tables(self) -> tuple[FileEntry, FileEntry]:
+        """Both tables."""
+        return self.chunks, self.digests
 
 
 @dataclass(frozen=True)
 class Layer:
     """One weight-heavy operator, or several that share their weights."""
 
-    name: str
+    name: Name
     """Unique; letters, digits, '.', '_' and '-' only; also its folder in the exchange form."""
-    operators: tuple[str, ...]
+    operators: tuple[Operator, ...]
     """What reads it: MatMul, Gemm, Conv, Gather, in execution order, each once."""
-    rows: int
-    columns: int
-    chunk_rows: int
+    rows: Rows
+    columns: Columns
+    chunk_rows: ChunkRows
     """Rows per chunk, a multiple of 16; the last chunk may have fewer."""
-    first_chunk: int
+    first_chunk: Size
     has_bias: bool
-    residual_steps: int
+    residual_steps: Steps
     """Level-8 steps in one level-4 step, 8 to 16."""
-    scale_columns: dict[Level, int]
+    scale_columns: dict[Level, ScaleColumns]
     """Columns per scale of levels 4, 2 and 1, as far as the bank holds their planes."""
-    relative_error: dict[Level, float]
+    relative_error: dict[Level, Fraction]
     """||(w - w_level) x|| / ||w x|| on the calibration data, per level (uncalibrated: x = 1s)."""
 
     @property
@@ -72,25 +173,41 @@ class Layer:
         """Number of chunks, numbered from `first_chunk` through the whole bank."""
         return -(-self.rows // self.chunk_rows)
 
+    def check(self, where: str) -> None:
+        """Raise BankFormatError when a field breaks its rule."""
+        _decode(Layer, _encode(self), _Place(where, ""))
+
+    def chunk_slice(self, chunk: int) -> slice:
+        """Rows of a chunk, which is numbered through the whole bank."""
+        start = (chunk - self.first_chunk) * self.chunk_rows
+        return slice(start, min(start + self.chunk_rows, self.rows))
+
+    def geometry(self, plane: Plane) -> TileGeometry:
+        """Tile records of this layer in a plane."""
+        scaled = SCALED_PLANES.get(plane)
+        scale_columns = 0 if scaled is None else self.scale_columns[scaled]
+        return TileGeometry(plane, self.columns, scale_columns, self.has_bias)
+
 
 @dataclass(frozen=True)
 class KeptNode:
     """A node with weights that stays with the graph engine in float, and why."""
 
-    name: str
-    operator: str
-    weights: int
-    reason: str
+    name: Text
+    operator: Text
+    weights: Size
+    reason: Text
 
 
 @dataclass(frozen=True)
 class SourceModel:
     """Where the bank came from."""
 
-    name: str
-    bytes: int
-    blake2b: str
-    producer: str
+    name: Name
+    """Its folder in the exchange form too: see `safe_name`."""
+    bytes: Size
+    blake2b: Digest
+    producer: Text
     """Program and version that wrote the bank."""
 
 
@@ -98,8 +215,8 @@ class SourceModel:
 class Calibration:
     """What the quantizer saw; absent from the manifest when it saw nothing."""
 
-    samples: int
-    blake2b: str
+    samples: Size
+    blake2b: Digest
 
 
 @dataclass(frozen=True)
@@ -116,3 +233,299 @@ class Manifest:
     calibration: Calibration | None = None
     format: str = field(default=FORMAT_NAME)
     format_version: int = field(default=FORMAT_VERSION)
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str = MANIFEST_FILE) -> Manifest:
+        """Parse and check; `where` begins every message.
+
+        Raises BankFormatError, BankVersionError or BankPathError.
+        """
+        document = _read_document(data, where)
+        manifest: Manifest = _decode(cls, document, _Place(where, ""))
+        _check_consistency(manifest, where)
+        return manifest
+
+    def to_json(self) -> bytes:
+        """Canonical bytes: keys sorted, two spaces of indent, ASCII, a newline at the end."""
+        text = json.dumps(_encode(self), sort_keys=True, indent=2, allow_nan=False)
+        return text.encode("ascii") + b"\n"
+
+    @property
+    def chunk_count(self) -> int:
+        """Chunks of every plane."""
+        return sum(layer.chunk_count for layer in self.layers)
+
+    def chunk_layout(self, plane: Plane) -> NDArray[np.void]:
+        """Where every chunk must stand: (chunk_count,) of `CHUNK_DTYPE`, with crc32 left 0."""
+        layout = np.zeros(self.chunk_count, CHUNK_DTYPE)
+        end = 0
+        for layer in self.layers:
+            record_bytes = layer.geometry(plane).record_bytes
+            start = -(-end // LAYER_ALIGNMENT) * LAYER_ALIGNMENT
+            part = layout[layer.first_chunk : layer.first_chunk + layer.chunk_count]
+            chunk_bytes = layer.chunk_rows // TILE_ROWS * record_bytes
+            part["offset"] = start + chunk_bytes * np.arange(len(part), dtype=np.uint64)
+            part["bytes"] = min(chunk_bytes, MAX_CHUNK_BYTES)
+            end = start + tiles_of(layer.rows) * record_bytes
+            part["bytes"][-1] = end - int(part["offset"][-1])
+        return layout
+
+
+def plane_file(plane: Plane) -> str:
+    """Path of a plane's file in the bank."""
+    return f"planes/{plane}.bin"
+
+
+def chunks_file(plane: Plane) -> str:
+    """Path of a plane's chunk table in the bank."""
+    return f"tables/{plane}_chunks.npy"
+
+
+def digests_file(plane: Plane) -> str:
+    """Path of a plane's digest table in the bank."""
+    return f"tables/{plane}_digests.npy"
+
+
+def printable(text: str) -> str:
+    """Turn any text into one that the manifest allows."""
+    return re.sub(f"[{_UNPRINTABLE}]", "?", text)[:1024]
+
+
+def safe_name(text: str) -> str:
+    """Turn any text into a name that the manifest allows."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", text)[:200]
+    return name if _NAME.fullmatch(name) else f"_{name}"[:200]
+
+
+def _read_document(data: bytes, where: str) -> dict[str, Any]:
+    """Parse the JSON and check that it is a manifest of this format version, no more.
+
+    Raises BankFormatError or BankVersionError.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BankFormatError(
+            f"{where} has {len(data)} bytes, allowed are {MAX_MANIFEST_BYTES}: not a bank manifest"
+        )
+    if not data.endswith(b"\n"):
+        raise BankFormatError(
+            f"{where} breaks off after {len(data)} bytes without a newline: copy the bank again"
+        )
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise BankFormatError(f"{where}: key {_shown(twice)} stands twice in one object")
+        return result
+
+    def refuse(constant: str) -> None:
+        raise BankFormatError(f"{where} holds {constant}, which is not JSON")
+
+    def integer(digits: str) -> int:
+        if len(digits) > 20:
+            raise BankFormatError(f"{where} holds an integer of {len(digits)} digits, allowed: 20")
+        return int(digits)
+
+    try:
+        document = json.loads(
+            data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_int=integer
+        )
+    except UnicodeDecodeError as error:
+        raise BankFormatError(f"{where} is not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise BankFormatError(
+            f"{where} is not JSON at character {error.pos}: {error.msg}"
+        ) from None
+    except RecursionError:
+        raise BankFormatError(f"{where} is nested too deeply to be a bank manifest") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT_NAME:
+        found = _shown(document.get("format") if isinstance(document, dict) else document)
+        raise BankFormatError(f'{where}: format is {found}, must be "{FORMAT_NAME}"')
+    version = document.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise BankVersionError(
+            f"{where}: format_version is {_shown(version)}, this program reads {FORMAT_VERSION}: "
+            "rebuild the bank, or use the program version that wrote it"
+        )
+    return document
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it: one short line."""
+    if isinstance(value, dict):
+        return f"an object of {len(value)} keys"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, str) and len(value) > 60:
+        value = value[:60] + "..."
+    return json.dumps(value)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A place in the document, for messages."""
+
+    where: str
+    key: str
+
+    def key_of(self, name: str) -> _Place:
+        shown = name if re.fullmatch(r"\w{1,60}", name, re.ASCII) else _shown(name)
+        return _Place(self.where, f"{self.key}.{shown}" if self.key else shown)
+
+    def item(self, index: int) -> _Place:
+        return _Place(self.where, f"{self.key}[{index}]")
+
+    def wrong(
+        self, value: Any, allowed: str, error: type[BankError] = BankFormatError
+    ) -> BankError:
+        return error(f"{self.where}: {self.key} is {_shown(value)}, must be {allowed}")
+
+
+@dataclass(frozen=True)
+class _Field:
+    name: str
+    hint: Any
+    required: bool
+
+
+@cache
+def _fields_of(cls: type) -> tuple[_Field, ...]:
+    """Fields with resolved types; `X | None` means that the key may be absent."""
+    hints = get_type_hints(cls, include_extras=True)
+    result = []
+    for item in fields(cls):
+        hint = hints[item.name]
+        options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        present = [option for option in options if option is not type(None)]
+        result.append(_Field(item.name, present[0], len(present) == len(options)))
+    return tuple(result)
+
+
+def _decode(hint: Any, value: Any, place: _Place) -> Any:
+    """Value of the type `hint`, or BankFormatError."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        base, rule = arguments
+        decoded = _decode(base, value, place)
+        if not rule.test(decoded):
+            raise place.wrong(value, rule.allowed, rule.error)
+        return decoded
+    if origin is tuple:
+        if type(value) is not list:
+            raise place.wrong(value, "a list")
+        return tuple(_decode(arguments[0], v, place.item(i)) for i, v in enumerate(value))
+    if origin is Literal:
+        # By type too: true == 1 and 4.0 == 4.
+        if not any(type(value) is type(option) and value == option for option in arguments):
+            raise place.wrong(value, "one of " + ", ".join(map(str, arguments)))
+        return value
+    if type(value) is not dict and (origin is dict or is_dataclass(hint)):
+        raise place.wrong(value, "an object")
+    if origin is dict:
+        keys = {str(key): key for key in get_args(arguments[0])}
+        _check_keys(value, keys, (), place)
+        return {keys[k]: _decode(arguments[1], v, place.key_of(k)) for k, v in value.items()}
+    if is_dataclass(hint):
+        members = _fields_of(hint)  # type: ignore[arg-type]
+        names = [member.name for member in members]
+        _check_keys(value, names, [m.name for m in members if m.required], place)
+        return hint(  # type: ignore[operator]
+            **{
+                m.name: _decode(m.hint, value[m.name], place.key_of(m.name))
+                for m in members
+                if m.name in value
+            }
+        )
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+        raise place.wrong(value, words[hint])
+    return value
+
+
+def _check_keys(value: dict[str, Any], known: Any, required: Any, place: _Place) -> None:
+    for key in value:
+        if key not in known:
+            raise BankFormatError(
+                f"{place.where}: unknown key {place.key_of(key).key}, "
+                f"allowed are {', '.join(sorted(known))}"
+            )
+    for key in required:
+        if key not in value:
+            raise BankFormatError(f"{place.where}: key {place.key_of(key).key} is missing")
+
+
+def _encode(value: Any) -> Any:
+    """JSON form of a manifest value; None is left out."""
+    if is_dataclass(value):
+        members = ((item.name, getattr(value, item.name)) for item in fields(value))
+        return {name: _encode(member) for name, member in members if member is not None}
+    if isinstance(value, Mapping):
+        return {str(key): _encode(member) for key, member in value.items()}
+    if isinstance(value, tuple):
+        return [_encode(member) for member in value]
+    return value
+
+
+def _check_consistency(manifest: Manifest, where: str) -> None:
+    """Checks that span several fields."""
+
+    def check(good: bool, key: str, found: Any, expected: Any) -> None:
+        if not good:
+            raise BankFormatError(f"{where}: {key} is {found}, must be {expected}")
+
+    levels = manifest.levels
+    ordered = tuple(level for level in LEVELS if level in levels)
+    check(levels == ordered and bool(levels), "levels", list(levels), "unique, highest first")
+    planes = planes_for(levels)
+    check(
+        set(manifest.planes) == set(planes),
+        "planes",
+        sorted(manifest.planes),
+        f"{sorted(planes)} for levels {list(levels)}",
+    )
+    check(bool(manifest.layers), "layers", "empty", "at least one layer")
+    scaled = {level for plane, level in SCALED_PLANES.items() if plane in planes}
+    names: dict[str, int] = {}
+    next_chunk = 0
+    for i, layer in enumerate(manifest.layers):
+        at = f"layers[{i}]"
+        first = names.setdefault(layer.name, i)
+        check(first == i, f"{at}.name", f'"{layer.name}"', f"unlike layers[{first}].name")
+        check(
+            len(set(layer.operators)) == len(layer.operators) > 0,
+            f"{at}.operators",
+            list(layer.operators),
+            "one or more, each once",
+        )
+        check(layer.first_chunk == next_chunk, f"{at}.first_chunk", layer.first_chunk, next_chunk)
+        next_chunk += layer.chunk_count
+        check(next_chunk <= MAX_CHUNKS, f"{at}.rows", layer.rows, f"within {MAX_CHUNKS} chunks")
+        for key, given, keys in (
+            ("scale_columns", set(layer.scale_columns), scaled),
+            ("relative_error", set(layer.relative_error), set(levels)),
+        ):
+            check(given == keys, f"{at}.{key}", f"for levels {sorted(given)}", sorted(keys))
+        tiles = tiles_of(min(layer.rows, layer.chunk_rows))
+        chunk_bytes = tiles * max(layer.geometry(plane).record_bytes for plane in planes)
+        check(
+            chunk_bytes <= MAX_CHUNK_BYTES,
+            f"{at}.chunk_rows",
+            layer.chunk_rows,
+            f"fewer: a chunk would have {chunk_bytes} bytes, allowed are {MAX_CHUNK_BYTES}",
+        )
+
+    check(manifest.graph.file == GRAPH_FILE, "graph.file", manifest.graph.file, GRAPH_FILE)
+    for plane, entry in manifest.planes.items():
+        last = manifest.chunk_layout(plane)[-1]
+        for key, found, expected in (
+            ("file", entry.file, plane_file(plane)),
+            ("bytes", entry.bytes, int(last["offset"]) + int(last["bytes"])),
+            ("chunks.file", entry.chunks.file, chunks_file(plane)),
+            ("chunks.bytes", entry.chunks.bytes, chunk_table_bytes(next_chunk)),
+            ("digests.file", entry.digests.file, digests_file(plane)),
+            ("digests.bytes", entry.digests.bytes, digest_table_bytes(next_chunk)),
+        ):
+            check(found == expected, f"planes.{plane}.{key}", found, expected)

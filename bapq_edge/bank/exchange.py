@@ -1,0 +1,233 @@
+"""The exchange form: data/bank/<model>/<layer>/chunk_<i>_q<bit>.npy, one file per chunk and plane.
+
+Each file is a structured array (rows,) that `numpy.load` opens: `code` u1 (columns,), of plane f32
+`weight` f4 (columns,) instead; `scale` f4 (groups,) where the plane has scales; `bias` f4 where the
+layer has one. Manifest and graph lie beside the layers' folders. `pack` inverts `unpack` exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import BankFormatError, BankIntegrityError, BankNotFoundError
+from .codes import LayerCodes, check_values, join_rows
+from .files import digest_of, file_size, inside, read_at
+from .layout import PLANES, Plane, TileGeometry
+from .manifest import MANIFEST_FILE, Layer, Manifest
+from .npy import from_npy, to_npy
+from .reader import Bank, read_manifest
+from .staging import TEMPORARY_SUFFIXES, Staging, storage_errors
+from .writer import BankWriter
+
+__all__ = ["pack", "unpack"]
+
+_AGAIN = "unpack the bank again"
+_HEADER_LIMIT = 1 << 16
+"""A .npy header of version 1.0 is never longer."""
+
+
+def unpack(bank_path: str | os.PathLike[str], directory: str | os.PathLike[str]) -> Path:
+    """Write the exchange form of a bank below `directory`; returns data/bank/<model> in it.
+
+    An exchange form of the same model that stands there is replaced. On failure nothing changes.
+    """
+    bank = Bank.open(bank_path)
+    for plane, entry in bank.manifest.planes.items():
+        if plane not in bank.planes:
+            raise BankNotFoundError(
+                f"{bank.path / entry.file} is absent: put it back, then unpack the bank"
+            )
+    folder = Path(directory) / "data" / "bank" / bank.manifest.model.name
+    with (
+        storage_errors(folder),
+        _parents_of(folder),
+        Staging(folder, _check_is_exchange_form) as staging,
+    ):
+        for name, data in _files_of(bank):
+            target = staging.path / name
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(data)
+        staging.commit()
+    return folder
+
+
+def pack(directory: str | os.PathLike[str], bank_path: str | os.PathLike[str]) -> Path:
+    """Make a bank of an exchange form; returns its path.
+
+    `directory` is what `unpack` was given, or data/bank/<model> in it. Raises BankNotFoundError,
+    BankFormatError or StorageError.
+    """
+    folder = _find_model(Path(directory))
+    manifest = read_manifest(folder)
+    _check_files(folder, manifest)
+    graph = _read(folder, manifest.graph.file, manifest.graph.bytes)
+    if digest_of(graph) != manifest.graph.blake2b:
+        raise BankIntegrityError(
+            f"{folder / manifest.graph.file} has BLAKE2b {digest_of(graph)}, "
+            f"expected {manifest.graph.blake2b}: {_AGAIN}"
+        )
+    with BankWriter(
+        bank_path,
+        levels=manifest.levels,
+        source=manifest.model,
+        calibration=manifest.calibration,
+    ) as writer:
+        for layer in manifest.layers:
+            writer.add_layer(
+                layer.name,
+                layer.operators,
+                _read_layer(folder, manifest, layer),
+                rows=layer.rows,
+                columns=layer.columns,
+                chunk_rows=layer.chunk_rows,
+                residual_steps=layer.residual_steps,
+                scale_columns=layer.scale_columns,
+                has_bias=layer.has_bias,
+                relative_error=layer.relative_error,
+            )
+        writer.finish(graph, manifest.kept_in_float)
+    return Path(bank_path)
+
+
+def _chunk_file(layer: Layer, index: int, plane: Plane) -> str:
+    """Path below the model's folder; `index` counts the chunks of the layer."""
+    return f"{layer.name}/chunk_{index}_q{PLANES[plane]}.npy"
+
+
+def _dtype(geometry: TileGeometry) -> np.dtype[Any]:
+    codes = ("weight", "<f4") if geometry.plane == "f32" else ("code", "|u1")
+    members: list[Any] = [(*codes, (geometry.columns,))]
+    if geometry.scale_groups:
+        members.append(("scale", "<f4", (geometry.scale_groups,)))
+    if geometry.has_bias:
+        members.append(("bias", "<f4"))
+    return np.dtype(members)
+
+
+def _files_of(bank: Bank) -> Iterator[tuple[str, bytes]]:
+    """Path below the model's folder and bytes of every file."""
+    yield MANIFEST_FILE, bank.manifest.to_json()
+    yield bank.manifest.graph.file, bank.graph_bytes()
+    for layer in bank.manifest.layers:
+        for plane in bank.planes:
+            dtype, level = _dtype(layer.geometry(plane)), PLANES[plane]
+            for index in range(layer.chunk_count):
+                codes = bank.chunk_codes(plane, layer.first_chunk + index)
+                values = {
+                    "weight": codes.weight,
+                    "code": codes.codes.get(plane),
+                    "scale": codes.scales.get(level),
+                    "bias": codes.bias.get(level),
+                }
+                rows = layer.chunk_slice(layer.first_chunk + index)
+                array = np.empty(rows.stop - rows.start, dtype)
+                for name in dtype.names or ():
+                    array[name] = values[name]
+                yield _chunk_file(layer, index, plane), to_npy(array)
+
+
+def _read_layer(folder: Path, manifest: Manifest, layer: Layer) -> LayerCodes:
+    parts = []
+    for plane in manifest.planes:
+        dtype, level = _dtype(layer.geometry(plane)), PLANES[plane]
+        for index in range(layer.chunk_count):
+            file = _chunk_file(layer, index, plane)
+            rows = layer.chunk_slice(layer.first_chunk + index)
+            shape = (rows.stop - rows.start,)
+            data = _read(folder, file, _HEADER_LIMIT + shape[0] * dtype.itemsize)
+            try:
+                array = from_npy(data, dtype, shape)
+                fields = {name: np.ascontiguousarray(array[name]) for name in dtype.names or ()}
+                codes = fields["weight"] if plane == "f32" else fields["code"]
+                check_values(plane, codes, fields.get("scale"))
+            except ValueError as error:
+                raise BankFormatError(f"{folder / file} {error}: {_AGAIN}") from None
+            parts.append(
+                LayerCodes(
+                    weight=codes if plane == "f32" else None,
+                    codes={} if plane == "f32" else {plane: codes},
+                    scales={level: fields["scale"]} if "scale" in fields else {},
+                    bias={level: fields["bias"]} if "bias" in fields else {},
+                )
+            )
+    return join_rows(parts)
+
+
+def _read(folder: Path, file: str, limit: int) -> bytes:
+    """A whole file of at most `limit` bytes."""
+    target = inside(os.path.realpath(folder), file)
+    size = file_size(target)
+    if size > limit:
+        raise BankFormatError(f"{folder / file} has {size} bytes, allowed are {limit}: {_AGAIN}")
+    return read_at(target, 0, size)
+
+
+def _find_model(directory: Path) -> Path:
+    if (directory / MANIFEST_FILE).is_file():
+        return directory
+    found = [
+        manifest.parent
+        for manifest in sorted(directory.glob(f"data/bank/*/{MANIFEST_FILE}"))
+        if not manifest.parent.name.endswith(TEMPORARY_SUFFIXES)
+    ]
+    if not found:
+        raise BankNotFoundError(
+            f"{directory} holds no data/bank/<model>/{MANIFEST_FILE}: name a directory that "
+            "unpack has written"
+        )
+    if len(found) > 1:
+        raise BankFormatError(
+            f"{directory} holds {len(found)} models: name one of them, such as {found[0]}"
+        )
+    return found[0]
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    """Exactly the files that the manifest implies must be there."""
+    expected = {MANIFEST_FILE, manifest.graph.file} | {
+        _chunk_file(layer, index, plane)
+        for layer in manifest.layers
+        for plane in manifest.planes
+        for index in range(layer.chunk_count)
+    }
+    found = {
+        os.path.relpath(os.path.join(parent, name), folder)
+        for parent, _, names in os.walk(folder)
+        for name in names
+    }
+    for what, files in (("lacks", expected - found), ("has an unknown file", found - expected)):
+        if files:
+            raise BankFormatError(f"{folder} {what} {min(files)!a}: {_AGAIN}")
+
+
+def _check_is_exchange_form(folder: Path) -> None:
+    """Raise BankFormatError unless the folder is an exchange form: it is about to be replaced."""
+    try:
+        _check_files(folder, read_manifest(folder))
+    except ValueError as error:
+        raise BankFormatError(
+            f"{folder} is there and is not an unpacked bank: move it away ({error})"
+        ) from None
+
+
+@contextlib.contextmanager
+def _parents_of(folder: Path) -> Iterator[None]:
+    """Make the parent directories; when the block fails, remove those that were made."""
+    made: list[Path] = []
+    try:
+        for parent in reversed(folder.parents):
+            if not parent.exists():
+                parent.mkdir()
+                made.append(parent)
+        yield
+    except BaseException:
+        for parent in reversed(made):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise

@@ -1,0 +1,70 @@
+"""Reading files that may be anything: inside the bank, regular, and exactly as long as promised."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+
+from ..errors import BankFormatError, BankPathError, BankTruncatedError, StorageError
+from .npy import DIGEST_BYTES
+
+__all__ = ["REPAIR", "digest_of", "file_size", "inside", "read_at"]
+
+REPAIR = "copy or build the bank again"
+"""Next step of every message about damaged files."""
+
+
+def digest_of(data: bytes) -> str:
+    """BLAKE2b-128 as the manifest writes it."""
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).hexdigest()
+
+
+def inside(root: str, file: str) -> str:
+    """Real path of a file below `root`, a real path itself; BankPathError when a link leads out."""
+    target = os.path.realpath(os.path.join(root, file))
+    if not target.startswith(os.path.join(root, "")):
+        raise BankPathError(
+            f"{os.path.join(root, file)} leads to {target}, which is outside the bank: "
+            "do not use this bank"
+        )
+    return target
+
+
+def file_size(path: str) -> int:
+    """Size of a regular file: opening a pipe or a device could block or never end."""
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise BankFormatError(f"{path} is absent: {REPAIR}") from None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise BankFormatError(f"{path} is not a regular file: {REPAIR}")
+    return status.st_size
+
+
+def read_at(path: str, offset: int, size: int) -> bytes:
+    """Exactly `size` bytes from `offset`; BankTruncatedError when the file ends before."""
+    parts = []
+    missing = size
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while missing and (part := os.pread(descriptor, missing, offset + size - missing)):
+                parts.append(part)
+                missing -= len(part)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if missing:
+        raise BankTruncatedError(
+            f"{path} ends at byte {offset + size - missing}, expected {offset + size}: {REPAIR}"
+        )
+    return b"".join(parts)
+
+
+def _unreadable(path: str, error: OSError) -> StorageError:
+    reason = error.strerror or type(error).__name__
+    return StorageError(f"{path} cannot be read: {reason}: check the permissions and the disk")

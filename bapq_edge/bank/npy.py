@@ -1,0 +1,74 @@
+"""The .npy files of a bank and of its exchange form, written and read without NumPy's parser.
+
+A reader compares a header with the one it expects instead of evaluating it, so no header can make
+it allocate, loop or unpickle. `numpy.load` opens the files all the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "CHUNK_DTYPE",
+    "DIGEST_BYTES",
+    "chunk_table_bytes",
+    "digest_table_bytes",
+    "from_npy",
+    "to_npy",
+]
+
+CHUNK_DTYPE = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("crc32", "<u4")])
+"""One row of tables/<plane>_chunks.npy."""
+
+DIGEST_BYTES = 16
+"""BLAKE2b-128: short enough to keep one per chunk, long enough that no two ever agree by chance."""
+
+_MAGIC = b"\x93NUMPY\x01\x00"
+_ALIGNMENT = 64
+_TABLE_HEADER_BYTES = 128
+"""What the rule of `to_npy` gives for every table of up to 2^20 chunks."""
+
+
+def chunk_table_bytes(chunk_count: int) -> int:
+    """Size of a chunk table's file."""
+    return _TABLE_HEADER_BYTES + chunk_count * CHUNK_DTYPE.itemsize
+
+
+def digest_table_bytes(chunk_count: int) -> int:
+    """Size of a digest table's file."""
+    return _TABLE_HEADER_BYTES + chunk_count * DIGEST_BYTES
+
+
+def to_npy(array: NDArray[Any]) -> bytes:
+    """File bytes of a C-ordered array, .npy version 1.0.
+
+    The header is padded to a multiple of 64; how far `numpy.save` pads depends on its version.
+    """
+    text = _header_text(array.dtype, array.shape)
+    used = len(_MAGIC) + 2 + len(text) + 1
+    text += " " * (-used % _ALIGNMENT) + "\n"
+    return _MAGIC + len(text).to_bytes(2, "little") + text.encode("ascii") + array.tobytes()
+
+
+def from_npy(data: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Array in a .npy file of exactly this type, shape and size; ValueError for any other."""
+    start = len(_MAGIC) + 2
+    size = start + int.from_bytes(data[len(_MAGIC) : start], "little")
+    found = data[start:size].decode("latin-1").rstrip(" \n")
+    expected = _header_text(dtype, shape)
+    if not data.startswith(_MAGIC):
+        raise ValueError(f"begins with {data[:8]!r}, expected .npy version 1.0")
+    if found != expected:
+        raise ValueError(f"has the .npy header {found[:200]!a}, expected {expected}")
+    values = int(np.prod(shape)) * dtype.itemsize
+    if len(data) != size + values:
+        raise ValueError(f"has {len(data) - size} bytes of values, expected {values}")
+    return np.frombuffer(data, dtype, offset=size).reshape(shape)
+
+
+def _header_text(dtype: np.dtype[Any], shape: tuple[int, ...]) -> str:
+    descr = np.lib.format.dtype_to_descr(dtype)
+    return f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape!r}, }}"

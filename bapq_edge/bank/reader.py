@@ -1,0 +1,232 @@
+"""Opens a bank, refusing whatever breaks the specification, and reads its chunks."""
+
+from __future__ import annotations
+
+import bisect
+import os
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import (
+    BankFormatError,
+    BankIntegrityError,
+    BankNotFoundError,
+    BankTruncatedError,
+    MissingPlaneWarning,
+)
+from .codes import LayerCodes, join_rows, unpack_chunk
+from .files import REPAIR, digest_of, file_size, inside, read_at
+from .layout import PLANES, PLANES_OF_LEVEL, Level, Plane
+from .manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Layer, Manifest
+from .npy import CHUNK_DTYPE, DIGEST_BYTES, from_npy
+
+__all__ = ["Bank", "read_manifest"]
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check the manifest of a bank, or of its exchange form."""
+    target = inside(os.path.realpath(directory), MANIFEST_FILE)
+    # One byte more than allowed, so that a larger file is seen to be larger.
+    data = read_at(target, 0, min(file_size(target), MAX_MANIFEST_BYTES + 1))
+    return Manifest.from_json(data, str(directory / MANIFEST_FILE))
+
+
+class Bank:
+    """A bank that was opened: everything but the bytes of graph and planes has been checked.
+
+    Those are checked whenever they are read. A bank holds no open files.
+    """
+
+    path: Path
+    manifest: Manifest
+    planes: tuple[Plane, ...]
+    """Planes whose files are there, in the order of `PLANES`."""
+    levels: tuple[Level, ...]
+    """Levels that can run, highest first: those built, less those that need an absent plane."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._root = os.path.realpath(path)
+        self._first_chunks = [layer.first_chunk for layer in manifest.layers]
+        self._layers = {layer.name: layer for layer in manifest.layers}
+        self._sized(manifest.graph.file, manifest.graph.bytes)
+        tables = {plane: self._read_table(plane) for plane in PLANES if plane in manifest.planes}
+        self._plane_files = {
+            plane: self._sized(entry.file, entry.bytes)
+            for plane, entry in manifest.planes.items()
+            if os.path.lexists(path / entry.file)
+        }
+        self._chunks = {p: table for p, table in tables.items() if p in self._plane_files}
+        self.planes = tuple(self._chunks)
+        self.levels = tuple(
+            level
+            for level in manifest.levels
+            if all(plane in self.planes for plane in PLANES_OF_LEVEL[level])
+        )
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bank:
+        """Open and check a bank.
+
+        Raises BankNotFoundError, BankFormatError, BankVersionError, BankPathError,
+        BankTruncatedError, BankIntegrityError (of a table) or StorageError. Warns with
+        MissingPlaneWarning when plane files are absent.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise BankNotFoundError(f"{path}: there is no bank: check the name, or build it")
+        if not path.is_dir():
+            raise BankFormatError(f"{path} is a file, a bank is a directory: build one")
+        if not os.path.lexists(path / MANIFEST_FILE):
+            raise BankNotFoundError(
+                f"{path} is not a bank, it holds no {MANIFEST_FILE}: check the name, or build it"
+            )
+        bank = cls(path, read_manifest(path))
+        absent = set(bank.manifest.planes) - set(bank.planes)
+        if absent:
+            files = ", ".join(sorted(bank.manifest.planes[plane].file for plane in absent))
+            if not bank.levels:
+                raise BankFormatError(f"{path}: without {files} no level can run: {REPAIR}")
+            left = ", ".join(map(str, bank.levels))
+            warnings.warn(
+                f"{path}: without {files} only these levels can run: {left}",
+                MissingPlaneWarning,
+                stacklevel=2,
+            )
+        return bank
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in all layers."""
+        return sum(layer.rows * layer.columns for layer in self.manifest.layers)
+
+    def layer(self, name: str) -> Layer:
+        """The layer of that name; KeyError when there is none."""
+        return self._layers[name]
+
+    def layer_of(self, chunk: int) -> Layer:
+        """The layer that a chunk, numbered through the whole bank, belongs to."""
+        return self.manifest.layers[bisect.bisect_right(self._first_chunks, chunk) - 1]
+
+    def has_plane(self, plane: Plane) -> bool:
+        """Whether the plane is part of the bank and its file is there."""
+        return plane in self.planes
+
+    def plane_path(self, plane: Plane) -> Path:
+        """The plane's file."""
+        return self.path / self.manifest.planes[plane].file
+
+    def chunks(self, plane: Plane) -> NDArray[np.void]:
+        """(chunk_count,) of offset u8, bytes u4, crc32 u4; KeyError when the plane is absent."""
+        return self._chunks[plane]
+
+    def chunk_digests(self, plane: Plane) -> NDArray[np.uint8]:
+        """(chunk_count, 16): BLAKE2b-128 of every chunk."""
+        entry = self.manifest.planes[plane].digests
+        return self._array(entry, np.dtype("u1"), (self.manifest.chunk_count, DIGEST_BYTES))
+
+    def graph_bytes(self) -> bytes:
+        """The ONNX graph without the heavy weights, checked against its digest."""
+        return self._read_checked(self.manifest.graph)
+
+    def read_chunk(self, plane: Plane, chunk: int) -> bytes:
+        """The bytes of a chunk, checked against its CRC-32."""
+        row = self._chunks[plane][chunk]
+        data = read_at(self._plane_files[plane], int(row["offset"]), int(row["bytes"]))
+        found, expected = zlib.crc32(data), int(row["crc32"])
+        if found != expected:
+            raise BankIntegrityError(
+                f"{self._name(plane, chunk)} has CRC-32 {found:08x}, expected {expected:08x}: "
+                f"{REPAIR}"
+            )
+        return data
+
+    def read_gap(self, plane: Plane, chunk: int) -> bytes:
+        """The bytes between a chunk and the one before it, which must all be zero."""
+        end = 0
+        if chunk:
+            before = self._chunks[plane][chunk - 1]
+            end = int(before["offset"]) + int(before["bytes"])
+        return read_at(self._plane_files[plane], end, int(self._chunks[plane][chunk][0]) - end)
+
+    def chunk_codes(self, plane: Plane, chunk: int) -> LayerCodes:
+        """Codes, scales and bias of a chunk of one plane, checked down to the padding."""
+        layer = self.layer_of(chunk)
+        rows = layer.chunk_slice(chunk)
+        data = self.read_chunk(plane, chunk)
+        try:
+            return unpack_chunk(layer.geometry(plane), rows.stop - rows.start, data)
+        except ValueError as error:
+            raise BankFormatError(f"{self._name(plane, chunk)}: {error}: {REPAIR}") from None
+
+    def layer_codes(self, layer: Layer) -> LayerCodes:
+        """All planes of a layer that are present, unpacked."""
+        chunks = range(layer.first_chunk, layer.first_chunk + layer.chunk_count)
+        return join_rows([self.chunk_codes(plane, c) for plane in self.planes for c in chunks])
+
+    def weight_bytes(self, level: Level) -> int:
+        """Bytes of all chunks that a run at this level reads."""
+        return sum(int(self._chunks[plane]["bytes"].sum()) for plane in PLANES_OF_LEVEL[level])
+
+    def bits_per_weight(self, level: Level) -> float:
+        """Bits that a run at this level reads per weight: codes, scales, bias and padding."""
+        return 8 * self.weight_bytes(level) / self.weights
+
+    def _read_table(self, plane: Plane) -> NDArray[np.void]:
+        """Chunk table of a plane, checked; its digest table is checked along with it.
+
+        The geometry leaves one place for every chunk, so none can overlap or lie outside.
+        """
+        entry = self.manifest.planes[plane].chunks
+        layout = self.manifest.chunk_layout(plane)
+        table = self._array(entry, CHUNK_DTYPE, layout.shape)
+        wrong = (table["offset"] != layout["offset"]) | (table["bytes"] != layout["bytes"])
+        if wrong.any():
+            chunk = int(np.argmax(wrong))
+            found, expected = table[chunk], layout[chunk]
+            raise BankFormatError(
+                f"{self.path / entry.file}: chunk {chunk} (layer {self.layer_of(chunk).name}) has "
+                f"{found['bytes']} bytes at offset {found['offset']}, must have "
+                f"{expected['bytes']} at {expected['offset']}: {REPAIR}"
+            )
+        self.chunk_digests(plane)
+        return table
+
+    def _sized(self, file: str, expected: int) -> str:
+        """Real path of a file of the bank, once its size is right."""
+        target = inside(self._root, file)
+        found = file_size(target)
+        message = f"{self.path / file} has {found} bytes, expected {expected}: {REPAIR}"
+        if found < expected:
+            raise BankTruncatedError(message)
+        if found > expected:
+            raise BankFormatError(message)
+        return target
+
+    def _read_checked(self, entry: FileEntry) -> bytes:
+        """A whole file, checked against size and digest."""
+        data = read_at(self._sized(entry.file, entry.bytes), 0, entry.bytes)
+        found = digest_of(data)
+        if found != entry.blake2b:
+            raise BankIntegrityError(
+                f"{self.path / entry.file} has BLAKE2b {found}, expected {entry.blake2b}: {REPAIR}"
+            )
+        return data
+
+    def _array(
+        self, entry: FileEntry, dtype: np.dtype[Any], shape: tuple[int, ...]
+    ) -> NDArray[Any]:
+        data = self._read_checked(entry)
+        try:
+            return from_npy(data, dtype, shape)
+        except ValueError as error:
+            raise BankFormatError(f"{self.path / entry.file} {error}: {REPAIR}") from None
+
+    def _name(self, plane: Plane, chunk: int) -> str:
+        return f"{self.plane_path(plane)}: chunk {chunk} (layer {self.layer_of(chunk).name})"

@@ -1,0 +1,256 @@
+"""Writes a bank, layer by layer, so that no more than one layer is ever in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ..errors import BankFormatError
+from .codes import LayerCodes, pack_chunk
+from .files import digest_of
+from .layout import LAYER_ALIGNMENT, TILE_ROWS, Level, Plane, blocks_of, planes_for, tiles_of
+from .manifest import (
+    FORMAT_NAME,
+    GRAPH_FILE,
+    MANIFEST_FILE,
+    MAX_MANIFEST_BYTES,
+    Calibration,
+    FileEntry,
+    KeptNode,
+    Layer,
+    Manifest,
+    Operator,
+    PlaneEntry,
+    SourceModel,
+    chunks_file,
+    digests_file,
+    plane_file,
+    printable,
+    safe_name,
+)
+from .npy import CHUNK_DTYPE, DIGEST_BYTES, to_npy
+from .reader import Bank
+from .staging import Staging, storage_errors, sync_directory
+
+__all__ = ["BankWriter", "chunk_rows_for"]
+
+_FOLDERS = ("graph", "planes", "tables")
+
+_CHUNK_BYTES = 128 << 10
+"""Of plane p4: large enough that an SD card or NVMe reads near its full speed, small enough that
+a ring of a few chunks fits any budget."""
+
+_STREAMED_ROWS = 64
+"""Four tiles, so that every core of a small board has one; up to twice `_CHUNK_BYTES` for it."""
+
+
+def chunk_rows_for(rows: int, columns: int, operators: Iterable[str]) -> int:
+    """Rows per chunk: about 128 KiB of plane p4, and at least 64 rows up to 256 KiB.
+
+    A layer that a Gather reads gets one tile per chunk: its rows are read one by one, on demand.
+    """
+    if "Gather" in operators:
+        return TILE_ROWS
+    row_bytes = blocks_of(columns) * 16
+    target = max(_CHUNK_BYTES // row_bytes // TILE_ROWS * TILE_ROWS, TILE_ROWS)
+    if _STREAMED_ROWS * row_bytes <= 2 * _CHUNK_BYTES:
+        target = max(target, _STREAMED_ROWS)
+    # Chunks of equal size rather than full ones and a small rest.
+    chunks = max(1, round(rows / target))
+    chunk_rows = max(tiles_of(-(-rows // chunks)) * TILE_ROWS, min(target, _STREAMED_ROWS))
+    return min(chunk_rows, tiles_of(rows) * TILE_ROWS)
+
+
+class _PlaneFile:
+    """A plane file that grows, with its tables."""
+
+    def __init__(self, path: Path) -> None:
+        self.file: BinaryIO = path.open("wb")
+        self.end = 0
+        self.rows: list[tuple[int, int, int]] = []
+        self.digests: list[bytes] = []
+
+    def begin_layer(self) -> None:
+        padding = -self.end % LAYER_ALIGNMENT
+        self.file.write(bytes(padding))
+        self.end += padding
+
+    def append(self, data: bytes) -> None:
+        self.file.write(data)
+        self.rows.append((self.end, len(data), zlib.crc32(data)))
+        self.digests.append(hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest())
+        self.end += len(data)
+
+    def tables(self) -> tuple[bytes, bytes]:
+        """File bytes of the chunk table and of the digest table."""
+        digests = np.frombuffer(b"".join(self.digests), np.uint8).reshape(-1, DIGEST_BYTES)
+        return to_npy(np.array(self.rows, CHUNK_DTYPE)), to_npy(digests)
+
+
+class BankWriter:
+    """Context manager that builds a bank: `add_layer` in execution order, then `finish`.
+
+    Everything happens in a temporary sibling of `path`. Whatever stands at `path` must be a bank;
+    it stays whole until `finish` replaces it, and without `finish` nothing changes.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        levels: tuple[Level, ...],
+        source: SourceModel,
+        calibration: Calibration | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self._levels = levels
+        self._source = dataclasses.replace(source, name=safe_name(source.name))
+        self._calibration = calibration
+        self._staging = Staging(self.path, check_is_bank)
+        self._planes: dict[Plane, _PlaneFile] = {}
+        self._layers: list[Layer] = []
+        self._first_chunk = 0
+        self._cleanup = contextlib.ExitStack()
+
+    def __enter__(self) -> BankWriter:
+        """Raises BankFormatError when `path` is something else than a bank, StorageError."""
+        with contextlib.ExitStack() as stack, storage_errors(self.path):
+            directory = stack.enter_context(self._staging).path
+            for folder in _FOLDERS:
+                (directory / folder).mkdir()
+            for plane in planes_for(self._levels):
+                self._planes[plane] = _PlaneFile(directory / "planes" / f"{plane}.bin")
+                stack.callback(_close_quietly, self._planes[plane].file)
+            self._cleanup = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._cleanup.close()
+
+    def add_layer(
+        self,
+        name: str,
+        operators: tuple[Operator, ...],
+        codes: LayerCodes,
+        *,
+        rows: int,
+        columns: int,
+        chunk_rows: int,
+        residual_steps: int,
+        scale_columns: Mapping[Level, int],
+        has_bias: bool,
+        relative_error: Mapping[Level, float],
+    ) -> Layer:
+        """Write the chunks of one layer.
+
+        ValueError when codes do not fit the description, StorageError when the disk does not.
+        """
+        layer = Layer(
+            name=name,
+            operators=operators,
+            rows=int(rows),
+            columns=int(columns),
+            chunk_rows=int(chunk_rows),
+            first_chunk=self._first_chunk,
+            has_bias=bool(has_bias),
+            residual_steps=int(residual_steps),
+            scale_columns={level: int(value) for level, value in scale_columns.items()},
+            relative_error={level: float(value) for level, value in relative_error.items()},
+        )
+        layer.check(f"layer {name}")
+        with storage_errors(self.path):
+            for plane, output in self._planes.items():
+                geometry = layer.geometry(plane)
+                source = codes.weight if plane == "f32" else codes.codes.get(plane)
+                if source is None or len(source) != rows:
+                    found = "absent" if source is None else f"of {len(source)} rows"
+                    raise ValueError(f"layer {name}: plane {plane} is {found}, expected {rows}")
+                output.begin_layer()
+                for chunk in range(layer.first_chunk, layer.first_chunk + layer.chunk_count):
+                    output.append(pack_chunk(geometry, codes, layer.chunk_slice(chunk)))
+        self._layers.append(layer)
+        self._first_chunk += layer.chunk_count
+        return layer
+
+    def finish(self, graph: bytes, kept_in_float: Iterable[KeptNode] = ()) -> Manifest:
+        """Write graph, tables and manifest, then put the bank at its name in one step."""
+        directory = self._staging.path
+        with storage_errors(self.path):
+            planes = {}
+            for plane, output in self._planes.items():
+                _sync_and_close(output.file)
+                chunks, digests = output.tables()
+                planes[plane] = PlaneEntry(
+                    file=plane_file(plane),
+                    bytes=output.end,
+                    chunks=self._write(chunks_file(plane), chunks),
+                    digests=self._write(digests_file(plane), digests),
+                )
+            manifest = Manifest(
+                model=self._source,
+                levels=self._levels,
+                graph=self._write(GRAPH_FILE, graph),
+                planes=planes,
+                layers=tuple(self._layers),
+                kept_in_float=tuple(
+                    dataclasses.replace(
+                        node,
+                        name=printable(node.name),
+                        operator=printable(node.operator),
+                        reason=printable(node.reason),
+                    )
+                    for node in kept_in_float
+                ),
+                calibration=self._calibration,
+            )
+            self._write(MANIFEST_FILE, manifest.to_json())
+            # What was written is read back by the rules that every reader applies.
+            Bank.open(directory)
+            for folder in _FOLDERS:
+                sync_directory(directory / folder)
+            self._staging.commit()
+        return manifest
+
+    def _write(self, file: str, data: bytes) -> FileEntry:
+        with (self._staging.path / file).open("wb") as output:
+            output.write(data)
+            _sync_and_close(output)
+        return FileEntry(file, len(data), digest_of(data))
+
+
+def check_is_bank(path: Path) -> None:
+    """Raise BankFormatError unless the directory is a bank and holds nothing else.
+
+    It is about to be replaced, so nothing that a bank does not consist of may be in it.
+    """
+    step = "choose another name, or move it away"
+    manifest = path / MANIFEST_FILE
+    if not manifest.is_file():
+        raise BankFormatError(f"{path} is there and is not a bank: {step}")
+    for entry in sorted(os.listdir(path)):
+        if entry not in (*_FOLDERS, MANIFEST_FILE):
+            raise BankFormatError(f"{path} holds {entry!a}, which is no part of a bank: {step}")
+    with manifest.open("rb") as file:
+        # Not parsed: a damaged bank, or one of another version, may be built anew.
+        if f'"{FORMAT_NAME}"'.encode() not in file.read(MAX_MANIFEST_BYTES):
+            raise BankFormatError(f"{path} is there and is not a bank: {step}")
+
+
+def _sync_and_close(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def _close_quietly(file: BinaryIO) -> None:
+    # Closing flushes, which fails again when the disk is full; the file is about to be removed.
+    with contextlib.suppress(OSError):
+        file.close()

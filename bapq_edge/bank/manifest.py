@@ -1,23 +1,20 @@
 """The manifest: frozen dataclasses, strict in both directions.
 
-What a value may be stands beside its field as a `Rule`; one decoder walks the types. Checks that
-span several fields follow in `_check_consistency`.
+What a value may be stands in its field's type; checks that span several fields follow in
+`_check_consistency`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import types
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BankError, BankFormatError, BankPathError, BankVersionError
+from ..errors import BankFormatError, BankPathError, BankVersionError
 from .layout import (
     BLOCK_COLUMNS,
     LAYER_ALIGNMENT,
@@ -31,6 +28,7 @@ from .layout import (
     tiles_of,
 )
 from .npy import CHUNK_DTYPE, chunk_table_bytes, digest_table_bytes
+from .strict_json import Place, Rule, decode, encode, parse_json, shown
 
 __all__ = [
     "FORMAT_NAME",
@@ -68,15 +66,6 @@ MAX_CHUNK_BYTES = (1 << 31) - 1
 """Fits the table's u4 and any signed 32-bit index."""
 
 Operator = Literal["MatMul", "Gemm", "Conv", "Gather"]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a value must satisfy beyond its type, and how a message says so."""
-
-    allowed: str
-    test: Callable[[Any], Any]
-    error: type[BankError] = BankFormatError
 
 
 def _integer(low: int, high: int, step: int = 1) -> Rule:
@@ -175,7 +164,7 @@ class Layer:
 
     def check(self, where: str) -> None:
         """Raise BankFormatError when a field breaks its rule."""
-        _decode(Layer, _encode(self), _Place(where, ""))
+        decode(Layer, encode(self), Place(where, ""))
 
     def chunk_slice(self, chunk: int) -> slice:
         """Rows of a chunk, which is numbered through the whole bank."""
@@ -240,14 +229,15 @@ class Manifest:
 
         Raises BankFormatError, BankVersionError or BankPathError.
         """
-        document = _read_document(data, where)
-        manifest: Manifest = _decode(cls, document, _Place(where, ""))
+        document = parse_json(data, where, MAX_MANIFEST_BYTES)
+        _check_version(document, where)
+        manifest: Manifest = decode(cls, document, Place(where, ""))
         _check_consistency(manifest, where)
         return manifest
 
     def to_json(self) -> bytes:
         """Canonical bytes: keys sorted, two spaces of indent, ASCII, a newline at the end."""
-        text = json.dumps(_encode(self), sort_keys=True, indent=2, allow_nan=False)
+        text = json.dumps(encode(self), sort_keys=True, indent=2, allow_nan=False)
         return text.encode("ascii") + b"\n"
 
     @property
@@ -297,176 +287,17 @@ def safe_name(text: str) -> str:
     return name if _NAME.fullmatch(name) else f"_{name}"[:200]
 
 
-def _read_document(data: bytes, where: str) -> dict[str, Any]:
-    """Parse the JSON and check that it is a manifest of this format version, no more.
-
-    Raises BankFormatError or BankVersionError.
-    """
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise BankFormatError(
-            f"{where} has {len(data)} bytes, allowed are {MAX_MANIFEST_BYTES}: not a bank manifest"
-        )
-    if not data.endswith(b"\n"):
-        raise BankFormatError(
-            f"{where} breaks off after {len(data)} bytes without a newline: copy the bank again"
-        )
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise BankFormatError(f"{where}: key {_shown(twice)} stands twice in one object")
-        return result
-
-    def refuse(constant: str) -> None:
-        raise BankFormatError(f"{where} holds {constant}, which is not JSON")
-
-    def integer(digits: str) -> int:
-        if len(digits) > 20:
-            raise BankFormatError(f"{where} holds an integer of {len(digits)} digits, allowed: 20")
-        return int(digits)
-
-    try:
-        document = json.loads(
-            data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_int=integer
-        )
-    except UnicodeDecodeError as error:
-        raise BankFormatError(f"{where} is not UTF-8 at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise BankFormatError(
-            f"{where} is not JSON at character {error.pos}: {error.msg}"
-        ) from None
-    except RecursionError:
-        raise BankFormatError(f"{where} is nested too deeply to be a bank manifest") from None
+def _check_version(document: Any, where: str) -> None:
+    # Before everything else, since another version may have other keys.
     if not isinstance(document, dict) or document.get("format") != FORMAT_NAME:
-        found = _shown(document.get("format") if isinstance(document, dict) else document)
+        found = shown(document.get("format") if isinstance(document, dict) else document)
         raise BankFormatError(f'{where}: format is {found}, must be "{FORMAT_NAME}"')
     version = document.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise BankVersionError(
-            f"{where}: format_version is {_shown(version)}, this program reads {FORMAT_VERSION}: "
+            f"{where}: format_version is {shown(version)}, this program reads {FORMAT_VERSION}: "
             "rebuild the bank, or use the program version that wrote it"
         )
-    return document
-
-
-def _shown(value: Any) -> str:
-    """A value as a message shows it: one short line."""
-    if isinstance(value, dict):
-        return f"an object of {len(value)} keys"
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    if isinstance(value, str) and len(value) > 60:
-        value = value[:60] + "..."
-    return json.dumps(value)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A place in the document, for messages."""
-
-    where: str
-    key: str
-
-    def key_of(self, name: str) -> _Place:
-        shown = name if re.fullmatch(r"\w{1,60}", name, re.ASCII) else _shown(name)
-        return _Place(self.where, f"{self.key}.{shown}" if self.key else shown)
-
-    def item(self, index: int) -> _Place:
-        return _Place(self.where, f"{self.key}[{index}]")
-
-    def wrong(
-        self, value: Any, allowed: str, error: type[BankError] = BankFormatError
-    ) -> BankError:
-        return error(f"{self.where}: {self.key} is {_shown(value)}, must be {allowed}")
-
-
-@dataclass(frozen=True)
-class _Field:
-    name: str
-    hint: Any
-    required: bool
-
-
-@cache
-def _fields_of(cls: type) -> tuple[_Field, ...]:
-    """Fields with resolved types; `X | None` means that the key may be absent."""
-    hints = get_type_hints(cls, include_extras=True)
-    result = []
-    for item in fields(cls):
-        hint = hints[item.name]
-        options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-        present = [option for option in options if option is not type(None)]
-        result.append(_Field(item.name, present[0], len(present) == len(options)))
-    return tuple(result)
-
-
-def _decode(hint: Any, value: Any, place: _Place) -> Any:
-    """Value of the type `hint`, or BankFormatError."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        base, rule = arguments
-        decoded = _decode(base, value, place)
-        if not rule.test(decoded):
-            raise place.wrong(value, rule.allowed, rule.error)
-        return decoded
-    if origin is tuple:
-        if type(value) is not list:
-            raise place.wrong(value, "a list")
-        return tuple(_decode(arguments[0], v, place.item(i)) for i, v in enumerate(value))
-    if origin is Literal:
-        # By type too: true == 1 and 4.0 == 4.
-        if not any(type(value) is type(option) and value == option for option in arguments):
-            raise place.wrong(value, "one of " + ", ".join(map(str, arguments)))
-        return value
-    if type(value) is not dict and (origin is dict or is_dataclass(hint)):
-        raise place.wrong(value, "an object")
-    if origin is dict:
-        keys = {str(key): key for key in get_args(arguments[0])}
-        _check_keys(value, keys, (), place)
-        return {keys[k]: _decode(arguments[1], v, place.key_of(k)) for k, v in value.items()}
-    if is_dataclass(hint):
-        members = _fields_of(hint)  # type: ignore[arg-type]
-        names = [member.name for member in members]
-        _check_keys(value, names, [m.name for m in members if m.required], place)
-        return hint(  # type: ignore[operator]
-            **{
-                m.name: _decode(m.hint, value[m.name], place.key_of(m.name))
-                for m in members
-                if m.name in value
-            }
-        )
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
-        raise place.wrong(value, words[hint])
-    return value
-
-
-def _check_keys(value: dict[str, Any], known: Any, required: Any, place: _Place) -> None:
-    for key in value:
-        if key not in known:
-            raise BankFormatError(
-                f"{place.where}: unknown key {place.key_of(key).key}, "
-                f"allowed are {', '.join(sorted(known))}"
-            )
-    for key in required:
-        if key not in value:
-            raise BankFormatError(f"{place.where}: key {place.key_of(key).key} is missing")
-
-
-def _encode(value: Any) -> Any:
-    """JSON form of a manifest value; None is left out."""
-    if is_dataclass(value):
-        members = ((item.name, getattr(value, item.name)) for item in fields(value))
-        return {name: _encode(member) for name, member in members if member is not None}
-    if isinstance(value, Mapping):
-        return {str(key): _encode(member) for key, member in value.items()}
-    if isinstance(value, tuple):
-        return [_encode(member) for member in value]
-    return value
 
 
 def _check_consistency(manifest: Manifest, where: str) -> None:
@@ -474,11 +305,12 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
 
     def check(good: bool, key: str, found: Any, expected: Any) -> None:
         if not good:
-            raise BankFormatError(f"{where}: {key} is {found}, must be {expected}")
+            # Cut: a hostile list may be long.
+            raise BankFormatError(f"{where}: {key} is {str(found)[:80]}, must be {expected}")
 
     levels = manifest.levels
     ordered = tuple(level for level in LEVELS if level in levels)
-    check(levels == ordered and bool(levels), "levels", list(levels), "unique, highest first")
+    check(levels == ordered and bool(levels), "levels", list(levels), "one or more, highest first")
     planes = planes_for(levels)
     check(
         set(manifest.planes) == set(planes),

@@ -1,0 +1,23 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+
+from bapq_edge.engine.native import library_path
+
+
+def kernel_families() -> list[str]:
+    """Names of the kernel families that this CPU can run, best first."""
+    library = ctypes.CDLL(str(library_path()))
+    names = ["avx512vnni", "avx2", "neondot", "neon", "scalar"]
+    library.bapq_kernels_by_name.restype = ctypes.c_void_p
+    return [name for name in names if library.bapq_kernels_by_name(name.encode())]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that asks for `kernel_family` once per family that this CPU can run."""
+    if "kernel_family" in metafunc.fixturenames:
+        metafunc.parametrize("kernel_family", kernel_families())

@@ -1,0 +1,299 @@
+"""Our operators inside ONNX Runtime against NumPy: every level, kernel family and ragged shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from onnx import TensorProto
+from support.banks import NO_CLIP, graph_bytes, node, random_codes, write_bank
+from support.reference import product, quantize_rows, quantize_sample, unfold
+
+from bapq_edge import Session
+from bapq_edge.bank.codes import LayerCodes, dequantize
+from bapq_edge.bank.layout import LEVELS
+from bapq_edge.errors import RunInputError
+
+SCALE_COLUMNS = {4: 32, 2: 64, 1: 128}
+
+
+def describe(rows, columns, chunk_rows, has_bias, residual_steps=15):
+    return {
+        "rows": rows,
+        "columns": columns,
+        "chunk_rows": chunk_rows,
+        "residual_steps": residual_steps,
+        "scale_columns": SCALE_COLUMNS,
+        "has_bias": has_bias,
+    }
+
+
+def finish(y, bias, low, high):
+    if bias is not None:
+        y = y + bias.astype(np.float64)
+    return np.clip(y, low, high)
+
+
+def assert_within(result, expected, bound):
+    assert result.shape == expected.shape
+    assert np.isfinite(result).all()
+    # Bias and clipping are one more rounding, of the result itself.
+    excess = np.abs(result - expected) - bound - 2.0**-23 * np.abs(expected) - 1e-6 * bound
+    assert excess.max() <= 0
+
+
+@pytest.fixture
+def use_isa(monkeypatch, kernel_family):
+    monkeypatch.setenv("BAPQ_ISA", kernel_family)
+
+
+MATMULS = [  # m, columns, rows, chunk_rows, bias, clip, residual_steps
+    (1, 32, 16, 16, False, None, 15),
+    (1, 1, 1, 16, True, None, 15),
+    (3, 33, 17, 16, True, (0.0, NO_CLIP), 8),
+    (7, 100, 50, 32, True, (0.0, 6.0), 13),
+    (17, 129, 70, 48, False, (-1.0, 1.0), 16),
+    (65, 384, 40, 16, True, None, 15),
+    (130, 64, 200, 64, True, None, 12),
+]
+
+
+@pytest.mark.parametrize("case", MATMULS, ids=str)
+def test_matmul_matches_numpy_at_every_level(use_isa, tmp_path, case):
+    m, columns, rows, chunk_rows, has_bias, clip, steps = case
+    rng = np.random.default_rng(columns * rows)
+    codes = random_codes(rng, rows, columns, SCALE_COLUMNS, has_bias)
+    low, high = clip or (-NO_CLIP, NO_CLIP)
+    graph = graph_bytes(
+        [node("MatMul", "x", "y", layer=0, use_bias=int(has_bias), clip_low=low, clip_high=high)],
+        ["n", "m", columns],
+        ["n", "m", rows],
+    )
+    description = describe(rows, columns, chunk_rows, has_bias, steps)
+    bank = write_bank(tmp_path / "b.bank", graph, [("fc", "MatMul", codes, description)])
+    x = (rng.standard_normal((2, m, columns)) * 3).astype(np.float32)
+    flat = x.reshape(-1, columns)
+    with Session(bank, threads=2) as session:
+        for level in LEVELS:
+            session.set_level(level)
+            (y,) = session.run(None, {"x": x})
+            weights = dequantize(codes, level, steps, SCALE_COLUMNS)
+            seen = flat.astype(np.float64) if level == 32 else quantize_rows(flat)
+            terms = columns if level == 32 else -(-columns // 32)
+            expected, bound = product(weights, seen, 0.0, terms)
+            bias = codes.bias[level] if has_bias else None
+            assert_within(y.reshape(-1, rows), finish(expected, bias, low, high), bound)
+
+
+@dataclass(frozen=True)
+class Conv:
+    channels: int
+    rows: int
+    size: tuple[int, int]
+    kernel: tuple[int, int]
+    strides: tuple[int, int] = (1, 1)
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilations: tuple[int, int] = (1, 1)
+    group: int = 1
+    auto_pad: int = 0
+    chunk_rows: int = 32
+    batch: int = 1
+    clip: tuple[float, float] = (-NO_CLIP, NO_CLIP)
+    positive: bool = False
+
+
+CONVS = [
+    Conv(3, 16, (9, 9), (3, 3), pads=(1, 1, 1, 1)),
+    Conv(1, 5, (8, 8), (3, 3), strides=(2, 2), pads=(1, 0, 1, 2)),
+    Conv(32, 40, (6, 7), (1, 1)),
+    Conv(64, 33, (5, 5), (1, 1), batch=3, positive=True),
+    Conv(20, 24, (5, 5), (1, 1), strides=(2, 2)),
+    Conv(16, 70, (12, 10), (3, 3), pads=(1, 1, 1, 1), clip=(0.0, NO_CLIP), batch=2),
+    Conv(8, 20, (14, 13), (5, 3), strides=(2, 3), pads=(2, 1, 0, 3), dilations=(2, 1)),
+    Conv(8, 20, (14, 13), (3, 3), dilations=(1, 2), pads=(2, 2, 2, 2), positive=True),
+    Conv(12, 18, (7, 7), (3, 3), group=3, pads=(1, 1, 1, 1), chunk_rows=16),
+    Conv(64, 96, (6, 6), (1, 1), group=4),
+    Conv(64, 10, (4, 4), (1, 1), group=2, batch=2, clip=(-0.5, 0.5)),
+    Conv(6, 9, (7, 8), (4, 3), strides=(2, 2), auto_pad=1),
+    Conv(6, 9, (7, 8), (4, 3), strides=(2, 2), auto_pad=2),
+    Conv(6, 9, (3, 3), (2, 2), strides=(3, 3), auto_pad=1),
+    Conv(256, 16, (3, 3), (3, 3), pads=(1, 1, 1, 1)),
+    Conv(4, 16, (30, 30), (3, 3), chunk_rows=16),
+]
+
+
+def same_pads(case):
+    total = []
+    for size, stride, kernel, dilation in zip(
+        case.size, case.strides, case.kernel, case.dilations, strict=True
+    ):
+        out = -(-size // stride)
+        total.append(max((out - 1) * stride + (kernel - 1) * dilation + 1 - size, 0))
+    small = [t // 2 for t in total]
+    large = [t - s for t, s in zip(total, small, strict=True)]
+    before, after = (small, large) if case.auto_pad == 1 else (large, small)
+    return (before[0], before[1], after[0], after[1])
+
+
+def conv_reference(case, x, codes, level):
+    pads = same_pads(case) if case.auto_pad else case.pads
+    weights = dequantize(codes, level, 15, SCALE_COLUMNS)
+    outputs, bounds = [], []
+    for sample in x:
+        seen, offset = (sample.astype(np.float64), 0.0) if level == 32 else quantize_sample(sample)
+        windows = unfold(seen, case.kernel, case.strides, pads, case.dilations)
+        channels, rows = case.channels // case.group, case.rows // case.group
+        parts = []
+        for g in range(case.group):
+            mine = windows[..., g * channels : (g + 1) * channels]
+            flat = mine.reshape(windows.shape[0] * windows.shape[1], -1)
+            terms = flat.shape[1] if level == 32 else -(-flat.shape[1] // 32)
+            parts.append(product(weights[g * rows : (g + 1) * rows], flat, offset, terms))
+        shape = (case.rows, windows.shape[0], windows.shape[1])
+        outputs.append(np.concatenate([p[0] for p in parts], axis=1).T.reshape(shape))
+        bounds.append(np.concatenate([p[1] for p in parts], axis=1).T.reshape(shape))
+    return np.stack(outputs), np.stack(bounds)
+
+
+def conv_attributes(case):
+    return {
+        "layer": 0,
+        "use_bias": 1,
+        "clip_low": case.clip[0],
+        "clip_high": case.clip[1],
+        "group": case.group,
+        "kernel_h": case.kernel[0],
+        "kernel_w": case.kernel[1],
+        "stride_h": case.strides[0],
+        "stride_w": case.strides[1],
+        "pad_top": case.pads[0],
+        "pad_left": case.pads[1],
+        "pad_bottom": case.pads[2],
+        "pad_right": case.pads[3],
+        "dilation_h": case.dilations[0],
+        "dilation_w": case.dilations[1],
+        "auto_pad": case.auto_pad,
+    }
+
+
+@pytest.mark.parametrize("case", CONVS, ids=str)
+def test_conv_matches_numpy_at_every_level(use_isa, tmp_path, case):
+    rng = np.random.default_rng(case.channels * case.rows)
+    columns = case.channels // case.group * case.kernel[0] * case.kernel[1]
+    codes = random_codes(rng, case.rows, columns, SCALE_COLUMNS, True)
+    graph = graph_bytes(
+        [node("Conv", "x", "y", **conv_attributes(case))],
+        ["n", case.channels, "h", "w"],
+        ["n", case.rows, "oh", "ow"],
+    )
+    description = describe(case.rows, columns, case.chunk_rows, True)
+    bank = write_bank(tmp_path / "b.bank", graph, [("conv", "Conv", codes, description)])
+    x = rng.standard_normal((case.batch, case.channels, *case.size)).astype(np.float32)
+    x = np.abs(x) if case.positive else x
+    with Session(bank, threads=2) as session:
+        for level in LEVELS:
+            session.set_level(level)
+            (y,) = session.run(None, {"x": x})
+            expected, bound = conv_reference(case, x, codes, level)
+            bias = codes.bias[level].reshape(-1, 1, 1)
+            assert_within(y, finish(expected, bias, *case.clip), bound)
+
+
+def test_conv_1d_is_an_image_of_height_one(tmp_path):
+    rng = np.random.default_rng(5)
+    codes = random_codes(rng, 20, 8 * 3, SCALE_COLUMNS, True)
+    case = Conv(8, 20, (1, 25), (1, 3), strides=(1, 2), pads=(0, 1, 0, 1))
+    graph = graph_bytes(
+        [node("Conv", "x", "y", **conv_attributes(case))], ["n", 8, "l"], ["n", 20, "o"]
+    )
+    bank = write_bank(
+        tmp_path / "b.bank", graph, [("c", "Conv", codes, describe(20, 24, 32, True))]
+    )
+    x = rng.standard_normal((2, 8, 25)).astype(np.float32)
+    with Session(bank) as session:
+        for level in LEVELS:
+            session.set_level(level)
+            (y,) = session.run(None, {"x": x})
+            expected, bound = conv_reference(case, x[:, :, None, :], codes, level)
+            expected = finish(expected, codes.bias[level].reshape(-1, 1, 1), -NO_CLIP, NO_CLIP)
+            assert_within(y, expected[:, :, 0, :], bound[:, :, 0, :])
+
+
+def gather_bank(path, rows=70, columns=50) -> tuple[LayerCodes, object]:
+    codes = random_codes(np.random.default_rng(1), rows, columns, SCALE_COLUMNS, False)
+    graph = graph_bytes(
+        [node("Gather", "x", "y", layer=0)], ["n", "m"], ["n", "m", columns], TensorProto.INT64
+    )
+    bank = write_bank(
+        path / "b.bank", graph, [("table", "Gather", codes, describe(rows, columns, 16, False))]
+    )
+    return codes, bank
+
+
+def test_gather_gives_the_rows_of_the_table_exactly(tmp_path):
+    codes, bank = gather_bank(tmp_path)
+    ids = np.array([[0, 69, 15, 16], [-1, -70, 33, 33]])
+    with Session(bank) as session:
+        for level in LEVELS:
+            session.set_level(level)
+            (y,) = session.run(None, {"x": ids})
+            np.testing.assert_array_equal(y, dequantize(codes, level, 15, SCALE_COLUMNS)[ids])
+
+
+def test_gather_refuses_an_index_outside_the_table(tmp_path):
+    _, bank = gather_bank(tmp_path)
+    with Session(bank) as session:
+        for index in (70, -71):
+            with pytest.raises(RunInputError, match=rf"layer table: index {index} .* 70 rows"):
+                session.run(None, {"x": np.array([[index]])})
+        session.run(None, {"x": np.array([[3]])})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_no_number_makes_its_row_nan_and_leaves_the_others(tmp_path, value):
+    rng = np.random.default_rng(2)
+    codes = random_codes(rng, 20, 40, SCALE_COLUMNS, True)
+    graph = graph_bytes(
+        [node("MatMul", "x", "y", layer=0, use_bias=1, clip_low=0.0, clip_high=NO_CLIP)],
+        ["n", 40],
+        ["n", 20],
+    )
+    bank = write_bank(
+        tmp_path / "b.bank", graph, [("fc", "MatMul", codes, describe(20, 40, 16, True))]
+    )
+    x = rng.standard_normal((3, 40)).astype(np.float32)
+    broken = x.copy()
+    broken[1, 37] = value
+    with Session(bank) as session:
+        for level in (8, 4, 2, 1):
+            session.set_level(level)
+            (clean,) = session.run(None, {"x": x})
+            (y,) = session.run(None, {"x": broken})
+            assert np.isnan(y[1]).all()
+            np.testing.assert_array_equal(y[[0, 2]], clean[[0, 2]])
+
+
+def test_levels_can_differ_from_chunk_to_chunk(tmp_path):
+    rng = np.random.default_rng(3)
+    codes = random_codes(rng, 80, 64, SCALE_COLUMNS, True)
+    graph = graph_bytes(
+        [node("MatMul", "x", "y", layer=0, use_bias=1, clip_low=-NO_CLIP, clip_high=NO_CLIP)],
+        ["n", 64],
+        ["n", 80],
+    )
+    bank = write_bank(
+        tmp_path / "b.bank", graph, [("fc", "MatMul", codes, describe(80, 64, 16, True))]
+    )
+    x = rng.standard_normal((5, 64)).astype(np.float32)
+    uniform = {}
+    with Session(bank) as session:
+        for level in LEVELS:
+            session.set_level(level)
+            (uniform[level],) = session.run(None, {"x": x})
+        session._plans.append(8)
+        session._store.publish(LEVELS)
+        (mixed,) = session.run(None, {"x": x})
+    for chunk, level in enumerate(LEVELS):
+        rows = slice(chunk * 16, chunk * 16 + 16)
+        np.testing.assert_array_equal(mixed[:, rows], uniform[level][:, rows])

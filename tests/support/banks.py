@@ -1,0 +1,91 @@
+"""Small banks with random codes, and graphs of our operators around them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto, helper
+
+from bapq_edge.bank.codes import LayerCodes, from_bf16, to_bf16
+from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, Level, planes_for
+from bapq_edge.bank.manifest import SourceModel
+from bapq_edge.bank.writer import BankWriter
+from bapq_edge.engine.graph import RUN_INPUT
+
+NO_CLIP = 3.4028234663852886e38
+SOURCE = SourceModel(name="test", bytes=0, blake2b="0" * 32, producer="test")
+
+
+def random_codes(
+    rng: np.random.Generator,
+    rows: int,
+    columns: int,
+    scale_columns: dict[Level, int],
+    has_bias: bool,
+    levels: tuple[Level, ...] = LEVELS,
+) -> LayerCodes:
+    """Codes drawn over their whole range, scales over two decades."""
+    codes = LayerCodes()
+    for plane in planes_for(levels):
+        if plane == "f32":
+            codes.weight = rng.standard_normal((rows, columns)).astype(np.float32)
+        else:
+            top = 16 if plane in ("p4", "r8") else 2
+            codes.codes[plane] = rng.integers(0, top, (rows, columns), dtype=np.uint8)
+        if plane in SCALED_PLANES:
+            level = SCALED_PLANES[plane]
+            groups = -(-(-(-columns // 32) * 32) // scale_columns[level])
+            values = 10 ** rng.uniform(-2, 0, (rows, groups))
+            codes.scales[level] = from_bf16(to_bf16(values.astype(np.float32)))
+        if has_bias:
+            codes.bias[PLANES[plane]] = rng.standard_normal(rows).astype(np.float32)
+    return codes
+
+
+def node(operator: str, source: str, target: str, **attributes: Any) -> Any:
+    """One operator of ours."""
+    return helper.make_node(operator, [source, RUN_INPUT], [target], domain="bapq", **attributes)
+
+
+def graph_bytes(
+    nodes: list[Any], x_shape: list[Any], y_shape: list[Any], x_type: int = TensorProto.FLOAT
+) -> bytes:
+    """A model x -> y of these nodes."""
+    graph = helper.make_graph(
+        nodes,
+        "test",
+        [
+            helper.make_tensor_value_info("x", x_type, x_shape),
+            helper.make_tensor_value_info(RUN_INPUT, TensorProto.INT64, []),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, y_shape)],
+    )
+    model = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", 13), helper.make_opsetid("bapq", 1)],
+        ir_version=8,
+    )
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def write_bank(
+    path: Path,
+    graph: bytes,
+    layers: list[tuple[str, str, LayerCodes, dict[str, Any]]],
+    levels: tuple[Level, ...] = LEVELS,
+) -> Path:
+    """A bank of (name, operator, codes, description) layers."""
+    with BankWriter(path, levels=levels, source=SOURCE) as writer:
+        for name, operator, codes, description in layers:
+            writer.add_layer(
+                name,
+                (operator,),
+                codes,
+                relative_error={level: 0.0 for level in levels},
+                **description,
+            )
+        writer.finish(graph)
+    return path

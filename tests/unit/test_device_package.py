@@ -1,0 +1,114 @@
+"""The device package stays light, and its wheel is whole."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import bapq_edge
+from bapq_edge import errors
+from bapq_edge.profiles import load_profile, profile_names
+from bapq_edge.units import format_size, parse_size
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def modules_after(statement):
+    script = f"{statement}\nimport sys\nprint('\\n'.join(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    return {name.partition(".")[0] for name in result.stdout.split()}
+
+
+@pytest.mark.parametrize("statement", ["import bapq_edge", "import bapq_edge.engine.graph"])
+def test_importing_the_device_package_loads_no_host_package(statement):
+    host = {"onnx", "sklearn", "scipy", "bapq_tools", "rich", "joblib", "matplotlib"}
+    assert not modules_after(statement) & host
+
+
+def test_every_error_has_an_exit_code_of_its_own_and_a_place_in_the_tree():
+    classes = [
+        value
+        for value in vars(errors).values()
+        if isinstance(value, type) and issubclass(value, (errors.BapqError, errors.BapqWarning))
+    ]
+    codes = [value.exit_code for value in classes if issubclass(value, errors.BapqError)]
+    assert len(set(codes)) == len(codes)
+    assert all(0 < code < 126 for code in codes)
+    assert sorted(errors.__all__) == sorted(value.__name__ for value in classes)
+    for value in classes:
+        assert value.__name__ in errors.__doc__ and value.__doc__
+
+
+def test_wheel_holds_library_tools_and_profiles(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path, ROOT],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-py3-none-linux_" in wheel.name
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {
+        "bapq_edge/session.py",
+        "bapq_edge/engine/libbapq.so",
+        "bapq_edge/device_profiles/raspberry_pi_4.yaml",
+        "bapq_tools/build.py",
+        "bapq_tools/passes/quantize.py",
+    } <= names
+    assert not [name for name in names if name.endswith((".c", ".h", ".o"))]
+
+
+def test_sizes():
+    assert parse_size("64MiB") == 64 << 20
+    assert parse_size("1.5 GB") == 1_500_000_000
+    assert parse_size(" 100 ") == parse_size("100B") == parse_size(100) == 100
+    assert format_size(1536) == "1.5 KiB"
+    assert format_size(64 << 20) == "64.0 MiB"
+    assert format_size(12) == "12 B"
+    for size in (True, 0, -5, "64mib", "1e6", "MiB", "nan", None):
+        with pytest.raises(errors.SizeError):
+            parse_size(size)
+
+
+def test_every_board_profile_reads():
+    assert len(profile_names()) >= 5
+    for name in profile_names():
+        assert load_profile(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cores": "four"}, "cores"),
+        ({"cores": 0}, "cores"),
+        ({"cores": True}, "cores"),
+        ({"cpu": ""}, "cpu"),
+        ({"colour": "red"}, "unknown keys"),
+        ({"cores": None}, "cores"),
+    ],
+)
+def test_a_malformed_profile_is_refused(tmp_path, change, message):
+    import yaml
+
+    place = Path(bapq_edge.__file__).parents[1] / "device_profiles" / "raspberry_pi_4.yaml"
+    values = {**yaml.safe_load(place.read_text()), **change}
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(errors.ProfileError, match=message):
+        load_profile(path)
+
+
+def test_an_unknown_profile_is_refused_with_those_there_are(tmp_path):
+    with pytest.raises(errors.ProfileError, match="raspberry_pi_4"):
+        load_profile("raspberry_pi_6")
+    with pytest.raises(errors.ProfileError, match="cannot be read"):
+        load_profile(tmp_path / "absent.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(errors.ProfileError, match="missing keys"):
+        load_profile(tmp_path / "list.yaml")

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from onnx import TensorProto
-from support.banks import NO_CLIP, graph_bytes, node, random_codes, write_bank
-from support.reference import product, quantize_rows, quantize_sample, unfold
 
 from bapq_edge import Session
 from bapq_edge.bank.codes import LayerCodes, dequantize
 from bapq_edge.bank.layout import LEVELS
 from bapq_edge.errors import RunInputError
+from support.banks import NO_CLIP, graph_bytes, node, random_codes, write_bank
+from support.reference import product, quantize_rows, quantize_sample, unfold
 
 SCALE_COLUMNS = {4: 32, 2: 64, 1: 128}
 

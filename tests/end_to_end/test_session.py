@@ -9,7 +9,6 @@ import threading
 
 import numpy as np
 import pytest
-from support.banks import NO_CLIP, graph_bytes, node, random_codes, write_bank
 
 from bapq_edge import Session
 from bapq_edge.bank.layout import LEVELS
@@ -24,6 +23,7 @@ from bapq_edge.errors import (
     SizeError,
     UnknownLevelError,
 )
+from support.banks import NO_CLIP, graph_bytes, node, random_codes, write_bank
 
 SCALE_COLUMNS = {4: 32, 2: 64, 1: 128}
 

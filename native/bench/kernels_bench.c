@@ -9,7 +9,13 @@
 
 #include "../src/kernels/kernels.h"
 
-enum { ROWS = 256, TILES = ROWS / BAPQ_TILE_ROWS, MAX_COLUMNS = 4096, MAX_M = 64, MAX_REPEATS = 99 };
+enum {
+    ROWS = 256,
+    TILES = ROWS / BAPQ_TILE_ROWS,
+    MAX_COLUMNS = 4096,
+    MAX_M = 64,
+    MAX_REPEATS = 99
+};
 enum { MAX_BLOCKS = MAX_COLUMNS / BAPQ_BLOCK, MAX_FAMILIES = 4 };
 
 static const char *const level_names[BAPQ_LEVELS] = {"32", "8", "4", "2", "1"};
@@ -22,21 +28,18 @@ static int8_t q[MAX_M * MAX_COLUMNS];
 static float x[MAX_M * MAX_COLUMNS], panel_scale[MAX_M * MAX_BLOCKS], panel_sum[MAX_M * MAX_BLOCKS];
 static float out[MAX_M * BAPQ_TILE_ROWS];
 
-static double now_s(void)
-{
+static double now_s(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-static int ascending(const void *a, const void *b)
-{
+static int ascending(const void *a, const void *b) {
     const double left = *(const double *)a, right = *(const double *)b;
     return (left > right) - (left < right);
 }
 
-static double seconds_per_layer(const bapq_kernels *k, int level, int32_t blocks, int32_t m)
-{
+static double seconds_per_layer(const bapq_kernels *k, int level, int32_t blocks, int32_t m) {
     const bapq_panel panel = {q, panel_scale, panel_sum, x};
     const double macs = (double)ROWS * blocks * BAPQ_BLOCK * m;
     const double wanted = strcmp(k->name, "scalar") == 0 ? 1e6 : 3e7; /* of work per sample */
@@ -52,8 +55,7 @@ static double seconds_per_layer(const bapq_kernels *k, int level, int32_t blocks
     return (now_s() - start) / calls;
 }
 
-static double quantize_ns_per_float(const bapq_kernels *k)
-{
+static double quantize_ns_per_float(const bapq_kernels *k) {
     const double start = now_s();
     for (int i = 0; i < MAX_M; i++) {
         k->quantize_row(x + i * MAX_COLUMNS, MAX_COLUMNS, q + i * MAX_COLUMNS, panel_scale,
@@ -62,8 +64,7 @@ static double quantize_ns_per_float(const bapq_kernels *k)
     return (now_s() - start) * 1e9 / (MAX_M * MAX_COLUMNS);
 }
 
-int main(int argc, char **argv)
-{
+int main(int argc, char **argv) {
     const int wanted = argc > 1 ? atoi(argv[1]) : 7;
     const int repeats = wanted < 1 ? 1 : wanted > MAX_REPEATS ? MAX_REPEATS : wanted;
     const bapq_kernels *family[MAX_FAMILIES];

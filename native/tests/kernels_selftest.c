@@ -32,40 +32,34 @@ typedef struct {
 static uint64_t state;
 static uint64_t digest = 0xcbf29ce484222325u;
 
-static uint32_t random_bits(void)
-{
+static uint32_t random_bits(void) {
     state = state * 6364136223846793005u + 1442695040888963407u;
     return (uint32_t)(state >> 33) ^ (uint32_t)(state >> 20);
 }
 
-static int32_t random_in(int32_t low, int32_t high)
-{
+static int32_t random_in(int32_t low, int32_t high) {
     return low + (int32_t)(random_bits() % (uint32_t)(high - low + 1));
 }
 
-static float random_float(int32_t exponent)
-{
+static float random_float(int32_t exponent) {
     return ldexpf((float)(int32_t)(random_bits() & 0xffffff) - 8388608.0f, exponent - 23);
 }
 
-static void add_to_digest(const void *data, size_t bytes)
-{
+static void add_to_digest(const void *data, size_t bytes) {
     for (size_t i = 0; i < bytes; i++) {
         digest = (digest ^ ((const uint8_t *)data)[i]) * 0x100000001b3u;
     }
 }
 
 /* NaNs are equal whatever their sign and payload, which IEEE 754 leaves open. */
-static void unify_nans(float *values, size_t count)
-{
+static void unify_nans(float *values, size_t count) {
     for (size_t i = 0; i < count; i++) {
         values[i] = isnan(values[i]) ? NAN : values[i];
     }
 }
 
 /* extreme: 0 random operands, 1..4 the corners of codes and activations. */
-static void fill(operands *o, int extreme)
-{
+static void fill(operands *o, int extreme) {
     const uint8_t code_byte = extreme % 2 == 1 ? 0xff : 0x00;
     for (size_t i = 0; i < sizeof o->planes; i++) {
         ((uint8_t *)o->planes)[i] = extreme > 0 ? code_byte : (uint8_t)random_bits();
@@ -85,8 +79,7 @@ static void fill(operands *o, int extreme)
     }
 }
 
-static bool same_tile(const bapq_kernels *k, operands *o, int level, int extreme)
-{
+static bool same_tile(const bapq_kernels *k, operands *o, int level, int extreme) {
     static float got[MAX_ROWS * BAPQ_TILE_ROWS], want[MAX_ROWS * BAPQ_TILE_ROWS];
     const int32_t blocks = random_in(1, random_in(0, 3) == 0 ? MAX_BLOCKS : 5);
     const int32_t m = random_in(1, MAX_ROWS);
@@ -117,8 +110,7 @@ static bool same_tile(const bapq_kernels *k, operands *o, int level, int extreme
 }
 
 /* Rows with every magnitude a float can have, zeros, infinities and NaNs among them. */
-static bool same_quantize(const bapq_kernels *k)
-{
+static bool same_quantize(const bapq_kernels *k) {
     static float x[MAX_COLUMNS];
     static quantized got, want;
     const int32_t n = random_in(1, MAX_COLUMNS);
@@ -152,8 +144,7 @@ static bool same_quantize(const bapq_kernels *k)
     return true;
 }
 
-static bool same_sums(const bapq_kernels *k, operands *o)
-{
+static bool same_sums(const bapq_kernels *k, operands *o) {
     static float got[MAX_ROWS * MAX_BLOCKS], want[MAX_ROWS * MAX_BLOCKS];
     const int32_t rows = random_in(1, MAX_ROWS), blocks = random_in(1, MAX_BLOCKS);
     bapq_kernels_scalar.block_sums(o->q, rows, blocks, want);
@@ -165,8 +156,7 @@ static bool same_sums(const bapq_kernels *k, operands *o)
     return true;
 }
 
-int main(void)
-{
+int main(void) {
     const bapq_kernels *family[8];
     const int32_t families = bapq_kernels_available(family, 8);
     const bapq_kernels *best = bapq_kernels_best();

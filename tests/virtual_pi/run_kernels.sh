@@ -13,10 +13,13 @@ flags="-std=c11 -O3 -ffp-contract=off -fno-fast-math -Wall -Wextra -Werror"
 
 for file in "$kernels"/*.c "$root/native/tests/kernels_selftest.c"; do
     name=$(basename "$file" .c)
-    march=""
-    [ "$name" = neondot ] && march="-march=armv8.2-a+dotprod"
+    case $name in
+    neon) extra="-fno-schedule-insns" ;;
+    neondot) extra="-fno-schedule-insns -march=armv8.2-a+dotprod" ;;
+    *) extra="" ;;
+    esac
     # shellcheck disable=SC2086
-    ${cross}gcc $flags $march -c "$file" -o "$work/$name.o"
+    ${cross}gcc $flags $extra -c "$file" -o "$work/$name.o"
     dots=$(${cross}objdump -d "$work/$name.o" | grep -cE '\s[su]dot\s' || true)
     if [ "$name" = neondot ] && [ "$dots" -eq 0 ]; then
         echo "neondot.o holds no dot product instruction; check its -march flag" >&2

@@ -1,6 +1,6 @@
-/* AVX2 with FMA: up to 8 activation rows by 8 outputs in registers. Codes of 4 bits at most, so
- * that a whole block's products (32 * 15 * 128 over two lanes: 30720) fit int16 sums; level 8
- * keeps p4 and r8 apart and joins their int32 sums. */
+/* AVX2 with FMA: 4 activation rows by 16 outputs in registers (8 outputs at level 8). Codes of 4
+ * bits at most, so that a whole block's products (32 * 15 * 128 over two lanes: 30720) fit int16
+ * sums; level 8 keeps p4 and r8 apart and joins their int32 sums. */
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -8,10 +8,7 @@
 
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 
-BAPQ_INLINE __m256i shift_right(__m256i v, int bits)
-{
-    return (__m256i)((u16x16)v >> bits);
-}
+BAPQ_INLINE __m256i shift_right(__m256i v, int bits) { return (__m256i)((u16x16)v >> bits); }
 
 /* What the codes of 8 rows of one block are cut from: the nibble planes where they lie, the bit
  * planes in registers. */
@@ -21,8 +18,7 @@ typedef struct {
 } source;
 
 BAPQ_INLINE source source_at(int level, const uint8_t *const plane[2], int32_t b, int half,
-                             int which)
-{
+                             int which) {
     source s = {0};
     if (level == BAPQ_L8 || level == BAPQ_L4) {
         s.nibbles = plane[which] + (ptrdiff_t)b * 256 + half * 32;
@@ -39,30 +35,36 @@ BAPQ_INLINE source source_at(int level, const uint8_t *const plane[2], int32_t b
     const __m256i mask = _mm256_set1_epi8(0x55);
     s.bits[0] = _mm256_or_si256(_mm256_and_si256(m1, mask),
                                 _mm256_andnot_si256(mask, _mm256_add_epi8(s1, s1)));
-    s.bits[1] = _mm256_or_si256(_mm256_and_si256(shift_right(m1, 1), mask),
-                                _mm256_andnot_si256(mask, s1));
+    s.bits[1] =
+        _mm256_or_si256(_mm256_and_si256(shift_right(m1, 1), mask), _mm256_andnot_si256(mask, s1));
     return s;
 }
 
 /* Codes of columns 4j..4j+3. */
-BAPQ_INLINE __m256i code_of(int level, const source *s, int j)
-{
+BAPQ_INLINE __m256i code_of(int level, const source *s, int j) {
     switch (level) {
-    case BAPQ_L1:
-        return _mm256_and_si256(shift_right(s->bits[0], j), _mm256_set1_epi8(1));
-    case BAPQ_L2:
-        return _mm256_and_si256(shift_right(s->bits[j % 2], j / 2 * 2), _mm256_set1_epi8(3));
-    default: {
-        const __m256i v = _mm256_loadu_si256((const __m256i *)(s->nibbles + j / 2 * 64));
-        return _mm256_and_si256(shift_right(v, j % 2 * 4), _mm256_set1_epi8(15));
-    }
+        case BAPQ_L1:
+            return _mm256_and_si256(shift_right(s->bits[0], j), _mm256_set1_epi8(1));
+        case BAPQ_L2:
+            return _mm256_and_si256(shift_right(s->bits[j % 2], j / 2 * 2), _mm256_set1_epi8(3));
+        default: {
+            const __m256i v = _mm256_loadu_si256((const __m256i *)(s->nibbles + j / 2 * 64));
+            return _mm256_and_si256(shift_right(v, j % 2 * 4), _mm256_set1_epi8(15));
+        }
     }
 }
 
-/* n rows by 8 * halves outputs at a time; n * halves * planes <= 8 int16 sums in registers. */
+/* The empty asm stops gcc from turning the chain of additions into a tree, which spills every
+ * product to the stack. */
+BAPQ_INLINE __m256i add_in_order(__m256i sum, __m256i product) {
+    sum = _mm256_add_epi16(sum, product);
+    __asm__("" : "+x"(sum));
+    return sum;
+}
+
+/* n rows by 8 * halves outputs at a time; at most 8 int16 sums in registers. */
 BAPQ_INLINE void rows_codes(int n, int32_t first, int level, const bapq_tile *w,
-                            const bapq_panel *x, float *out)
-{
+                            const bapq_panel *x, float *out) {
     const int planes = level == BAPQ_L8 ? 2 : 1;
     const int halves = n * planes <= 4 ? 2 : 1;
     const int32_t blocks = w->blocks;
@@ -76,8 +78,8 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, int level, const bapq_tile *w,
     const __m256i ones = _mm256_set1_epi16(1);
     const __m256i steps = _mm256_set1_epi16((short)w->residual_steps);
     for (int half = 0; half < 2; half += halves) {
-        __m256 acc[8][2];
-#pragma GCC unroll 8
+        __m256 acc[4][2];
+#pragma GCC unroll 4
         for (int i = 0; i < n; i++) {
 #pragma GCC unroll 2
             for (int h = 0; h < halves; h++) {
@@ -102,7 +104,7 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, int level, const bapq_tile *w,
             }
             const int8_t *qb = q + (ptrdiff_t)b * BAPQ_BLOCK;
             source from[2][2];
-            __m256i pairs[8][2][2]; /* [row][half][plane]: sums of two columns, int16 */
+            __m256i pairs[4][2][2]; /* [row][half][plane]: sums of two columns, int16 */
 #pragma GCC unroll 2
             for (int h = 0; h < halves; h++) {
 #pragma GCC unroll 2
@@ -120,7 +122,7 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, int level, const bapq_tile *w,
                         code[h][p] = code_of(level, &from[h][p], j);
                     }
                 }
-#pragma GCC unroll 8
+#pragma GCC unroll 4
                 for (int i = 0; i < n; i++) {
                     int32_t four;
                     memcpy(&four, qb + i * stride + 4 * j, sizeof four);
@@ -131,21 +133,20 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, int level, const bapq_tile *w,
                         for (int p = 0; p < planes; p++) {
                             const __m256i product = _mm256_maddubs_epi16(code[h][p], qi);
                             pairs[i][h][p] =
-                                j == 0 ? product
-                                       : _mm256_add_epi16(pairs[i][h][p], product);
+                                j == 0 ? product : add_in_order(pairs[i][h][p], product);
                         }
                     }
                 }
             }
-#pragma GCC unroll 8
+#pragma GCC unroll 4
             for (int i = 0; i < n; i++) {
                 const ptrdiff_t at = (ptrdiff_t)i * blocks + b;
                 const __m256 si = _mm256_broadcast_ss(&sum[at]);
                 const __m256 xi = _mm256_broadcast_ss(&scale[at]);
 #pragma GCC unroll 2
                 for (int h = 0; h < halves; h++) {
-                    __m256i dot = _mm256_madd_epi16(pairs[i][h][0],
-                                                    level == BAPQ_L8 ? steps : ones);
+                    __m256i dot =
+                        _mm256_madd_epi16(pairs[i][h][0], level == BAPQ_L8 ? steps : ones);
                     if (level == BAPQ_L8) {
                         dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs[i][h][1], ones));
                     }
@@ -154,7 +155,7 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, int level, const bapq_tile *w,
                 }
             }
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int i = 0; i < n; i++) {
 #pragma GCC unroll 2
             for (int h = 0; h < halves; h++) {
@@ -166,8 +167,7 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, int level, const bapq_tile *w,
 }
 
 BAPQ_INLINE void rows_float(int n, int32_t first, const bapq_tile *w, const bapq_panel *x,
-                            float *out)
-{
+                            float *out) {
     const ptrdiff_t columns = (ptrdiff_t)w->blocks * BAPQ_BLOCK;
     const float *xi = x->x + first * columns;
     __m256 acc[4][2];
@@ -194,13 +194,11 @@ BAPQ_INLINE void rows_float(int n, int32_t first, const bapq_tile *w, const bapq
 }
 
 BAPQ_INLINE void tile_codes(int level, const bapq_tile *w, const bapq_panel *x, int32_t m,
-                            float *out)
-{
-    BAPQ_BY_ROWS(level == BAPQ_L8 ? 4 : 8, m, rows_codes, level, w, x, out);
+                            float *out) {
+    BAPQ_BY_ROWS(4, m, rows_codes, level, w, x, out);
 }
 
-static void tile_float(const bapq_tile *w, const bapq_panel *x, int32_t m, float *out)
-{
+static void tile_float(const bapq_tile *w, const bapq_panel *x, int32_t m, float *out) {
     BAPQ_BY_ROWS(4, m, rows_float, w, x, out);
 }
 

@@ -7,14 +7,10 @@
 
 typedef uint16_t u16x32 __attribute__((vector_size(64)));
 
-BAPQ_INLINE __m512i shift_right(__m512i v, int bits)
-{
-    return (__m512i)((u16x32)v >> bits);
-}
+BAPQ_INLINE __m512i shift_right(__m512i v, int bits) { return (__m512i)((u16x32)v >> bits); }
 
 /* Code vectors of block b: code[j] holds columns 4j..4j+3. steps: residual_steps * (0..15). */
-BAPQ_INLINE void unpack(int level, const bapq_tile *w, int32_t b, __m512i steps, __m512i code[8])
-{
+BAPQ_INLINE void unpack(int level, const bapq_tile *w, int32_t b, __m512i steps, __m512i code[8]) {
     const __m512i low = _mm512_set1_epi8(15);
     if (level == BAPQ_L8 || level == BAPQ_L4) {
         for (int p = 0; p < 4; p++) {
@@ -43,8 +39,8 @@ BAPQ_INLINE void unpack(int level, const bapq_tile *w, int32_t b, __m512i steps,
     const __m512i bits = _mm512_set1_epi8(0x55);
     const __m512i even = _mm512_or_si512(_mm512_and_si512(m1, bits),
                                          _mm512_andnot_si512(bits, _mm512_add_epi8(s1, s1)));
-    const __m512i odd = _mm512_or_si512(_mm512_and_si512(shift_right(m1, 1), bits),
-                                        _mm512_andnot_si512(bits, s1));
+    const __m512i odd =
+        _mm512_or_si512(_mm512_and_si512(shift_right(m1, 1), bits), _mm512_andnot_si512(bits, s1));
     for (int k = 0; k < 4; k++) {
         code[2 * k] = _mm512_and_si512(shift_right(even, 2 * k), _mm512_set1_epi8(3));
         code[2 * k + 1] = _mm512_and_si512(shift_right(odd, 2 * k), _mm512_set1_epi8(3));
@@ -52,8 +48,7 @@ BAPQ_INLINE void unpack(int level, const bapq_tile *w, int32_t b, __m512i steps,
 }
 
 BAPQ_INLINE void rows_codes(int n, int32_t first, int level, const bapq_tile *w,
-                            const bapq_panel *x, float *out)
-{
+                            const bapq_panel *x, float *out) {
     const int32_t blocks = w->blocks;
     const ptrdiff_t stride = (ptrdiff_t)blocks * BAPQ_BLOCK;
     const int8_t *q = x->q + first * stride;
@@ -95,8 +90,8 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, int level, const bapq_tile *w,
                 dot = _mm512_dpbusd_epi32(dot, code[j], _mm512_set1_epi32(four));
             }
             const ptrdiff_t at = (ptrdiff_t)i * blocks + b;
-            const __m512 f = _mm512_fnmadd_ps(zero, _mm512_set1_ps(sum[at]),
-                                              _mm512_cvtepi32_ps(dot));
+            const __m512 f =
+                _mm512_fnmadd_ps(zero, _mm512_set1_ps(sum[at]), _mm512_cvtepi32_ps(dot));
             acc[i] = _mm512_fmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps(scale[at])), f, acc[i]);
         }
     }
@@ -107,8 +102,7 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, int level, const bapq_tile *w,
 }
 
 BAPQ_INLINE void rows_float(int n, int32_t first, const bapq_tile *w, const bapq_panel *x,
-                            float *out)
-{
+                            float *out) {
     const ptrdiff_t columns = (ptrdiff_t)w->blocks * BAPQ_BLOCK;
     const float *xi = x->x + first * columns;
     __m512 acc[8];
@@ -130,13 +124,11 @@ BAPQ_INLINE void rows_float(int n, int32_t first, const bapq_tile *w, const bapq
 }
 
 BAPQ_INLINE void tile_codes(int level, const bapq_tile *w, const bapq_panel *x, int32_t m,
-                            float *out)
-{
+                            float *out) {
     BAPQ_BY_ROWS(8, m, rows_codes, level, w, x, out);
 }
 
-static void tile_float(const bapq_tile *w, const bapq_panel *x, int32_t m, float *out)
-{
+static void tile_float(const bapq_tile *w, const bapq_panel *x, int32_t m, float *out) {
     BAPQ_BY_ROWS(8, m, rows_float, w, x, out);
 }
 

@@ -3,9 +3,12 @@
  *
  *   avx2.c        -mavx2 -mfma
  *   avx512vnni.c  -mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512vnni
- *   neondot.c     -march=armv8.2-a+dotprod
+ *   neon.c        -fno-schedule-insns
+ *   neondot.c     -fno-schedule-insns -march=armv8.2-a+dotprod
  *
- * No other file may have these: the choice below is made by code that runs on every CPU. */
+ * No other file may have the instruction flags: the choice below is made by code that runs on every
+ * CPU. -fno-schedule-insns keeps gcc's first scheduler from lengthening live ranges until the sums
+ * no longer fit the 32 registers. */
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,29 +20,20 @@
 
 #include "kernels.h"
 
-static bool always(void)
-{
-    return true;
-}
+static bool always(void) { return true; }
 
 #if defined(__x86_64__)
 /* __builtin_cpu_supports also asks whether the operating system saves the wide registers. */
-static bool has_avx2(void)
-{
+static bool has_avx2(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
-static bool has_avx512vnni(void)
-{
-    return has_avx2() && __builtin_cpu_supports("avx512f") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni");
+static bool has_avx512vnni(void) {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
 #elif defined(__aarch64__)
-static bool has_dotprod(void)
-{
-    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
-}
+static bool has_dotprod(void) { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
 #endif
 
 /* Best first. */
@@ -59,8 +53,7 @@ static const struct {
 
 enum { FAMILY_COUNT = sizeof families / sizeof *families };
 
-const bapq_kernels *bapq_kernels_by_name(const char *name)
-{
+const bapq_kernels *bapq_kernels_by_name(const char *name) {
     for (int f = 0; f < FAMILY_COUNT; f++) {
         if (strcmp(families[f].kernels->name, name) == 0) {
             return families[f].supported() ? families[f].kernels : NULL;
@@ -69,8 +62,7 @@ const bapq_kernels *bapq_kernels_by_name(const char *name)
     return NULL;
 }
 
-const bapq_kernels *bapq_kernels_best(void)
-{
+const bapq_kernels *bapq_kernels_best(void) {
     const char *name = getenv("BAPQ_ISA");
     if (name != NULL && *name != '\0') {
         return bapq_kernels_by_name(name);
@@ -82,8 +74,7 @@ const bapq_kernels *bapq_kernels_best(void)
     return families[f].kernels;
 }
 
-int32_t bapq_kernels_available(const bapq_kernels **out, int32_t capacity)
-{
+int32_t bapq_kernels_available(const bapq_kernels **out, int32_t capacity) {
     int32_t count = 0;
     for (int f = 0; f < FAMILY_COUNT; f++) {
         if (families[f].supported()) {

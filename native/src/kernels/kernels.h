@@ -40,10 +40,10 @@ typedef struct {
 
 /* m activation rows. Columns past the layer's are zero. */
 typedef struct {
-    const int8_t *q;     /* (m, blocks*32), row stride blocks*32; every int8 value is allowed */
-    const float *scale;  /* (m, blocks) */
-    const float *sum;    /* (m, blocks): sum of q over the block */
-    const float *x;      /* (m, blocks*32) float32, level 32 only */
+    const int8_t *q;    /* (m, blocks*32), row stride blocks*32; every int8 value is allowed */
+    const float *scale; /* (m, blocks) */
+    const float *sum;   /* (m, blocks): sum of q over the block */
+    const float *x;     /* (m, blocks*32) float32, level 32 only */
 } bapq_panel;
 
 /* out: (m, 16), row stride 16. */
@@ -53,7 +53,8 @@ typedef void (*bapq_tile_fn)(const bapq_tile *w, const bapq_panel *x, int32_t m,
  * half to even, q = 0 past n. Below 2^-100, x and amax are first multiplied by 2^100, so that
  * 127/amax stays finite. amax == 0: scale 0, q 0. A NaN or infinity in a block makes its scale
  * NaN and its q 0, so that every output of the row is NaN. */
-typedef void (*bapq_quantize_row_fn)(const float *x, int32_t n, int8_t *q, float *scale, float *sum);
+typedef void (*bapq_quantize_row_fn)(const float *x, int32_t n, int8_t *q, float *scale,
+                                     float *sum);
 
 /* Block sums of m rows of already quantized values: sum[i][b] = sum of q[i][32b..32b+31]. */
 typedef void (*bapq_block_sums_fn)(const int8_t *q, int32_t rows, int32_t blocks, float *sum);

@@ -13,8 +13,7 @@ typedef struct {
 
 /* Levels 4, 2, 1: a block's 8 products of at most 15 * 128 per lane fit int16. */
 BAPQ_INLINE void dot_small(int n, int groups, int level, const bapq_tile *w, int32_t b, int row,
-                           const int8_t *q, ptrdiff_t stride, int32x4_t dot[4][4])
-{
+                           const int8_t *q, ptrdiff_t stride, int32x4_t dot[4][4]) {
     products acc[4][4];
     uint8x16_t bits[4][2];
     const uint8_t *nibbles = w->code[0] + (ptrdiff_t)b * 256 + row * 4;
@@ -62,8 +61,7 @@ BAPQ_INLINE void dot_small(int n, int groups, int level, const bapq_tile *w, int
  * 127 - code, subtracted, for odd j. A pair of products then lies within +-32640 for every int8
  * value of q and fits int16. The even columns' missing 1 * q is added at the end. */
 BAPQ_INLINE void dot_full(int n, int groups, const bapq_tile *w, int32_t b, int row,
-                          const int8_t *q, ptrdiff_t stride, int32x4_t dot[4][4])
-{
+                          const int8_t *q, ptrdiff_t stride, int32x4_t dot[4][4]) {
     const uint8x16_t steps_even = step_table(w, -128);
     const uint8x16_t steps_odd = vmvnq_u8(steps_even);
     pairs acc[4][4];
@@ -110,8 +108,7 @@ BAPQ_INLINE void dot_full(int n, int groups, const bapq_tile *w, int32_t b, int 
 
 /* n rows by 4 * groups outputs at a time, 16 sums in registers at most. */
 BAPQ_INLINE void rows_codes(int n, int32_t first, int level, const bapq_tile *w,
-                            const bapq_panel *x, float *out)
-{
+                            const bapq_panel *x, float *out) {
     const int groups = n <= 2 ? 4 : 2;
     const int32_t blocks = w->blocks;
     const ptrdiff_t stride = (ptrdiff_t)blocks * BAPQ_BLOCK;
@@ -151,8 +148,7 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, int level, const bapq_tile *w,
                 const ptrdiff_t at = (ptrdiff_t)i * blocks + b;
 #pragma GCC unroll 4
                 for (int g = 0; g < groups; g++) {
-                    acc[i][g] =
-                        add_block(acc[i][g], d[g], scale[at], dot[i][g], zero, sum[at]);
+                    acc[i][g] = add_block(acc[i][g], d[g], scale[at], dot[i][g], zero, sum[at]);
                 }
             }
         }
@@ -168,8 +164,7 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, int level, const bapq_tile *w,
 }
 
 BAPQ_INLINE void tile_codes(int level, const bapq_tile *w, const bapq_panel *x, int32_t m,
-                            float *out)
-{
+                            float *out) {
     BAPQ_BY_ROWS(4, m, rows_codes, level, w, x, out);
 }
 

@@ -3,24 +3,22 @@
 #if defined(__aarch64__)
 #include "neon.inc"
 
-BAPQ_INLINE int32x4_t dot_lane(int32x4_t acc, int8x16_t code, int8x16_t q, int lane)
-{
+BAPQ_INLINE int32x4_t dot_lane(int32x4_t acc, int8x16_t code, int8x16_t q, int lane) {
     switch (lane) {
-    case 0:
-        return vdotq_laneq_s32(acc, code, q, 0);
-    case 1:
-        return vdotq_laneq_s32(acc, code, q, 1);
-    case 2:
-        return vdotq_laneq_s32(acc, code, q, 2);
-    default:
-        return vdotq_laneq_s32(acc, code, q, 3);
+        case 0:
+            return vdotq_laneq_s32(acc, code, q, 0);
+        case 1:
+            return vdotq_laneq_s32(acc, code, q, 1);
+        case 2:
+            return vdotq_laneq_s32(acc, code, q, 2);
+        default:
+            return vdotq_laneq_s32(acc, code, q, 3);
     }
 }
 
 /* n rows by 4 * groups outputs at a time, 16 sums in registers at most. */
 BAPQ_INLINE void rows_codes(int n, int32_t first, int level, const bapq_tile *w,
-                            const bapq_panel *x, float *out)
-{
+                            const bapq_panel *x, float *out) {
     const int groups = n <= 4 ? 4 : 2;
     const int32_t blocks = w->blocks;
     const ptrdiff_t stride = (ptrdiff_t)blocks * BAPQ_BLOCK;
@@ -77,16 +75,15 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, int level, const bapq_tile *w,
                     const ptrdiff_t at = (ptrdiff_t)b * 256 + (row + g * 4) * 4;
                     uint8x16_t code;
                     if (level == BAPQ_L8) {
-                        code = vaddq_u8(
-                            vqtbl1q_u8(steps, code_of(BAPQ_L4, w->code[0] + at, NULL, j)),
-                            code_of(BAPQ_L4, w->code[1] + at, NULL, j));
+                        code =
+                            vaddq_u8(vqtbl1q_u8(steps, code_of(BAPQ_L4, w->code[0] + at, NULL, j)),
+                                     code_of(BAPQ_L4, w->code[1] + at, NULL, j));
                     } else {
                         code = code_of(level, w->code[0] + at, bits[g], j);
                     }
 #pragma GCC unroll 8
                     for (int i = 0; i < n; i++) {
-                        dot[i][g] =
-                            dot_lane(dot[i][g], vreinterpretq_s8_u8(code), qi[i], j % 4);
+                        dot[i][g] = dot_lane(dot[i][g], vreinterpretq_s8_u8(code), qi[i], j % 4);
                     }
                 }
             }
@@ -95,8 +92,7 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, int level, const bapq_tile *w,
                 const ptrdiff_t at = (ptrdiff_t)i * blocks + b;
 #pragma GCC unroll 4
                 for (int g = 0; g < groups; g++) {
-                    acc[i][g] =
-                        add_block(acc[i][g], d[g], scale[at], dot[i][g], zero, sum[at]);
+                    acc[i][g] = add_block(acc[i][g], d[g], scale[at], dot[i][g], zero, sum[at]);
                 }
             }
         }
@@ -112,8 +108,7 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, int level, const bapq_tile *w,
 }
 
 BAPQ_INLINE void tile_codes(int level, const bapq_tile *w, const bapq_panel *x, int32_t m,
-                            float *out)
-{
+                            float *out) {
     BAPQ_BY_ROWS(8, m, rows_codes, level, w, x, out);
 }
 

@@ -4,8 +4,7 @@
 #include "common.inc"
 
 /* Code of row r, column k (0..31) of block b. */
-BAPQ_INLINE int32_t code_at(int level, const bapq_tile *w, int32_t b, int r, int k)
-{
+BAPQ_INLINE int32_t code_at(int level, const bapq_tile *w, int32_t b, int r, int k) {
     if (level == BAPQ_L8 || level == BAPQ_L4) {
         const ptrdiff_t at = (ptrdiff_t)b * 256 + k / 8 * 64 + r * 4 + k % 4;
         const int shift = k % 8 / 4 * 4;
@@ -17,8 +16,7 @@ BAPQ_INLINE int32_t code_at(int level, const bapq_tile *w, int32_t b, int r, int
     return level == BAPQ_L1 ? s1 : 2 * s1 + (w->code[1][at] >> k / 4 & 1);
 }
 
-BAPQ_INLINE float scale_at(int level, const bapq_tile *w, int32_t b, int r)
-{
+BAPQ_INLINE float scale_at(int level, const bapq_tile *w, int32_t b, int r) {
     const uint32_t bits = (uint32_t)w->scale[b / w->scale_blocks * BAPQ_TILE_ROWS + r] << 16;
     float d;
     memcpy(&d, &bits, sizeof d);
@@ -26,8 +24,7 @@ BAPQ_INLINE float scale_at(int level, const bapq_tile *w, int32_t b, int r)
 }
 
 BAPQ_INLINE void tile_codes(int level, const bapq_tile *w, const bapq_panel *x, int32_t m,
-                            float *out)
-{
+                            float *out) {
     const float zero = zero_of(level, w);
     memset(out, 0, (size_t)m * BAPQ_TILE_ROWS * sizeof *out);
     for (int32_t b = 0; b < w->blocks; b++) {
@@ -52,8 +49,7 @@ BAPQ_INLINE void tile_codes(int level, const bapq_tile *w, const bapq_panel *x, 
     }
 }
 
-static void tile_float(const bapq_tile *w, const bapq_panel *x, int32_t m, float *out)
-{
+static void tile_float(const bapq_tile *w, const bapq_panel *x, int32_t m, float *out) {
     const ptrdiff_t columns = (ptrdiff_t)w->blocks * BAPQ_BLOCK;
     for (int32_t i = 0; i < m; i++) {
         float acc[BAPQ_TILE_ROWS] = {0};

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+from onnx import AttributeProto, TensorProto, helper, numpy_helper
+
 from bapq_tools.passes.assemble import RUN_INPUT
 from bapq_tools.passes.ir import LayerPlan
-from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 NEWEST_OPSET = 26
 """Newest that the newest ONNX Runtime supports; the onnx package may know more."""

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from bapq_tools.importers.onnx_file import load_model
-from bapq_tools.passes.assemble import RUN_INPUT, assemble
-from bapq_tools.passes.fold import fold
-from bapq_tools.passes.ir import LayerPlan
-from bapq_tools.passes.layers import find_layers
 from onnx import TensorProto, helper, numpy_helper
 from unit import models
 from unit.models import FLOAT, INT32, INT64, weights
 
 from bapq_edge.errors import UnsupportedModelError
+from bapq_tools.importers.onnx_file import load_model
+from bapq_tools.passes.assemble import RUN_INPUT, assemble
+from bapq_tools.passes.fold import fold
+from bapq_tools.passes.ir import LayerPlan
+from bapq_tools.passes.layers import find_layers
 
 node = helper.make_node
 

@@ -42,6 +42,7 @@ def fold(model: onnx.ModelProto) -> onnx.ModelProto:
         load_external_data(folded, folder)
     _check_operators(model, folded)
     _restore_borders(model, folded)
+    graphs.remove_dead(folded.graph)
     return folded
 
 

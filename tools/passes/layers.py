@@ -139,7 +139,10 @@ class _Ranks:
 
     def _infer(self) -> dict[str, int | None]:
         ranks: dict[str, int | None] = {}
-        inferred = onnx.shape_inference.infer_shapes(graphs.without_weights(self._model))
+        try:
+            inferred = onnx.shape_inference.infer_shapes(graphs.without_weights(self._model))
+        except Exception:  # whatever its C++ side threw; unknown ranks only cost some fusions
+            return ranks
         for part in graphs.walk(inferred.graph):
             for info in (*part.value_info, *part.output):
                 shape = info.type.tensor_type

@@ -1,0 +1,443 @@
+"""Every form of ONNX file becomes one plain float32 model, or a named error on one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime import quantization
+from unit import models
+from unit.models import FLOAT, INT64, weights
+
+from bapq_edge.errors import ModelFormatError, UnsupportedModelError
+from bapq_tools.importers.onnx_file import load_model
+
+node = helper.make_node
+HALF, BFLOAT = TensorProto.FLOAT16, TensorProto.BFLOAT16
+
+
+def linear(opset: int = 13) -> onnx.ModelProto:
+    return models.model(
+        [node("MatMul", ["x", "w"], ["p"]), node("Add", ["p", "b"], ["y"])],
+        {"x": (FLOAT, ["batch", 32])},
+        {"y": (FLOAT, ["batch", 40])},
+        {"w": weights(32, 40), "b": weights(40)},
+        opset=opset,
+    )
+
+
+def load(source: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    path = folder / "model.onnx"
+    path.write_bytes(source.SerializeToString())
+    return load_model(path)
+
+
+def refuse(path: Path, match: str, error: type[Exception] = ModelFormatError) -> None:
+    with pytest.raises(error, match=match) as caught:
+        load_model(path)
+    assert "\n" not in str(caught.value)
+
+
+def save_external(source: onnx.ModelProto, folder: Path) -> Path:
+    path = folder / "model.onnx"
+    onnx.save_model(
+        source, path, save_as_external_data=True, location="weights.bin", size_threshold=0
+    )
+    return path
+
+
+# Files that are no model
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    refuse(tmp_path / "none.onnx", "missing")
+
+
+def test_directory(tmp_path: Path) -> None:
+    refuse(tmp_path, "a directory")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"a text file\n", b"\x00" * 1000, b"PK\x03\x04", bytes(range(256))]
+)
+def test_not_a_model(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    refuse(path, "not a")
+
+
+def test_model_truncated_anywhere(tmp_path: Path) -> None:
+    whole = linear().SerializeToString()
+    path = tmp_path / "model.onnx"
+    for size in range(0, len(whole), 97):
+        path.write_bytes(whole[:size])
+        refuse(path, "model")
+
+
+def test_tensor_shorter_than_its_shape(tmp_path: Path) -> None:
+    source = linear()
+    source.graph.initializer[0].raw_data = b"\0" * 64
+    (tmp_path / "model.onnx").write_bytes(source.SerializeToString())
+    refuse(tmp_path / "model.onnx", "'w' .* needs 5120 bytes and has 64")
+
+
+# External data
+
+
+def test_external_data_is_read(tmp_path: Path) -> None:
+    loaded = load_model(save_external(linear(), tmp_path))
+    np.testing.assert_array_equal(
+        numpy_helper.to_array(loaded.graph.initializer[0]), weights(32, 40)
+    )
+
+
+def test_missing_external_data_is_named(tmp_path: Path) -> None:
+    path = save_external(linear(), tmp_path)
+    (tmp_path / "weights.bin").unlink()
+    refuse(path, "weights.bin is missing: it holds the data of tensor 'w'")
+
+
+def test_truncated_external_data(tmp_path: Path) -> None:
+    path = save_external(linear(), tmp_path)
+    with open(tmp_path / "weights.bin", "r+b") as file:
+        file.truncate(100)
+    refuse(path, "weights.bin is truncated.* the file has 100")
+
+
+@pytest.mark.parametrize("key, value", [("offset", "-1"), ("length", "8"), ("offset", "x")])
+def test_external_data_that_does_not_fit(key: str, value: str, tmp_path: Path) -> None:
+    path = save_external(linear(), tmp_path)
+    model = onnx.load_model(path, load_external_data=False)
+    for entry in model.graph.initializer[0].external_data:
+        if entry.key == key:
+            entry.value = value
+    path.write_bytes(model.SerializeToString())
+    refuse(path, "needs 5120 bytes")
+
+
+@pytest.mark.parametrize("location", ["../secret.bin", "{root}/secret.bin", "link.bin", ""])
+def test_external_data_stays_in_the_models_folder(location: str, tmp_path: Path) -> None:
+    (tmp_path / "secret.bin").write_bytes(bytes(10_000))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
+    path = save_external(linear(), folder)
+    model = onnx.load_model(path, load_external_data=False)
+    for entry in model.graph.initializer[0].external_data:
+        if entry.key == "location":
+            entry.value = location.format(root=tmp_path)
+    path.write_bytes(model.SerializeToString())
+    refuse(path, "outside of the model's folder")
+
+
+# Opsets and functions
+
+
+def test_old_opset_is_converted(tmp_path: Path) -> None:
+    source = linear(opset=8)
+    source.ir_version = 3
+    for name, shape in (("w", [32, 40]), ("b", [40])):  # as that format version demands
+        source.graph.input.append(helper.make_tensor_value_info(name, FLOAT, shape))
+    loaded = load(source, tmp_path)
+    assert [item.name for item in loaded.graph.input] == ["x"]
+    assert loaded.opset_import[0].version == 9
+    x = weights(4, 32)
+    np.testing.assert_array_equal(models.run(loaded, {"x": x}), models.run(linear(), {"x": x}))
+
+
+def test_old_opset_that_cannot_be_converted(tmp_path: Path) -> None:
+    source = models.model(
+        [node("GRUUnit", ["x"], ["y"])], {"x": (FLOAT, [1])}, {"y": (FLOAT, [1])}, opset=6
+    )
+    (tmp_path / "model.onnx").write_bytes(source.SerializeToString())
+    refuse(tmp_path / "model.onnx", "opset 6", UnsupportedModelError)
+
+
+def test_model_without_standard_operators(tmp_path: Path) -> None:
+    source = linear()
+    source.opset_import[0].domain = "ai.onnx.ml"
+    (tmp_path / "model.onnx").write_bytes(source.SerializeToString())
+    refuse(tmp_path / "model.onnx", "only ai.onnx.ml", UnsupportedModelError)
+
+
+def test_newest_stamp_is_lowered_to_what_the_operators_need(tmp_path: Path) -> None:
+    source = linear(opset=onnx.defs.onnx_opset_version())
+    source.ir_version = onnx.IR_VERSION
+    loaded = load(source, tmp_path)
+    assert (loaded.opset_import[0].version, loaded.ir_version) == (14, 7)
+    models.run(loaded, {"x": weights(4, 32)})
+
+
+def test_functions_are_inlined(tmp_path: Path) -> None:
+    source = models.model(
+        [node("Linear", ["x", "w"], ["y"], domain="local")],
+        {"x": (FLOAT, [4, 32])},
+        {"y": (FLOAT, None)},
+        {"w": weights(32, 40)},
+        domains=[("local", 1)],
+    )
+    body = [node("MatMul", ["a", "b"], ["c"]), node("Relu", ["c"], ["d"])]
+    opsets = [helper.make_opsetid("", 17)]
+    function = helper.make_function("local", "Linear", ["a", "b"], ["d"], body, opsets)
+    source.functions.append(function)
+    source.ir_version = 8
+    assert models.operators(load(source, tmp_path)) == ["MatMul", "Relu"]
+
+
+def test_nodes_of_other_domains_are_carried(tmp_path: Path) -> None:
+    offset = {"offset": [0.0] * 32, "scale": [2.0] * 32}
+    source = models.model(
+        [
+            node("Scaler", ["x"], ["s"], domain="ai.onnx.ml", **offset),
+            node("MatMul", ["s", "w"], ["p"]),
+            node("ZipMap", ["p"], ["y"], domain="ai.onnx.ml", classlabels_int64s=range(40)),
+        ],
+        {"x": (FLOAT, ["batch", 32])},
+        {"y": (FLOAT, None)},
+        {"w": weights(32, 40)},
+        domains=[("ai.onnx.ml", 1)],
+    )
+    value = helper.make_tensor_type_proto(FLOAT, None)
+    mapped = helper.make_sequence_type_proto(helper.make_map_type_proto(INT64, value))
+    source.graph.output[0].type.CopyFrom(mapped)
+    x = weights(2, 32)
+    assert models.run(load(source, tmp_path), {"x": x}) == models.run(source, {"x": x})
+
+
+# Constants
+
+
+def test_initializers_are_no_inputs(tmp_path: Path) -> None:
+    source = linear()
+    source.graph.input.append(helper.make_tensor_value_info("w", FLOAT, [32, 40]))
+    assert [item.name for item in load(source, tmp_path).graph.input] == ["x"]
+
+
+def test_constant_nodes_become_initializers_in_bodies_too(tmp_path: Path) -> None:
+    tensor = numpy_helper.from_array(weights(32, 40))
+    then = models.graph(
+        [node("Constant", [], ["w"], value=tensor), node("MatMul", ["x", "w"], ["t"])],
+        {},
+        {"t": (FLOAT, None)},
+    )
+    other = models.graph([node("Constant", [], ["e"], value_float=1.5)], {}, {"e": (FLOAT, None)})
+    source = models.model(
+        [node("If", ["flag"], ["y"], then_branch=then, else_branch=other)],
+        {"x": (FLOAT, [4, 32]), "flag": (TensorProto.BOOL, [])},
+        {"y": (FLOAT, None)},
+    )
+    loaded = load(source, tmp_path)
+    assert sorted(models.operators(loaded)) == ["Constant", "If", "MatMul"]
+    for flag in (True, False):
+        feeds = {"x": weights(4, 32), "flag": np.array(flag)}
+        np.testing.assert_array_equal(models.run(loaded, feeds), models.run(source, feeds))
+
+
+# Half floats
+
+
+def half_model() -> onnx.ModelProto:
+    branches = {
+        f"{name}_branch": models.graph(
+            [node(op, ["h", "k"], [name])],
+            {},
+            {name: (HALF, None)},
+            {"k": np.array(0.5, np.float16)},
+            name=name,
+        )
+        for name, op in (("then", "Mul"), ("else", "Add"))
+    }
+    return models.model(
+        [
+            node("MatMul", ["x", "w"], ["p"]),
+            node("Cast", ["ids"], ["i"], to=HALF),
+            node("Add", ["p", "i"], ["h"]),
+            node("If", ["flag"], ["s"], **branches),
+            node("Shape", ["s"], ["shape"]),
+            node("ConstantOfShape", ["shape"], ["ones"],
+                 value=helper.make_tensor("one", HALF, [1], [1.0])),
+            node("Add", ["s", "ones"], ["y"]),
+            node("Cast", ["y"], ["z"], to=FLOAT),
+        ],
+        {
+            "x": (HALF, ["batch", 32]),
+            "ids": (INT64, ["batch", 1]),
+            "flag": (TensorProto.BOOL, []),
+        },
+        {"y": (HALF, ["batch", 40]), "z": (FLOAT, ["batch", 40]), "h": (HALF, None)},
+        {"w": weights(32, 40).astype(np.float16)},
+    )  # fmt: skip
+
+
+def test_half_floats_are_widened_inside(tmp_path: Path) -> None:
+    source = half_model()
+    loaded = load(source, tmp_path)
+    assert list(loaded.graph.input) == list(source.graph.input)
+    assert list(loaded.graph.output) == list(source.graph.output)
+    assert {t.data_type for t in loaded.graph.initializer} == {FLOAT}
+    for flag in (True, False):
+        feeds = {
+            "x": weights(3, 32).astype(np.float16),
+            "ids": np.array([[1], [2], [3]]),
+            "flag": np.array(flag),
+        }
+        for have, want in zip(models.run(loaded, feeds), models.run(source, feeds), strict=True):
+            assert have.dtype == want.dtype
+            np.testing.assert_allclose(have, want, atol=0.03)
+
+
+def test_bfloat_weights_are_widened(tmp_path: Path) -> None:
+    source = models.model(
+        [node("MatMul", ["x", "w"], ["y"])],
+        {"x": (BFLOAT, [4, 32])},
+        {"y": (BFLOAT, [4, 40])},
+        {"w": weights(32, 40).astype(ml_dtypes.bfloat16)},
+    )
+    loaded = load(source, tmp_path)
+    assert models.operators(loaded) == ["Cast", "MatMul", "Cast"]
+    (weight,) = loaded.graph.initializer
+    want = weights(32, 40).astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(numpy_helper.to_array(weight), want)
+
+
+# Quantized models
+
+
+class Samples(quantization.CalibrationDataReader):
+    def __init__(self, samples: list[np.ndarray]) -> None:
+        self.samples = iter([{"x": sample} for sample in samples])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self.samples, None)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("activation", ["QUInt8", "QInt8", "QUInt16"])
+def test_qdq_model_is_a_float_model_again(
+    activation: str, per_channel: bool, tmp_path: Path
+) -> None:
+    source = models.model(
+        [
+            node("Conv", ["x", "k", "kb"], ["c"], kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+            node("Relu", ["c"], ["r"]),
+            node("GlobalAveragePool", ["r"], ["pool"]),
+            node("Flatten", ["pool"], ["f"]),
+            node("Gemm", ["f", "w", "b"], ["y"]),
+        ],
+        {"x": (FLOAT, ["batch", 8, 6, 6])},
+        {"y": (FLOAT, ["batch", 40])},
+        {"k": weights(32, 8, 3, 3), "kb": weights(32), "w": weights(32, 40), "b": weights(40)},
+    )
+    path, quantized = tmp_path / "float.onnx", tmp_path / "qdq.onnx"
+    path.write_bytes(source.SerializeToString())
+    samples = [weights(2, 8, 6, 6, seed=seed) for seed in range(4)]
+    quantization.quantize_static(
+        path,
+        quantized,
+        Samples(samples),
+        quant_format=quantization.QuantFormat.QDQ,
+        per_channel=per_channel,
+        activation_type=quantization.QuantType[activation],
+        weight_type=quantization.QuantType.QInt8,
+    )
+    if activation != "QInt8":  # zero point 0: the quantizer drops the Relu, the range implies it
+        assert "Relu" not in models.operators(onnx.load_model(quantized))
+    loaded = load_model(quantized)
+    kinds = models.operators(loaded)
+    assert not {"QuantizeLinear", "DequantizeLinear"} & set(kinds)
+    assert "Clip" in kinds
+    for sample in samples:
+        want = models.run(source, {"x": sample})[0]
+        have = models.run(loaded, {"x": sample})[0]
+        assert np.abs(have - want).max() < 0.02 * np.abs(want).max()
+
+
+def dequantize_model(
+    constants: dict[str, np.ndarray | onnx.TensorProto], **attributes: int
+) -> onnx.ModelProto:
+    source = models.model(
+        [
+            node("DequantizeLinear", list(constants), ["w"], **attributes),
+            node("Mul", ["w", "x"], ["y"]),
+        ],
+        {"x": (FLOAT, [1])},
+        {"y": (FLOAT, None)},
+        opset=21,
+    )
+    for name, value in constants.items():
+        tensor = value if isinstance(value, onnx.TensorProto) else numpy_helper.from_array(value)
+        tensor.name = name
+        source.graph.initializer.append(tensor)
+    return source
+
+
+INT4_VALUES = helper.make_tensor("q", TensorProto.INT4, [5, 3], [*range(-8, 7)])
+INT4_ZEROS = helper.make_tensor("z", TensorProto.INT4, [3, 3], [*range(-4, 5)])
+BYTES = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
+DEQUANTIZED = {
+    "per tensor": ({"q": BYTES, "s": np.float32(0.1), "z": np.uint8(7)}, {}),
+    "no zero point": ({"q": BYTES.astype(np.int8), "s": np.float32(0.1)}, {}),
+    "per axis": (
+        {"q": BYTES, "s": weights(6), "z": np.arange(6, dtype=np.uint8)},
+        {"axis": 1},
+    ),
+    "first axis": ({"q": BYTES, "s": weights(4)}, {"axis": -2}),
+    "int16": ({"q": BYTES.astype(np.int16) - 300, "s": np.float32(3), "z": np.int16(-9)}, {}),
+    "int32 bias": (
+        {"q": np.array([2**24 + 1, -(2**31)], np.int32), "s": weights(2)},
+        {"axis": 0},
+    ),
+    "int4 blocks": ({"q": INT4_VALUES, "s": weights(3, 3), "z": INT4_ZEROS},
+                    {"axis": 0, "block_size": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DEQUANTIZED)
+def test_dequantized_constants(case: str, tmp_path: Path) -> None:
+    constants, attributes = DEQUANTIZED[case]
+    source = dequantize_model(dict(constants), **attributes)
+    loaded = load(source, tmp_path)
+    assert models.operators(loaded) == ["Mul"]
+    x = np.ones(1, np.float32)
+    np.testing.assert_array_equal(models.run(loaded, {"x": x})[0], models.run(source, {"x": x})[0])
+
+
+@pytest.mark.parametrize("opset", [10, 13])
+def test_quantize_pair_keeps_its_range(opset: int, tmp_path: Path) -> None:
+    source = models.model(
+        [
+            node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+            node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+        ],
+        {"x": (FLOAT, [4])},
+        {"y": (FLOAT, [4])},
+        {"s": np.array(0.5, np.float32), "z": np.array(28, np.uint8)},
+        opset=opset,
+    )
+    loaded = load(source, tmp_path)
+    assert models.operators(loaded) == ["Clip"]
+    x = np.array([-100, -14, 3, 1000], np.float32)
+    np.testing.assert_array_equal(models.run(loaded, {"x": x})[0], [-14, -14, 3, 113.5])
+
+
+def test_what_is_no_pair_stays(tmp_path: Path) -> None:
+    source = models.model(
+        [
+            node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+            node("DequantizeLinear", ["q", "t", "z"], ["y"]),
+            node("DequantizeLinear", ["u", "s", "z"], ["v"]),
+        ],
+        {"x": (FLOAT, [4]), "u": (TensorProto.UINT8, [4])},
+        {"y": (FLOAT, [4]), "v": (FLOAT, [4])},
+        {
+            "s": np.array(0.5, np.float32),
+            "t": np.array(0.25, np.float32),
+            "z": np.array(28, np.uint8),
+        },
+    )
+    kinds = models.operators(load(source, tmp_path))
+    assert kinds == ["QuantizeLinear", "DequantizeLinear", "DequantizeLinear"]

@@ -102,7 +102,7 @@ class TileGeometry:
         """Scales per row; 0 for planes without scales of their own."""
         if self.scale_columns == 0:
             return 0
-        return -(-blocks_of(self.columns) * BLOCK_COLUMNS // self.scale_columns)
+        return -(-self.columns // self.scale_columns)
 
     @property
     def scale_bytes(self) -> int:

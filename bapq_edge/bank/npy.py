@@ -62,7 +62,7 @@ def from_npy(data: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArr
     if not data.startswith(_MAGIC):
         raise ValueError(f"begins with {data[:8]!r}, expected .npy version 1.0")
     if found != expected:
-        raise ValueError(f"has the .npy header {found[:200]!a}, expected {expected}")
+        raise ValueError(f"has the .npy header {ascii(found)[:160]}, expected {expected}")
     values = int(np.prod(shape)) * dtype.itemsize
     if len(data) != size + values:
         raise ValueError(f"has {len(data) - size} bytes of values, expected {values}")

@@ -75,7 +75,7 @@ class Staging:
 
     def __enter__(self) -> Staging:
         with storage_errors(self.final):
-            self._repair_aside()
+            self._settle_aside()  # of a build that was killed
             if os.path.lexists(self.final):
                 self._check_replaceable(self.final)
             if os.path.lexists(self.path):
@@ -121,8 +121,8 @@ class Staging:
             raise
         return descriptor
 
-    def _repair_aside(self) -> None:
-        """Finish what a build that was killed in `_replace_in_two_steps` had begun."""
+    def _settle_aside(self) -> None:
+        """Remove the directory that moved aside, or move it back when nothing took its place."""
         if os.path.lexists(self._aside):
             if os.path.lexists(self.final):
                 shutil.rmtree(self._aside)
@@ -139,13 +139,11 @@ class Staging:
             os.close(lock)
 
     def _replace_in_two_steps(self) -> None:
-        os.rename(self.final, self._aside)
         try:
+            os.rename(self.final, self._aside)
             os.rename(self.path, self.final)
-        except BaseException:
-            os.rename(self._aside, self.final)
-            raise
-        os.rename(self._aside, self.path)
+        finally:
+            self._settle_aside()
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -48,8 +48,8 @@ _CHUNK_BYTES = 128 << 10
 """Of plane p4: large enough that an SD card or NVMe reads near its full speed, small enough that
 a ring of a few chunks fits any budget."""
 
-_STREAMED_ROWS = 64
-"""Four tiles, so that every core of a small board has one; up to twice `_CHUNK_BYTES` for it."""
+_STREAMED_TILES = 4
+"""One for every core of a small board, even if the chunk then has twice `_CHUNK_BYTES`."""
 
 
 def chunk_rows_for(rows: int, columns: int, operators: Iterable[str]) -> int:
@@ -59,14 +59,15 @@ def chunk_rows_for(rows: int, columns: int, operators: Iterable[str]) -> int:
     """
     if "Gather" in operators:
         return TILE_ROWS
-    row_bytes = blocks_of(columns) * 16
-    target = max(_CHUNK_BYTES // row_bytes // TILE_ROWS * TILE_ROWS, TILE_ROWS)
-    if _STREAMED_ROWS * row_bytes <= 2 * _CHUNK_BYTES:
-        target = max(target, _STREAMED_ROWS)
+    tile_bytes = blocks_of(columns) * TILE_ROWS * 16
+    target = max(_CHUNK_BYTES // tile_bytes, 1)
+    if _STREAMED_TILES * tile_bytes <= 2 * _CHUNK_BYTES:
+        target = max(target, _STREAMED_TILES)
     # Chunks of equal size rather than full ones and a small rest.
-    chunks = max(1, round(rows / target))
-    chunk_rows = max(tiles_of(-(-rows // chunks)) * TILE_ROWS, min(target, _STREAMED_ROWS))
-    return min(chunk_rows, tiles_of(rows) * TILE_ROWS)
+    tiles = tiles_of(rows)
+    chunks = max(1, round(tiles / target))
+    chunk_tiles = max(-(-tiles // chunks), min(target, _STREAMED_TILES))
+    return min(chunk_tiles, tiles) * TILE_ROWS
 
 
 class _PlaneFile:
@@ -127,7 +128,7 @@ class BankWriter:
             for folder in _FOLDERS:
                 (directory / folder).mkdir()
             for plane in planes_for(self._levels):
-                self._planes[plane] = _PlaneFile(directory / "planes" / f"{plane}.bin")
+                self._planes[plane] = _PlaneFile(directory / plane_file(plane))
                 stack.callback(_close_quietly, self._planes[plane].file)
             self._cleanup = stack.pop_all()
         return self

@@ -1,0 +1,78 @@
+"""Writes the golden bank: `python tests/golden/make_golden.py`, only when the format changes.
+
+RandomState is used because NumPy promises that its streams never change.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from bapq_edge.bank.codes import LayerCodes, from_bf16, to_bf16
+from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES
+from bapq_edge.bank.manifest import Calibration, KeptNode, SourceModel
+from bapq_edge.bank.writer import BankWriter
+
+GOLDEN = Path(__file__).parent / "bank_v1"
+GRAPH = b"not a graph, but its digest is checked all the same\n"
+
+# Ragged in rows, columns and scale groups; two chunks; shared by two operators; with and without
+# bias.
+LAYERS = {
+    "dense.1": {
+        "operators": ("Gemm", "MatMul"),
+        "rows": 21,
+        "columns": 37,
+        "chunk_rows": 16,
+        "residual_steps": 8,
+        "scale_columns": {4: 32, 2: 64, 1: 96},
+        "has_bias": True,
+    },
+    "words": {
+        "operators": ("Gather",),
+        "rows": 3,
+        "columns": 5,
+        "chunk_rows": 16,
+        "residual_steps": 11,
+        "scale_columns": {4: 32, 2: 32, 1: 32},
+        "has_bias": False,
+    },
+}
+
+
+def golden_codes(name: str) -> LayerCodes:
+    """The codes of a layer of the golden bank."""
+    layer = LAYERS[name]
+    random = np.random.RandomState(len(name))
+    shape = layer["rows"], layer["columns"]
+    codes = LayerCodes(weight=random.uniform(-1, 1, shape).astype(np.float32))
+    for plane, level in PLANES.items():
+        if plane != "f32":
+            top = 16 if plane in ("p4", "r8") else 2
+            codes.codes[plane] = random.randint(0, top, shape).astype(np.uint8)
+        if plane in SCALED_PLANES:
+            groups = -(-layer["columns"] // layer["scale_columns"][level])
+            scales = random.uniform(0.001, 1, (layer["rows"], groups)).astype(np.float32)
+            codes.scales[level] = from_bf16(to_bf16(scales))
+        if layer["has_bias"]:
+            codes.bias[level] = random.uniform(-1, 1, layer["rows"]).astype(np.float32)
+    return codes
+
+
+def write_golden(path: Path) -> None:
+    """Write the golden bank at `path`."""
+    with BankWriter(
+        path,
+        levels=LEVELS,
+        source=SourceModel("golden", 1234, "0123456789abcdef" * 2, "bapq golden"),
+        calibration=Calibration(7, "fedcba9876543210" * 2),
+    ) as writer:
+        for name, layer in LAYERS.items():
+            errors = {level: 0.5 / level for level in LEVELS}
+            writer.add_layer(name, codes=golden_codes(name), relative_error=errors, **layer)
+        writer.finish(GRAPH, [KeptNode("/stem/Conv", "Conv", 27, "fewer than 1024 weights")])
+
+
+if __name__ == "__main__":
+    write_golden(GOLDEN)

@@ -1,0 +1,103 @@
+"""Random layers and the banks made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bapq_edge.bank.codes import LayerCodes, from_bf16, to_bf16
+from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, planes_for
+from bapq_edge.bank.manifest import SourceModel
+from bapq_edge.bank.writer import BankWriter
+
+SOURCE = SourceModel("sample", 1234, "ab" * 16, "bapq test")
+
+
+@dataclass(frozen=True)
+class Shape:
+    rows: int
+    columns: int
+    chunk_rows: int = 16
+    scale_columns: int = 32
+    has_bias: bool = True
+    residual_steps: int = 8
+
+
+RAGGED = (
+    Shape(1, 1),
+    Shape(16, 32, has_bias=False),
+    Shape(17, 33, scale_columns=64),
+    Shape(100, 96, chunk_rows=48, residual_steps=13),
+    Shape(33, 321, chunk_rows=32, scale_columns=128, has_bias=False, residual_steps=16),
+)
+
+
+def random_codes(shape: Shape, levels=LEVELS, seed=0) -> LayerCodes:
+    random = np.random.default_rng([seed, shape.rows, shape.columns])
+    codes = LayerCodes()
+    for plane in planes_for(levels):
+        level = PLANES[plane]
+        if plane == "f32":
+            codes.weight = random.standard_normal((shape.rows, shape.columns), np.float32)
+        else:
+            top = 16 if plane in ("p4", "r8") else 2
+            codes.codes[plane] = random.integers(
+                0, top, (shape.rows, shape.columns), dtype=np.uint8
+            )
+        if plane in SCALED_PLANES:
+            groups = -(-shape.columns // shape.scale_columns)
+            codes.scales[level] = from_bf16(
+                to_bf16(random.random((shape.rows, groups), np.float32))
+            )
+        if shape.has_bias:
+            codes.bias[level] = random.standard_normal(shape.rows, np.float32)
+    return codes
+
+
+def add(writer: BankWriter, name: str, shape: Shape, codes: LayerCodes, levels=LEVELS):
+    scaled = {SCALED_PLANES[plane] for plane in planes_for(levels) if plane in SCALED_PLANES}
+    return writer.add_layer(
+        name,
+        ("Gemm",),
+        codes,
+        rows=shape.rows,
+        columns=shape.columns,
+        chunk_rows=shape.chunk_rows,
+        residual_steps=shape.residual_steps,
+        scale_columns={level: shape.scale_columns for level in scaled},
+        has_bias=shape.has_bias,
+        relative_error={level: 1 / level for level in levels},
+    )
+
+
+def write_bank(path, shapes=RAGGED, levels=LEVELS, seed=0, graph=b"graph"):
+    """Write a bank of random layers `layer0`, `layer1`, ...; returns their codes."""
+    layers = [random_codes(shape, levels, seed) for shape in shapes]
+    with BankWriter(path, levels=levels, source=SOURCE) as writer:
+        for i, (shape, codes) in enumerate(zip(shapes, layers, strict=True)):
+            add(writer, f"layer{i}", shape, codes, levels)
+        writer.finish(graph)
+    return layers
+
+
+def assert_same_codes(found: LayerCodes, expected: LayerCodes) -> None:
+    if expected.weight is None:
+        assert found.weight is None
+    else:
+        np.testing.assert_array_equal(found.weight, expected.weight)
+    for field in ("codes", "scales", "bias"):
+        arrays = getattr(expected, field)
+        assert getattr(found, field).keys() == arrays.keys()
+        for key, array in arrays.items():
+            assert getattr(found, field)[key].dtype == array.dtype
+            np.testing.assert_array_equal(getattr(found, field)[key], array)
+
+
+def files_of(directory):
+    """Every file below a directory and its bytes."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }

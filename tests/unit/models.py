@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import AttributeProto, TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
-from bapq_tools.passes.assemble import RUN_INPUT
-from bapq_tools.passes.ir import LayerPlan
+from bapq_edge.engine.graph import RUN_INPUT
+from bapq_tools.passes import graph as graphs
+from bapq_tools.passes.ir import LayerPlan, LayerUse
 
 NEWEST_OPSET = 26
 """Newest that the newest ONNX Runtime supports; the onnx package may know more."""
@@ -62,26 +63,27 @@ def run(source: onnx.ModelProto | bytes, feeds: Mapping[str, np.ndarray]) -> lis
 
 
 def operators(source: onnx.ModelProto | bytes) -> list[str]:
-    """Operator types in order, bodies behind their node, ours with the domain in front."""
+    """Operator types, those of bodies last, those of other domains with the domain in front."""
     if isinstance(source, bytes):
         source = onnx.load_model_from_string(source)
-    return _operators(source.graph)
+    return [
+        f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+        for part in graphs.walk(source.graph)
+        for node in part.node
+    ]
 
 
-def _operators(of: onnx.GraphProto) -> list[str]:
-    found = []
-    for node in of.node:
-        found.append(f"{node.domain}.{node.op_type}" if node.domain else node.op_type)
-        for item in node.attribute:
-            if item.type == AttributeProto.GRAPH:
-                found += _operators(item.g)
-    return found
+def operator_names(assembled: bytes) -> list[str]:
+    """Node names of our operators."""
+    built = onnx.load_model_from_string(assembled)
+    parts = graphs.walk(built.graph)
+    return [node.name for part in parts for node in part.node if node.domain == "bapq"]
 
 
 def standard_model(assembled: bytes, plan: LayerPlan) -> onnx.ModelProto:
     """The assembled model with each chunk operator spelled out in standard operators."""
     built = onnx.load_model_from_string(assembled)
-    _spell_out(built.graph, plan, built)
+    _spell_out(built.graph, plan)
     kept = [item for item in built.opset_import if item.domain != "bapq"]
     del built.opset_import[:]
     built.opset_import.extend(kept)
@@ -90,12 +92,11 @@ def standard_model(assembled: bytes, plan: LayerPlan) -> onnx.ModelProto:
     return built
 
 
-def _spell_out(of: onnx.GraphProto, plan: LayerPlan, built: onnx.ModelProto) -> None:
+def _spell_out(of: onnx.GraphProto, plan: LayerPlan) -> None:
     nodes: list[onnx.NodeProto] = []
     for node in of.node:
-        for item in node.attribute:
-            if item.type == AttributeProto.GRAPH:
-                _spell_out(item.g, plan, built)
+        for body in graphs.bodies(node):
+            _spell_out(body, plan)
         if node.domain != "bapq":
             nodes.append(node)
             continue
@@ -103,9 +104,7 @@ def _spell_out(of: onnx.GraphProto, plan: LayerPlan, built: onnx.ModelProto) -> 
         constants, spelled = _spelled(node, plan)
         of.initializer.extend(numpy_helper.from_array(v, k) for k, v in constants.items())
         nodes += spelled
-    copied = onnx.GraphProto(node=nodes)
-    del of.node[:]
-    of.node.extend(copied.node)
+    graphs.replace_nodes(of, nodes)
 
 
 def _spelled(
@@ -166,9 +165,7 @@ def _conv(
     return [product], bias.reshape([-1] + [1] * dimensions)
 
 
-def _conv_rank(use: Any) -> int:
-    """Rank of the source's weight, told by the strides or kernel it declares."""
-    for item in use.node.attribute:
-        if item.name == "kernel_shape":
-            return len(item.ints) + 2
-    raise AssertionError("test models declare kernel_shape")
+def _conv_rank(use: LayerUse) -> int:
+    """Rank of the source's weight, told by the kernel_shape that test models declare."""
+    (kernel,) = [item.ints for item in use.node.attribute if item.name == "kernel_shape"]
+    return len(kernel) + 2

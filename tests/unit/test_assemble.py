@@ -12,9 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 from unit import models
 from unit.models import FLOAT, INT32, INT64, weights
 
+from bapq_edge.engine.graph import RUN_INPUT
 from bapq_edge.errors import UnsupportedModelError
 from bapq_tools.importers.onnx_file import load_model
-from bapq_tools.passes.assemble import RUN_INPUT, assemble
+from bapq_tools.passes.assemble import assemble
 from bapq_tools.passes.fold import fold
 from bapq_tools.passes.ir import LayerPlan
 from bapq_tools.passes.layers import find_layers
@@ -31,7 +32,11 @@ def compile_model(source: onnx.ModelProto, folder: Path) -> tuple[bytes, LayerPl
 
 
 def check(
-    source: onnx.ModelProto, feeds: Mapping[str, np.ndarray], folder: Path, layers: int
+    source: onnx.ModelProto,
+    feeds: Mapping[str, np.ndarray],
+    folder: Path,
+    layers: int,
+    tolerance: float = 2e-6,
 ) -> tuple[bytes, LayerPlan]:
     """The assembled model computes what the source does, and holds no heavy weight."""
     assembled, plan = compile_model(source, folder)
@@ -41,10 +46,11 @@ def check(
     for want, have in zip(expected, found, strict=True):
         assert want.dtype == have.dtype
         assert want.shape == have.shape
-        scale = np.abs(want).max()
-        np.testing.assert_allclose(have, want, rtol=0, atol=2e-6 * scale)
+        np.testing.assert_allclose(have, want, rtol=0, atol=tolerance * np.abs(want).max())
     assert len(plan.layers) == layers
     assert len(assembled) < 20_000
+    names = models.operator_names(assembled)
+    assert all(names) and len(set(names)) == len(names), "ORT refuses custom nodes otherwise"
     return assembled, plan
 
 
@@ -355,6 +361,24 @@ def test_constant_nodes_and_constant_indices(tmp_path: Path) -> None:
     assembled, plan = check(source, {"x": weights(4, 32)}, tmp_path, layers=1)
     assert models.operators(assembled) == ["bapq.MatMul"]
     assert plan.layers[0].uses[0].activation.low == -0.5
+
+
+def test_half_float_model_keeps_its_borders(tmp_path: Path) -> None:
+    half = TensorProto.FLOAT16
+    source = models.model(
+        [
+            node("Gemm", ["x", "w", "b"], ["h"], alpha=0.5),
+            node("Relu", ["h"], ["r"]),
+            node("MatMul", ["r", "v"], ["y"]),
+        ],
+        {"x": (half, ["batch", 32])},
+        {"y": (half, ["batch", 32])},
+        {name: weights(*shape).astype(np.float16)
+         for name, shape in (("w", (32, 40)), ("b", (40,)), ("v", (40, 32)))},
+    )  # fmt: skip
+    x = weights(3, 32).astype(np.float16)
+    assembled, _ = check(source, {"x": x}, tmp_path, layers=2, tolerance=2e-3)
+    assert models.operators(assembled) == ["Cast", "bapq.Gemm", "bapq.MatMul", "Cast"]
 
 
 def test_vector_times_matrix(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from bapq_edge.engine.graph import RUN_INPUT
 from bapq_edge.errors import UnsupportedModelError
 
 from . import graph as graphs
@@ -13,9 +14,6 @@ from .ir import HeavyLayer, LayerPlan, LayerUse
 
 DOMAIN = "bapq"
 DOMAIN_VERSION = 1
-RUN_INPUT = "bapq.run"
-"""int64 scalar, last input of the graph and of every chunk operator: the run it belongs to."""
-
 NO_CLIP_HIGH = float(np.finfo(np.float32).max)
 NO_CLIP_LOW = -NO_CLIP_HIGH
 """Bounds that clip nothing: attributes hold no infinities."""
@@ -39,7 +37,7 @@ def assemble(model: onnx.ModelProto, plan: LayerPlan) -> bytes:
         raise UnsupportedModelError(
             f"the model has a tensor named {RUN_INPUT!r}, which banks use; rename it"
         )
-    operators = _operators(plan, taken)
+    operators = _operators(model, plan, taken)
     result = onnx.ModelProto(ir_version=model.ir_version)
     for name in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
         setattr(result, name, getattr(model, name))
@@ -61,19 +59,31 @@ def assemble(model: onnx.ModelProto, plan: LayerPlan) -> bytes:
         ) from error
 
 
-def _operators(plan: LayerPlan, taken: set[str]) -> dict[int, list[onnx.NodeProto]]:
+def _operators(
+    model: onnx.ModelProto, plan: LayerPlan, taken: set[str]
+) -> dict[int, list[onnx.NodeProto]]:
     """What stands in place of each node that the plan names, by the node's identity."""
     operators: dict[int, list[onnx.NodeProto]] = {}
+    replaced = {id(node) for layer in plan.layers for use in layer.uses for node in use.replaced}
+    # ORT refuses a graph in which two custom operators, or one and another node, share a name.
+    node_names = {
+        node.name
+        for part in graphs.walk(model.graph)
+        for node in part.node
+        if id(node) not in replaced
+    }
     for index, layer in enumerate(plan.layers):
         for use in layer.uses:
             operators.update((id(node), []) for node in use.replaced)
-            operators[id(use.node)] = _operator(index, layer, use, taken)
+            name = graphs.fresh_name(use.node.name or layer.name, node_names)
+            operators[id(use.node)] = _operator(index, layer, use, name, taken)
     return operators
 
 
 def _operator(
-    index: int, layer: HeavyLayer, use: LayerUse, taken: set[str]
+    index: int, layer: HeavyLayer, use: LayerUse, name: str, taken: set[str]
 ) -> list[onnx.NodeProto]:
+    """The operator, behind a Cast of the indices if it is a Gather."""
     attributes: dict[str, int | float] = {"layer": index}
     source, before = use.activation_input, []
     if use.operator == "Gather":
@@ -98,7 +108,7 @@ def _operator(
         use.operator,
         [source, RUN_INPUT],
         [use.output],
-        name=use.node.name or layer.name,
+        name=name,
         domain=DOMAIN,
         **attributes,
     )

@@ -147,7 +147,7 @@ def _read_layer(folder: Path, manifest: Manifest, layer: Layer) -> LayerCodes:
                 codes = fields["weight"] if plane == "f32" else fields["code"]
                 check_values(plane, codes, fields.get("scale"))
             except ValueError as error:
-                raise BankFormatError(f"{folder / file} {error}: {_AGAIN}") from None
+                raise BankFormatError(f"{folder / file}: {error}: {_AGAIN}") from None
             parts.append(
                 LayerCodes(
                     weight=codes if plane == "f32" else None,

@@ -226,7 +226,7 @@ class Bank:
         try:
             return from_npy(data, dtype, shape)
         except ValueError as error:
-            raise BankFormatError(f"{self.path / entry.file} {error}: {REPAIR}") from None
+            raise BankFormatError(f"{self.path / entry.file}: {error}: {REPAIR}") from None
 
     def _name(self, plane: Plane, chunk: int) -> str:
         return f"{self.plane_path(plane)}: chunk {chunk} (layer {self.layer_of(chunk).name})"

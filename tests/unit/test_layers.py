@@ -85,6 +85,15 @@ def test_small_constants_are_not_worth_a_line() -> None:
     assert plan.kept_in_float == []
 
 
+def test_a_fused_bias_is_not_kept_however_long_it_is() -> None:
+    plan = plan_of(
+        [node("MatMul", ["x", "w"], ["h"]), node("Add", ["h", "b"], ["y"])],
+        {"w": weights(8, 2000), "b": weights(2000)},
+    )
+    assert plan.layers[0].bias is not None
+    assert plan.kept_in_float == []
+
+
 def test_no_heavy_layer() -> None:
     with pytest.raises(NoHeavyLayerError, match=r"'/fc/MatMul', has 992 weights .* least 1024"):
         plan_of([node("MatMul", ["x", "w"], ["y"], name="/fc/MatMul")], {"w": weights(32, 31)})

@@ -53,7 +53,7 @@ def find_layers(model: onnx.ModelProto) -> LayerPlan:
     search = _Search()
     search.visit(model.graph, None)
     if not search.groups:
-        raise NoHeavyLayerError(_nothing_found(search.kept))
+        raise NoHeavyLayerError(_nothing_found([entry for _, entry in search.kept]))
     ranks = _Ranks(model)
     around = _Around()
     for group in search.groups.values():
@@ -66,7 +66,9 @@ def find_layers(model: onnx.ModelProto) -> LayerPlan:
     around = _Around()
     names: set[str] = set()
     layers = [_layer(group, around, names) for group in search.groups.values()]
-    return LayerPlan(layers, search.kept)
+    fused = {node.output[0] for layer in layers for use in layer.uses for node in use.replaced}
+    kept = [entry for output, entry in search.kept if output not in fused]
+    return LayerPlan(layers, kept)
 
 
 class _Search:
@@ -74,7 +76,7 @@ class _Search:
 
     def __init__(self) -> None:
         self.groups: dict[tuple[tuple[int, ...], bytes], list[_Found]] = {}
-        self.kept: list[KeptNode] = []
+        self.kept: list[tuple[str, KeptNode]] = []  # with the node's first output
 
     def visit(self, graph: onnx.GraphProto, outer: graphs.Scope | None) -> None:
         scope = graphs.Scope.of(graph, outer)
@@ -86,7 +88,8 @@ class _Search:
                 self._group(_Found(node, heavy, graph, scope, outer is not None))
             elif isinstance(heavy, Refusal):
                 name = node.name or node.output[0]
-                self.kept.append(KeptNode(name, node.op_type, heavy.weights, heavy.reason))
+                entry = KeptNode(name, node.op_type, heavy.weights, heavy.reason)
+                self.kept.append((node.output[0], entry))
 
     def _group(self, found: _Found) -> None:
         weight = found.heavy.weight

@@ -1,0 +1,169 @@
+"""Real models, built and run at every level, against ONNX Runtime in float32."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+import bapq_tools
+from bapq_edge import Session
+from bapq_edge.bank.exchange import pack, unpack
+from bapq_edge.bank.layout import LEVELS
+from bapq_edge.bank.verify import verify
+from bapq_tools.zoo import make_model
+from bapq_tools.zoo.digits import INPUT_NAMES, calibration_npz, load_digits_split
+from bapq_tools.zoo.light_cnns import LIGHT_CNNS
+from bapq_tools.zoo.minilm import encode, minilm_dir
+from bapq_tools.zoo.sentences import load_sentences
+
+LARGE = {"bvlc_alexnet", "vgg19", "zfnet512"}  # 240 to 575 MB of weights each
+
+
+def float32_session(model: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+
+
+def relative_error(value: np.ndarray, reference: np.ndarray) -> float:
+    difference = value.astype(np.float64) - reference
+    return float(np.linalg.norm(difference) / np.linalg.norm(reference.astype(np.float64)))
+
+
+def outputs_by_level(bank: Path, feed: dict[str, np.ndarray]) -> dict[int, list[np.ndarray]]:
+    """The outputs of one live session at every level, back and forth."""
+    outputs: dict[int, list[np.ndarray]] = {}
+    with Session(bank) as session:
+        assert session.stats().level == 32
+        for level in (*LEVELS, *reversed(LEVELS)):
+            session.set_level(level)
+            found = session.run(None, feed)
+            for value, before in zip(found, outputs.setdefault(level, found), strict=True):
+                np.testing.assert_array_equal(value, before)
+    return outputs
+
+
+def file_digests(root: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(root)): hashlib.blake2b(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module", params=["digits_cnn", "digits_mlp"])
+def digits(request, tmp_path_factory):
+    """Model, bank, input name and test split of one bundled model."""
+    kind = request.param.removeprefix("digits_")
+    folder = tmp_path_factory.mktemp(request.param)
+    model = folder / "model.onnx"
+    make_model(request.param, model)
+    calibration_npz(folder / "calibration.npz", kind)
+    bank = bapq_tools.build_bank(
+        model,
+        folder / "digits.bank",
+        calibration=folder / "calibration.npz",
+        levels=LEVELS,
+        progress=False,
+    )
+    return kind, model, bank, load_digits_split(flat=kind == "mlp")
+
+
+def classes(kind: str, outputs: list[np.ndarray]) -> np.ndarray:
+    return outputs[0].argmax(axis=1) if kind == "cnn" else outputs[1].argmax(axis=1)
+
+
+def test_digits_keep_their_accuracy(digits):
+    kind, model, bank, split = digits
+    feed = {INPUT_NAMES[kind]: split.x_test}
+    reference = float32_session(model).run(None, feed)
+    right = {"fp32": int((classes(kind, reference) == split.y_test).sum())}
+    outputs = outputs_by_level(bank, feed)
+    for level, found in outputs.items():
+        right[level] = int((classes(kind, found) == split.y_test).sum())
+    score = 0 if kind == "cnn" else 1
+    assert relative_error(outputs[32][score], reference[score]) < 1e-4
+    assert len(split.y_test) == 600
+    assert right[32] == right["fp32"]
+    assert right[8] >= right["fp32"]
+    assert right[4] >= right["fp32"] - 2
+    assert right[2] >= 500 and right[1] >= 300
+
+
+def test_unpack_then_pack_gives_back_the_same_bank(digits, tmp_path):
+    _, _, bank, _ = digits
+    tree = unpack(bank, tmp_path / "tree")
+    arrays = sorted(tmp_path.rglob("chunk_*_q*.npy"))
+    assert {path.stem.rpartition("_q")[2] for path in arrays} == {"32", "8", "4", "2", "1"}
+    for path in arrays[:3]:
+        assert len(np.load(path)) > 0
+    again = pack(tree, tmp_path / "again.bank")
+    assert file_digests(again) == file_digests(bank)
+    assert verify(again).ok
+
+
+def test_two_builds_give_the_same_bank(digits, tmp_path):
+    kind, model, bank, _ = digits
+    calibration_npz(tmp_path / "calibration.npz", kind)
+    again = bapq_tools.build_bank(
+        model,
+        tmp_path / "again.bank",
+        calibration=tmp_path / "calibration.npz",
+        levels=LEVELS,
+        workers=1,
+        progress=False,
+    )
+    assert file_digests(again) == file_digests(bank)
+
+
+def test_minilm_keeps_its_embeddings(tmp_path):
+    model = tmp_path / "minilm.onnx"
+    make_model("minilm", model)
+    calibration, held_out = load_sentences()
+    bank = bapq_tools.build_bank(
+        model,
+        tmp_path / "minilm.bank",
+        calibration=encode(calibration[:32], minilm_dir()),
+        levels=LEVELS,
+        progress=False,
+    )
+    feed = encode(held_out[:100], minilm_dir())
+    names = [value.name for value in float32_session(model).get_outputs()]
+    at = names.index("sentence_embedding")
+    reference = float32_session(model).run(None, feed)[at]
+    found = {level: outputs[at] for level, outputs in outputs_by_level(bank, feed).items()}
+    cosine = {level: float((v * reference).sum(axis=1).mean()) for level, v in found.items()}
+    assert relative_error(found[32], reference) < 1e-4
+    assert cosine[8] >= 0.999
+    assert cosine[4] >= 0.95
+    assert cosine[8] > cosine[4] > cosine[2] > cosine[1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[pytest.mark.slow] if x in LARGE else []) for x in LIGHT_CNNS],
+)
+def test_cnn_architectures_run_at_every_level(name, tmp_path):
+    model = tmp_path / "model.onnx"
+    make_model(name, model)
+    session = float32_session(model)
+    (x,) = session.get_inputs()
+    rng = np.random.default_rng(0)
+    feed = {x.name: rng.standard_normal(x.shape).astype(np.float32)}
+    (reference,) = session.run(None, feed)
+    bank = bapq_tools.build_bank(
+        model,
+        tmp_path / "model.bank",
+        calibration={x.name: rng.standard_normal(x.shape).astype(np.float32)},
+        levels=LEVELS,
+        progress=False,
+    )
+    model.unlink()
+    outputs = outputs_by_level(bank, feed)
+    errors = {level: relative_error(found, reference) for level, (found,) in outputs.items()}
+    assert errors[32] < 1e-4
+    assert errors[8] < 0.05
+    assert errors[32] < errors[8] < errors[4]
+    assert all(np.isfinite(found).all() for (found,) in outputs.values())

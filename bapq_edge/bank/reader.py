@@ -114,10 +114,6 @@ class Bank:
         """The layer that a chunk, numbered through the whole bank, belongs to."""
         return self.manifest.layers[bisect.bisect_right(self._first_chunks, chunk) - 1]
 
-    def has_plane(self, plane: Plane) -> bool:
-        """Whether the plane is part of the bank and its file is there."""
-        return plane in self.planes
-
     def plane_path(self, plane: Plane) -> Path:
         """The plane's file."""
         return self.path / self.manifest.planes[plane].file

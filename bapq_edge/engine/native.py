@@ -199,7 +199,7 @@ class Store:
         )
         keep_alive: list[object] = [table]
         for index, plane in enumerate(_PLANE_ORDER):
-            if not bank.has_plane(plane):
+            if plane not in bank.planes:
                 continue
             native.plane_path[index] = os.fsencode(bank.plane_path(plane))
             extents = np.ascontiguousarray(bank.chunks(plane))

@@ -81,12 +81,15 @@ class LayerPlan:
 
 @dataclass
 class ColumnStats:
-    """What calibration saw of a layer's input, per column of its weight matrix."""
+    """What calibration saw of a layer's input, per column of its weight matrix.
+
+    The groups of a grouped Conv read different channels; any other layer has one group.
+    """
 
     mean: np.ndarray
-    """(columns,) float32: mean of x"""
+    """(groups, columns) float32: mean of x"""
     mean_square: np.ndarray
-    """(columns,) float32: mean of x squared"""
+    """(groups, columns) float32: mean of x squared"""
     rows: int
     """activation rows seen"""
 

@@ -1,0 +1,106 @@
+"""The command `bapq build`. Its heavy imports wait until it runs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bapq_edge.errors import BapqWarning, UnknownLevelError
+from bapq_edge.units import format_size
+
+from .extras import host_packages
+
+if TYPE_CHECKING:
+    from .build import BuildReport
+
+__all__ = ["add_build_command", "run_build"]
+
+
+def add_build_command(commands: Any) -> None:
+    """Add `build` to the subparsers of the `bapq` command."""
+    build = commands.add_parser("build", help="compile an ONNX model into a bank")
+    build.add_argument("model", type=Path, metavar="MODEL.onnx")
+    build.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.bank")
+    build.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="DATA.npz",
+        help="one array per model input, samples on the first axis",
+    )
+    build.add_argument(
+        "--levels",
+        default="8,4,2,1",
+        help="levels to store, of 32, 8, 4, 2, 1 (default: 8,4,2,1)",
+    )
+    build.add_argument(
+        "--workers", type=_positive, metavar="N", help="threads (default: all cores)"
+    )
+    build.add_argument("--quiet", action="store_true", help="show no progress and no summary")
+    build.add_argument("--json", action="store_true", help="print the summary as JSON")
+    build.set_defaults(command=run_build)
+
+
+def run_build(arguments: argparse.Namespace) -> None:
+    """Build a bank and print the summary."""
+    with host_packages():
+        from .build import build
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", BapqWarning)
+        warnings.showwarning = _show_warning
+        report = build(
+            arguments.model,
+            arguments.output,
+            arguments.calibration,
+            _levels(arguments.levels),
+            arguments.workers,
+            progress=not arguments.quiet,
+        )
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(report)))
+    elif not arguments.quiet:
+        print(_summary(report))
+
+
+def _levels(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UnknownLevelError(
+            f"--levels {text!r} is not a list of levels; write it as 8,4,2,1"
+        ) from None
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    print(f"bapq: {message}", file=sys.stderr)
+
+
+def _summary(report: BuildReport) -> str:
+    seen = f"{report.calibration_samples} calibration samples"
+    lines = [
+        f"{report.bank}: {report.weights:,} weights in {report.layers} layers, "
+        f"{seen if report.calibration_samples else 'no calibration'}, "
+        f"{report.kept_in_float} nodes with weights kept in float",
+        "planes: "
+        + ", ".join(f"{plane} {format_size(size)}" for plane, size in report.plane_bytes.items()),
+        "mean relative error: "
+        + ", ".join(
+            f"{error:.4f} at level {level}"
+            for level, error in report.relative_error.items()
+            if level != 32
+        ),
+        "seconds: "
+        + ", ".join(f"{name} {value:.1f}" for name, value in report.stage_seconds.items()),
+    ]
+    return "\n".join(line for line in lines if not line.endswith(": "))

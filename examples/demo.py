@@ -34,12 +34,13 @@ def build() -> None:
 
 def measure(runtime: str, budget: str) -> dict[str, object]:
     """Run all test images in this process; latency is of one image at a time."""
+    import onnxruntime
+
+    import bapq_edge
     from bapq_edge.telemetry import peak_rss_bytes, rss_bytes
 
     with np.load(WORK / "test.npz") as data:
         images, labels = data["image"], data["label"]
-    import onnxruntime
-
     before_bytes = rss_bytes()
     if runtime == "onnxruntime":
         options = onnxruntime.SessionOptions()
@@ -47,8 +48,6 @@ def measure(runtime: str, budget: str) -> dict[str, object]:
         session = onnxruntime.InferenceSession(str(MODEL), options)
         level, weight_bytes = "fp32", MODEL.stat().st_size
     else:
-        import bapq_edge
-
         session = bapq_edge.Session(BANK, memory_budget=budget, threads=1)
         level, weight_bytes = session.stats().level, session.stats().resident_bytes
     logits = session.run(None, {"image": images})[0]

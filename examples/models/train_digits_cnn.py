@@ -13,10 +13,11 @@ import sys
 import numpy as np
 import onnx
 import torch
-from bapq_tools.zoo.digits import digits_cnn_path, load_digits_split
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
+
+from bapq_tools.zoo.digits import digits_cnn_path, load_digits_split
 
 SEED = 0
 EPOCHS = 120

@@ -1,6 +1,6 @@
-/* Convolution as a matrix product: a panel holds, for some output pixels, the input values under the
- * kernel window in the order (kernel_y, kernel_x, channel), which is the order of the layer's columns.
- * Panels are built anew for every chunk, so no unfolded image is ever held. */
+/* Convolution as a matrix product: a panel holds, for some output pixels, the input values under
+ * the kernel window in the order (kernel_y, kernel_x, channel), which is the order of the layer's
+ * columns. Panels are built anew for every chunk, so no unfolded image is ever held. */
 #include <math.h>
 #include <string.h>
 
@@ -8,7 +8,10 @@
 #include "image.h"
 #include "work.h"
 
-enum { PANEL_ROWS = 64, PANEL_BYTES = 128 << 10 /* of int8: fits a second-level cache of 256 KiB */ };
+enum {
+    PANEL_ROWS = 64,
+    PANEL_BYTES = 128 << 10 /* of int8: fits a second-level cache of 256 KiB */
+};
 
 int32_t bapq_conv_shape(const bapq_layer *layer, const bapq_conv_params *params, int64_t batch,
                         int64_t channels, int64_t height, int64_t width, bapq_conv *out,
@@ -20,10 +23,9 @@ int32_t bapq_conv_shape(const bapq_layer *layer, const bapq_conv_params *params,
     if (!sound || layer->rows % p.group != 0)
         return bapq_fail(error, BAPQ_ARGUMENT, "the convolution's attributes are malformed");
     if (channels % p.group != 0 || channels / p.group * p.kernel_h * p.kernel_w != layer->columns)
-        return bapq_fail(error, BAPQ_ARGUMENT,
-                         "the convolution's input has %lld channels, its weights fit %lld",
-                         (long long)channels,
-                         (long long)(layer->columns / (p.kernel_h * p.kernel_w) * p.group));
+        return bapq_fail(
+            error, BAPQ_ARGUMENT, "the convolution's input has %lld channels, its weights fit %lld",
+            (long long)channels, (long long)(layer->columns / (p.kernel_h * p.kernel_w) * p.group));
     int64_t span_h = (p.kernel_h - 1) * p.dilation_h + 1;
     int64_t span_w = (p.kernel_w - 1) * p.dilation_w + 1;
     if (p.auto_pad != BAPQ_PAD_EXPLICIT) {
@@ -43,8 +45,8 @@ int32_t bapq_conv_shape(const bapq_layer *layer, const bapq_conv_params *params,
         return bapq_fail(error, BAPQ_ARGUMENT,
                          "the convolution's input of %lld x %lld is smaller than its window",
                          (long long)height, (long long)width);
-    *out = (bapq_conv){p,      batch, channels, height, width, room_h / p.stride_h + 1,
-                       room_w / p.stride_w + 1};
+    *out = (bapq_conv){
+        p, batch, channels, height, width, room_h / p.stride_h + 1, room_w / p.stride_w + 1};
     return BAPQ_OK;
 }
 
@@ -193,8 +195,9 @@ static void multiply_tile(const conv_job *j, const bapq_panel *panel, int32_t t,
     }
 }
 
-/* The tiles of an item may span groups, and each group reads its own channels: so first the rows are
- * cut by group, then by tile. A tile on the border is multiplied once for each of its groups. */
+/* The tiles of an item may span groups, and each group reads its own channels: so first the rows
+ * are cut by group, then by tile. A tile on the border is multiplied once for each of its groups.
+ */
 static void multiply_item(void *data, int32_t worker, int64_t panel_index, int32_t first_tile,
                           int32_t end_tile) {
     conv_job *j = data;
@@ -202,7 +205,8 @@ static void multiply_item(void *data, int32_t worker, int64_t panel_index, int32
     int64_t pixel = panel_index * j->panel_rows;
     int32_t m = (int32_t)(pixels - pixel < j->panel_rows ? pixels - pixel : j->panel_rows);
     int32_t row = first_tile * BAPQ_TILE_ROWS;
-    int32_t end_row = end_tile * BAPQ_TILE_ROWS < j->view.rows ? end_tile * BAPQ_TILE_ROWS : j->view.rows;
+    int32_t end_row =
+        end_tile * BAPQ_TILE_ROWS < j->view.rows ? end_tile * BAPQ_TILE_ROWS : j->view.rows;
     while (row < end_row) {
         int32_t group = (j->view.first_row + row) / j->group_rows;
         int32_t group_end = (group + 1) * j->group_rows - j->view.first_row;
@@ -210,7 +214,8 @@ static void multiply_item(void *data, int32_t worker, int64_t panel_index, int32
         bapq_panel panel = build_panel(j, &j->buffers[worker], group, pixel, m);
         while (row < group_end) {
             int32_t t = row / BAPQ_TILE_ROWS;
-            int32_t end = (t + 1) * BAPQ_TILE_ROWS < group_end ? (t + 1) * BAPQ_TILE_ROWS : group_end;
+            int32_t end =
+                (t + 1) * BAPQ_TILE_ROWS < group_end ? (t + 1) * BAPQ_TILE_ROWS : group_end;
             multiply_tile(j, &panel, t, row, end, pixel, m);
             row = end;
         }
@@ -289,7 +294,9 @@ int32_t bapq_conv_run(bapq_run *run, int32_t layer, const bapq_conv *conv,
                   .columns = l->columns,
                   .blocks = blocks,
                   .rows = l->rows,
-                  .panel_rows = fitting < 8 ? 8 : fitting > PANEL_ROWS ? PANEL_ROWS : fitting,
+                  .panel_rows = fitting < 8            ? 8
+                                : fitting > PANEL_ROWS ? PANEL_ROWS
+                                                       : fitting,
                   .group_rows = (int32_t)(l->rows / conv->p.group),
                   .group_channels = (int32_t)(conv->channels / conv->p.group)};
     uint32_t levels = bapq_run_levels(run, layer);

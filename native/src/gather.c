@@ -28,27 +28,27 @@ static void expand_row(const bapq_tile *tile, int32_t level, int32_t r, int32_t 
         int32_t nibble_shift = k / 4 % 2 * 4;
         int32_t bit_shift = k / 4;
         switch (level) {
-        case BAPQ_L8: {
-            int32_t high = tile->code[0][nibble] >> nibble_shift & 15;
-            int32_t low = tile->code[1][nibble] >> nibble_shift & 15;
-            code = (float)(tile->residual_steps * high + low);
-            zero = 7.5f * (float)(tile->residual_steps + 1);
-            break;
-        }
-        case BAPQ_L4:
-            code = (float)(tile->code[0][nibble] >> nibble_shift & 15);
-            zero = 7.5f;
-            break;
-        case BAPQ_L2: {
-            int32_t high = tile->code[0][bit] >> bit_shift & 1;
-            int32_t low = tile->code[1][bit] >> bit_shift & 1;
-            code = (float)(2 * high + low);
-            zero = 1.5f;
-            break;
-        }
-        default:
-            code = (float)(tile->code[0][bit] >> bit_shift & 1);
-            zero = 0.5f;
+            case BAPQ_L8: {
+                int32_t high = tile->code[0][nibble] >> nibble_shift & 15;
+                int32_t low = tile->code[1][nibble] >> nibble_shift & 15;
+                code = (float)(tile->residual_steps * high + low);
+                zero = 7.5f * (float)(tile->residual_steps + 1);
+                break;
+            }
+            case BAPQ_L4:
+                code = (float)(tile->code[0][nibble] >> nibble_shift & 15);
+                zero = 7.5f;
+                break;
+            case BAPQ_L2: {
+                int32_t high = tile->code[0][bit] >> bit_shift & 1;
+                int32_t low = tile->code[1][bit] >> bit_shift & 1;
+                code = (float)(2 * high + low);
+                zero = 1.5f;
+                break;
+            }
+            default:
+                code = (float)(tile->code[0][bit] >> bit_shift & 1);
+                zero = 0.5f;
         }
         float scale = bf16(tile->scale[block / tile->scale_blocks * BAPQ_TILE_ROWS + r]);
         y[column] = (code - zero) * (scale * step);

@@ -87,7 +87,8 @@ void bapq_image_quantize(const float *x, int64_t channels, int64_t height, int64
     image->zero_point = -128;
     j.inverse = (float)(255.0 / range);
     if (!image->finite) return;
-    if (image->scale == 0.0f || !isfinite(j.inverse)) { /* all zero, or below what float32 can tell */
+    if (image->scale == 0.0f ||
+        !isfinite(j.inverse)) { /* all zero, or below what float32 can tell */
         image->scale = 0.0f;
         memset(image->q, image->zero_point, (size_t)(channels * height * width));
         return;

@@ -22,10 +22,10 @@ int64_t bapq_record_bytes(const bapq_layer *layer, int32_t plane);
 /* A chunk at one level, ready to compute on. */
 typedef struct {
     const bapq_layer *layer;
-    int32_t level;              /* BAPQ_L32 .. BAPQ_L1 */
-    int32_t first_row;          /* of the chunk, in its layer */
-    int32_t rows;               /* of the chunk, without padding */
-    const uint8_t *records[2];  /* tile records of each plane of the level */
+    int32_t level;             /* BAPQ_L32 .. BAPQ_L1 */
+    int32_t first_row;         /* of the chunk, in its layer */
+    int32_t rows;              /* of the chunk, without padding */
+    const uint8_t *records[2]; /* tile records of each plane of the level */
     int64_t record_bytes[2];
 } bapq_chunk_view;
 

@@ -77,11 +77,13 @@ static void multiply_item(void *data, int32_t worker, int64_t panel, int32_t fir
         mm->kernels->tile[mm->view.level](&tile, &in, m, out);
         if (!mm->epilogue->use_bias) bias = NULL;
         int32_t first = t * BAPQ_TILE_ROWS;
-        int32_t width = mm->view.rows - first < BAPQ_TILE_ROWS ? mm->view.rows - first : BAPQ_TILE_ROWS;
+        int32_t width =
+            mm->view.rows - first < BAPQ_TILE_ROWS ? mm->view.rows - first : BAPQ_TILE_ROWS;
         for (int32_t i = 0; i < m; i++) {
             float *y = mm->y + (row + i) * mm->rows + mm->view.first_row + first;
             for (int32_t r = 0; r < width; r++)
-                y[r] = bapq_finish(out[i * BAPQ_TILE_ROWS + r], bias ? bias + r : NULL, mm->epilogue);
+                y[r] =
+                    bapq_finish(out[i * BAPQ_TILE_ROWS + r], bias ? bias + r : NULL, mm->epilogue);
         }
     }
 }

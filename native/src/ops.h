@@ -1,6 +1,6 @@
-/* The operators, independent of the graph engine that calls them. All tensors are float32, dense and
- * row-major. Each function acquires the layer's chunks one after another, in row order, and lets go
- * of each before it takes the next: a chunk is needed only while it is computed on. */
+/* The operators, independent of the graph engine that calls them. All tensors are float32, dense
+ * and row-major. Each function acquires the layer's chunks one after another, in row order, and
+ * lets go of each before it takes the next: a chunk is needed only while it is computed on. */
 #ifndef BAPQ_OPS_H
 #define BAPQ_OPS_H
 
@@ -38,7 +38,8 @@ typedef struct {
     int64_t auto_pad;
 } bapq_conv_params;
 
-/* A convolution with its shapes: x (batch, channels, height, width) -> y (batch, rows, out_h, out_w). */
+/* A convolution with its shapes: x (batch, channels, height, width) -> y (batch, rows, out_h,
+ * out_w). */
 typedef struct {
     bapq_conv_params p; /* pads resolved */
     int64_t batch, channels, height, width;

@@ -1,8 +1,9 @@
 /* The part of ONNX Runtime's C ABI that an operator library needs.
  *
- * The Python wheel carries no headers. The OrtApi table is append-only, so a function is known by its
- * slot; tests run it against the oldest and the newest version that pyproject.toml admits. Version 17
- * of the table is the first with all the slots below (KernelContext_ParallelFor came last).
+ * The Python wheel carries no headers. The OrtApi table is append-only, so a function is known by
+ * its slot; tests run it against the oldest and the newest version that pyproject.toml admits.
+ * Version 17 of the table is the first with all the slots below (KernelContext_ParallelFor came
+ * last).
  */
 #ifndef BAPQ_ORT_ABI_H
 #define BAPQ_ORT_ABI_H
@@ -56,15 +57,15 @@ enum { ORT_INPUT_REQUIRED = 0 };
     ORT_FUNCTION(api, 86, OrtStatus *, const OrtKernelInfo *, const char *, int64_t *)
 #define ORT_KernelContext_GetInput(api) \
     ORT_FUNCTION(api, 90, OrtStatus *, const OrtKernelContext *, size_t, const OrtValue **)
-#define ORT_KernelContext_GetOutput(api)                                                       \
-    ORT_FUNCTION(api, 91, OrtStatus *, OrtKernelContext *, size_t, const int64_t *, size_t,    \
+#define ORT_KernelContext_GetOutput(api)                                                    \
+    ORT_FUNCTION(api, 91, OrtStatus *, OrtKernelContext *, size_t, const int64_t *, size_t, \
                  OrtValue **)
 #define ORT_ReleaseStatus(api) ORT_FUNCTION(api, 93, void, OrtStatus *)
 #define ORT_ReleaseShapeInfo(api) ORT_FUNCTION(api, 99, void, OrtShapeInfo *)
 #define ORT_ReleaseCustomOpDomain(api) ORT_FUNCTION(api, 101, void, OrtCustomOpDomain *)
-#define ORT_KernelContext_ParallelFor(api)                                                     \
-    ORT_FUNCTION(api, 274, OrtStatus *, const OrtKernelContext *, void (*)(void *, size_t), size_t, \
-                 size_t, void *)
+#define ORT_KernelContext_ParallelFor(api)                                                  \
+    ORT_FUNCTION(api, 274, OrtStatus *, const OrtKernelContext *, void (*)(void *, size_t), \
+                 size_t, size_t, void *)
 
 /* The callbacks of one operator, up to the members of version 17. */
 typedef struct OrtCustomOp OrtCustomOp;
@@ -86,7 +87,8 @@ struct OrtCustomOp {
     int (*GetVariadicInputHomogeneity)(const OrtCustomOp *);
     int (*GetVariadicOutputMinArity)(const OrtCustomOp *);
     int (*GetVariadicOutputHomogeneity)(const OrtCustomOp *);
-    OrtStatus *(*CreateKernelV2)(const OrtCustomOp *, const OrtApi *, const OrtKernelInfo *, void **);
+    OrtStatus *(*CreateKernelV2)(const OrtCustomOp *, const OrtApi *, const OrtKernelInfo *,
+                                 void **);
     OrtStatus *(*KernelComputeV2)(void *, OrtKernelContext *);
     OrtStatus *(*InferOutputShapeFn)(const OrtCustomOp *, void *);
     int (*GetStartVersion)(const OrtCustomOp *);

@@ -36,9 +36,9 @@ typedef struct {
     void *data;
 } tensor;
 
-#define TRY(call)                         \
-    do {                                  \
-        OrtStatus *status_ = (call);      \
+#define TRY(call)                            \
+    do {                                     \
+        OrtStatus *status_ = (call);         \
         if (status_ != NULL) return status_; \
     } while (0)
 
@@ -62,11 +62,11 @@ static OrtStatus *read_attributes(op_kernel *kernel, const OrtKernelInfo *info) 
     TRY(ORT_KernelInfoGetAttribute_float(api)(info, "clip_high", &kernel->epilogue.clip_high));
     if (kernel->kind != CONV) return NULL;
     bapq_conv_params *p = &kernel->conv;
-    static const char *const names[] = {
-        "group",    "kernel_h",   "kernel_w",  "stride_h",   "stride_w",   "pad_top",
-        "pad_left", "pad_bottom", "pad_right", "dilation_h", "dilation_w", "auto_pad"};
-    int64_t *const targets[] = {&p->group,    &p->kernel_h,   &p->kernel_w,  &p->stride_h,
-                                &p->stride_w, &p->pad_top,    &p->pad_left,  &p->pad_bottom,
+    static const char *const names[] = {"group",     "kernel_h",   "kernel_w",   "stride_h",
+                                        "stride_w",  "pad_top",    "pad_left",   "pad_bottom",
+                                        "pad_right", "dilation_h", "dilation_w", "auto_pad"};
+    int64_t *const targets[] = {&p->group,     &p->kernel_h,   &p->kernel_w,   &p->stride_h,
+                                &p->stride_w,  &p->pad_top,    &p->pad_left,   &p->pad_bottom,
                                 &p->pad_right, &p->dilation_h, &p->dilation_w, &p->auto_pad};
     return read_ints(api, info, names, targets, sizeof names / sizeof *names);
 }
@@ -175,8 +175,8 @@ static OrtStatus *compute_conv(call *c, const bapq_parallel *parallel) {
     tensor y = {.rank = c->x.rank, .dims = {d[0], c->layer->rows, conv.out_h, conv.out_w}};
     if (flat) y.dims[2] = conv.out_w;
     TRY(make_output(c->kernel, c->context, &y));
-    bapq_conv_run(c->run, (int32_t)c->kernel->layer, &conv, &c->kernel->epilogue, parallel, c->x.data,
-                  y.data, &c->failure);
+    bapq_conv_run(c->run, (int32_t)c->kernel->layer, &conv, &c->kernel->epilogue, parallel,
+                  c->x.data, y.data, &c->failure);
     return NULL;
 }
 

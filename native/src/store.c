@@ -80,15 +80,15 @@ static int32_t read_chunk(bapq_store *store, int32_t p, int32_t chunk, bapq_erro
     uint32_t done = 0;
     int32_t status = BAPQ_OK;
     while (done < extent->bytes) {
-        ssize_t n = pread(plane->fd, target + done, extent->bytes - done,
-                          (off_t)(extent->offset + done));
+        ssize_t n =
+            pread(plane->fd, target + done, extent->bytes - done, (off_t)(extent->offset + done));
         if (n > 0) {
             done += (uint32_t)n;
         } else if (n == 0) {
-            status = bapq_fail(error, BAPQ_TRUNCATED,
-                               "plane %s ends inside chunk %d: %u of %u bytes at offset %llu",
-                               NAMES[p], chunk, done, extent->bytes,
-                               (unsigned long long)extent->offset);
+            status =
+                bapq_fail(error, BAPQ_TRUNCATED,
+                          "plane %s ends inside chunk %d: %u of %u bytes at offset %llu", NAMES[p],
+                          chunk, done, extent->bytes, (unsigned long long)extent->offset);
             break;
         } else if (errno != EINTR) {
             int code = errno;
@@ -225,8 +225,9 @@ int32_t bapq_store_publish(bapq_store *store, const uint8_t *chunk_levels, bapq_
         for (int32_t i = 0; i < n; i++) missing |= store->plane[planes[i]].base == NULL;
         if (missing) {
             free(next);
-            return bapq_fail(error, BAPQ_NO_PLANE, "chunk %d cannot run at level %d: its plane is not there",
-                             chunk, chunk_levels[chunk]);
+            return bapq_fail(error, BAPQ_NO_PLANE,
+                             "chunk %d cannot run at level %d: its plane is not there", chunk,
+                             chunk_levels[chunk]);
         }
         next->level[chunk] = (uint8_t)level;
     }
@@ -265,10 +266,9 @@ static int32_t check_bank(const bapq_bank *bank, bapq_error *error) {
                     layer->chunk_rows % BAPQ_TILE_ROWS == 0 && layer->first_chunk == next &&
                     layer->residual_steps >= 8 && layer->residual_steps <= 16;
         for (int32_t p = 0; p < BAPQ_PLANES; p++)
-            sound = sound && layer->scale_columns[p] >= 0 &&
-                    layer->scale_columns[p] % BAPQ_BLOCK == 0;
-        if (!sound)
-            return bapq_fail(error, BAPQ_ARGUMENT, "layer %d of the bank is malformed", l);
+            sound =
+                sound && layer->scale_columns[p] >= 0 && layer->scale_columns[p] % BAPQ_BLOCK == 0;
+        if (!sound) return bapq_fail(error, BAPQ_ARGUMENT, "layer %d of the bank is malformed", l);
         next += bapq_chunk_count(layer);
     }
     if (next != bank->chunk_count)
@@ -303,11 +303,12 @@ static int32_t open_plane(bapq_store *store, const bapq_bank *bank, int32_t p, b
             int64_t bytes = bapq_ceil_div(rows, BAPQ_TILE_ROWS) * record;
             if ((int64_t)extent->bytes != bytes || extent->offset % 64 != 0 ||
                 extent->offset < (uint64_t)plane->bytes || extent->offset > INT64_MAX / 2)
-                return bapq_fail(error, BAPQ_ARGUMENT,
-                                 "%s: chunk %d is at %llu with %u bytes, expected %lld bytes at %lld "
-                                 "or after",
-                                 path, layer->first_chunk + i, (unsigned long long)extent->offset,
-                                 extent->bytes, (long long)bytes, (long long)plane->bytes);
+                return bapq_fail(
+                    error, BAPQ_ARGUMENT,
+                    "%s: chunk %d is at %llu with %u bytes, expected %lld bytes at %lld "
+                    "or after",
+                    path, layer->first_chunk + i, (unsigned long long)extent->offset, extent->bytes,
+                    (long long)bytes, (long long)plane->bytes);
             plane->bytes = (int64_t)extent->offset + bytes;
         }
     }
@@ -383,8 +384,7 @@ int32_t bapq_store_close(bapq_store *store, bapq_error *error) {
     pthread_mutex_lock(&store->plan_lock);
     int32_t open_runs = store->open_runs;
     pthread_mutex_unlock(&store->plan_lock);
-    if (open_runs > 0)
-        return bapq_fail(error, BAPQ_ARGUMENT, "%d runs are still open", open_runs);
+    if (open_runs > 0) return bapq_fail(error, BAPQ_ARGUMENT, "%d runs are still open", open_runs);
     /* Once both locks were free no run is inside the store any more. */
     pthread_mutex_lock(&store->publish_lock);
     pthread_mutex_unlock(&store->publish_lock);
@@ -418,7 +418,8 @@ int32_t bapq_run_begin(bapq_store *store, int64_t *ticket, int64_t *plan_number,
                          MAX_RUNS);
     bapq_run *run = &runs[slot];
     memset(&run->error, 0, sizeof run->error);
-    run->generation = (run->generation + 1) & 0x7FFFFFFF; /* before the plan: no stale ticket fits */
+    run->generation =
+        (run->generation + 1) & 0x7FFFFFFF; /* before the plan: no stale ticket fits */
     pthread_mutex_lock(&store->plan_lock);
     run->plan = store->published;
     if (run->plan) {
@@ -446,7 +447,8 @@ bapq_run *bapq_run_of(int64_t ticket) {
 
 int32_t bapq_run_end(int64_t ticket, bapq_error *error) {
     bapq_run *run = bapq_run_of(ticket);
-    if (!run) return bapq_fail(error, BAPQ_ARGUMENT, "ticket %lld is not an open run", (long long)ticket);
+    if (!run)
+        return bapq_fail(error, BAPQ_ARGUMENT, "ticket %lld is not an open run", (long long)ticket);
     bapq_store *store = run->store;
     int32_t status = run->error.status;
     if (status != BAPQ_OK) *error = run->error;

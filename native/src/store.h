@@ -7,13 +7,13 @@
  * Plans. A plan is immutable: one level per chunk. Publishing reads what the new plan lacks, then
  * swaps the store's pointer. A run holds the plan it began on, so it sees one plan from its first
  * operator to its last; a plan dies when it is neither published nor held, and only then are the
- * chunks that nobody else needs given back to the system. Going down a level therefore reads nothing,
- * and going up reads only the missing plane.
+ * chunks that nobody else needs given back to the system. Going down a level therefore reads
+ * nothing, and going up reads only the missing plane.
  *
- * Locks. publish_lock: held through the reading, owns the residency table. plan_lock: short, owns the
- * published pointer, the counts of runs and the list of dead plans. A run that ends never waits for a
- * publisher that is reading: it puts its dead plan on the list, and whoever next holds publish_lock
- * reaps it.
+ * Locks. publish_lock: held through the reading, owns the residency table. plan_lock: short, owns
+ * the published pointer, the counts of runs and the list of dead plans. A run that ends never waits
+ * for a publisher that is reading: it puts its dead plan on the list, and whoever next holds
+ * publish_lock reaps it.
  */
 #ifndef BAPQ_STORE_H
 #define BAPQ_STORE_H

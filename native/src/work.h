@@ -12,8 +12,9 @@ static inline float bapq_finish(float v, const float *bias, const bapq_epilogue 
     return v > epilogue->clip_high ? epilogue->clip_high : v;
 }
 
-/* The tiles of one chunk crossed with the panels of one input, dealt out to a few workers. Each worker
- * draws (panel, run of tiles) items until none is left, so a slow core does not hold up the rest. */
+/* The tiles of one chunk crossed with the panels of one input, dealt out to a few workers. Each
+ * worker draws (panel, run of tiles) items until none is left, so a slow core does not hold up the
+ * rest. */
 typedef struct {
     int64_t panels;
     int32_t tiles;          /* of the chunk */

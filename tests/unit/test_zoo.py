@@ -12,6 +12,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+
+from bapq_edge.errors import ModelFormatError
 from bapq_tools.zoo import MODELS
 from bapq_tools.zoo.digits import (
     INPUT_NAMES,
@@ -24,8 +26,6 @@ from bapq_tools.zoo.light_cnns import build_light_cnn
 from bapq_tools.zoo.minilm import build_minilm, encode, minilm_dir
 from bapq_tools.zoo.safetensors import read_safetensors
 from bapq_tools.zoo.sentences import load_sentences
-
-from bapq_edge.errors import ModelFormatError
 
 TINY_ENCODER = {
     "model_type": "bert",

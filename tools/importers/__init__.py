@@ -1,0 +1,1 @@
+"""Model files to ONNX models of one form."""

@@ -1,0 +1,1 @@
+"""The stages of the host pipeline, one file each."""

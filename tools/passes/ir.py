@@ -92,4 +92,3 @@ class ColumnStats:
     """(groups, columns) float32: mean of x squared"""
     rows: int
     """activation rows seen"""
-

@@ -60,7 +60,7 @@ class CalibrationData:
         for name, array in self.arrays.items():
             rows = self.rows_per_sample[name]
             feed[name] = array[sample * rows : (sample + 1) * rows] if rows else array[sample]
-        return {name: np.ascontiguousarray(value) for name, value in feed.items()}
+        return {name: np.asarray(value, order="C") for name, value in feed.items()}
 
 
 def load_calibration(
@@ -159,7 +159,8 @@ def calibrate(
 def _read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     problem = f"{os.fspath(path)} is not an .npz file of plain arrays; write it with numpy.savez"
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file:  # np.load leaves a damaged file open
+            archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise CalibrationError(problem)
             return {name: archive[name] for name in archive.files}

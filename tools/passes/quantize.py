@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bapq_edge.bank.codes import LayerCodes, dequantize, from_bf16, to_bf16
-from bapq_edge.bank.layout import PLANES, Level, Plane, planes_for
+from bapq_edge.bank.layout import PLANES, SCALED_PLANES, Level, Plane, planes_for
 
 from .ir import ColumnStats, HeavyLayer
 
@@ -60,6 +60,9 @@ per row and plane, and the sampling error of the mean must not outweigh it."""
 
 _SMALLEST_PEAK = np.float32(2.0**-116)
 """Groups below this are stored as zero: scale and scale/16 must be normal float32 values."""
+
+_LARGEST_SCALE = np.float32(2.0**125)
+"""An eighth of float32's range: no code times its scale overflows, whatever the weights."""
 
 _BLOCK_WEIGHTS = 1 << 17
 """Weights quantized at a time by one thread: the temporaries, about ten float32 arrays of this
@@ -117,7 +120,7 @@ def fit_scale4(w: np.ndarray, h: np.ndarray) -> np.ndarray:
     best_scale = np.zeros_like(peak)
     best_error = np.full(peak.shape, np.inf, np.float32)
     for steps in _LEVEL4_STEPS:
-        scale = _bf16_not_below(peak / np.float32(steps))
+        scale = _bf16_not_below(np.minimum(peak / np.float32(steps), _LARGEST_SCALE))
         x = _divided(w, scale)
         x -= _nearest(x, 8)
         x *= x
@@ -136,7 +139,7 @@ def fit_scale2(w: np.ndarray, h: np.ndarray) -> np.ndarray:
     peak = _peak(w)
     unit = _divided(w, peak)  # squares of any float32 would overflow
     hw = unit * h
-    rms = peak * _ratio(np.sqrt((hw * unit).sum(-1)), np.sqrt(_sum_weights(h, w)))
+    rms = np.sqrt(_ratio((hw * unit).sum(-1), _sum_weights(h, w)))  # in units of the peak
     best_scale = np.zeros_like(peak)
     best_gain = np.full(peak.shape, -np.inf, np.float32)
 
@@ -150,10 +153,10 @@ def fit_scale2(w: np.ndarray, h: np.ndarray) -> np.ndarray:
         gain = ratio * (2 * cross - ratio * energy)
         better = gain > best_gain
         best_scale[better], best_gain[better] = scale[better], gain[better]
-        return _bf16(peak * _ratio(cross, energy))
+        return _scale_of(peak, _ratio(cross, energy))
 
     for start in _LEVEL2_STARTS:
-        keep_better(_bf16(rms * np.float32(start)))
+        keep_better(_scale_of(peak, rms * np.float32(start)))
     for _ in range(_LEVEL2_REFITS):
         keep_better(keep_better(best_scale.copy()))
     return best_scale
@@ -166,7 +169,7 @@ def fit_scale1(w: np.ndarray, h: np.ndarray) -> np.ndarray:
     """
     peak = _peak(w)
     mean = _ratio((np.abs(_divided(w, peak)) * h).sum(-1), _sum_weights(h, w))
-    return _bf16(peak * (2 * mean))
+    return _scale_of(peak, 2 * mean)
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,7 @@ def _empty_codes(layer: HeavyLayer, planes: Iterable[Plane]) -> LayerCodes:
             result.weight = np.ascontiguousarray(layer.weight, np.float32)
         else:
             result.codes[plane] = np.empty((rows, columns), np.uint8)
-        level = {"p4": 4, "m1": 2, "s1": 1}.get(plane)
+        level = SCALED_PLANES.get(plane)
         if level is not None:
             groups = -(-columns // SCALE_COLUMNS[level])
             result.scales[level] = np.empty((rows, groups), np.float32)
@@ -342,8 +345,10 @@ def _sum_weights(h: np.ndarray, w: np.ndarray) -> np.ndarray:
     return np.broadcast_to(h.sum(-1), w.shape[:-1])
 
 
-def _bf16(values: np.ndarray) -> np.ndarray:
-    return from_bf16(to_bf16(values))
+def _scale_of(peak: np.ndarray, ratio: np.ndarray) -> np.ndarray:
+    """peak * ratio as bf16, within the scales' range."""
+    with np.errstate(over="ignore"):
+        return from_bf16(to_bf16(np.minimum(peak * ratio, _LARGEST_SCALE)))
 
 
 def _bf16_not_below(values: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from .ir import ColumnStats, HeavyLayer
 
 SCALE_COLUMNS: dict[Level, int] = {4: 32, 2: 64, 1: 128}
 """Columns per scale. A bf16 scale then costs 0.5, 0.25 and 0.125 bits per weight: an eighth of the
-level's own bits. Finer groups buy less error than the same bytes spent on a higher level."""
+level's own bits. On MiniLM the mean level-2 error is 0.312, 0.330, 0.345 at 32, 64, 128."""
 
 RESIDUAL_STEPS = 16
 """Level 4 rounds to nearest, so the residual need not reach past half a step: 7.5/16 of a step and
@@ -34,14 +34,15 @@ level-8 error is 0.0056 at 16, 0.0060 at 15, 0.0075 at 12, 0.0114 at 8."""
 _LEVEL4_STEPS = np.linspace(8, 7, 9)
 """Level-4 scales tried: the group's largest magnitude over these. 8 is the edge of level 8's grid;
 a smaller scale would clip the largest weight at level 8, where it cannot be made good. 7 puts the
-largest weight inside level 4's grid. Wider or finer searches gained nothing on MiniLM."""
+largest weight inside level 4's grid. On MiniLM 17 scales lower the level-4 error by 0.1 %; going on
+to 6 lowers it by 1 % and raises that of level 8 by 2 %."""
 
 _LEVEL2_STARTS = np.linspace(0.5, 1.4, 7)
 """Level-2 scales tried first, in units of the group's weighted rms; the best four-level grid for a
 normal distribution has 0.996. Heavy tails want more, near-constant magnitudes 2/3 to 2."""
 
 _LEVEL2_REFITS = 2
-"""Rounds of (nearest codes, best scale for them) after the search; the third changes < 0.1 %."""
+"""Rounds of (nearest codes, best scale for them) after the search; a third changes the error by 0.01 %."""
 
 _DAMPING = np.float32(0.1)
 """Added to every column's weight, in units of their mean: an input that calibration never saw

@@ -1,0 +1,26 @@
+"""Tables on a terminal or as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["print_table"]
+
+
+def print_table(
+    title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], style: str
+) -> None:
+    """Print text cells in the style `table`, drawn for a terminal, or `md`."""
+    if style == "md":
+        print(f"{title}\n")
+        for cells in (heads, ["---"] * len(heads), *rows):
+            print("| " + " | ".join(cells) + " |")
+        print()
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*heads, title=title)
+    for cells in rows:
+        table.add_row(*cells)
+    Console().print(table)

@@ -21,7 +21,8 @@
     │   ├── BudgetTooSmallError         the smallest budget that works is in the message
     │   ├── RunInputError               a feed is missing, or has a wrong type or shape
     │   ├── SizeError                   not a size such as 64MiB
-    │   └── ProfileError                a device profile that is unknown or malformed
+    │   ├── ProfileError                a device profile that is unknown or malformed
+    │   └── SensorError                 a malformed mock trace, or a needed reading is absent
     ├── SessionClosedError              the session was closed before
     ├── ExecutionError                  the graph engine failed during a run
     ├── StorageError                    the disk: full, unreadable, not writable
@@ -63,6 +64,7 @@ __all__ = [
     "ProfileError",
     "RequestError",
     "RunInputError",
+    "SensorError",
     "SessionClosedError",
     "SizeError",
     "StorageError",
@@ -202,6 +204,12 @@ class ProfileError(RequestError):
     """A device profile is unknown, or breaks the schema in device_profiles/README.md."""
 
     exit_code = 47
+
+
+class SensorError(RequestError):
+    """BAPQ_SENSORS or its trace is malformed, or a reading that is needed is absent."""
+
+    exit_code = 48
 
 
 class SessionClosedError(BapqError, RuntimeError):

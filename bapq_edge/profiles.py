@@ -11,7 +11,7 @@ import yaml
 
 from .errors import ProfileError
 
-__all__ = ["DeviceProfile", "load_profile", "profile_names"]
+__all__ = ["DeviceProfile", "find_profile", "load_profile", "profile_names"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,16 @@ class DeviceProfile:
     page_bytes: int
     storage_read_mb_s: int
     throttle_c: int
+    temperature_margin_c: int
+    """the controller acts this far below throttle_c"""
+    reserve_mib: int
+    """memory that the controller keeps available to the system"""
+    pressure_percent: int
+    """memory pressure (PSI, some avg10) from which the controller gives memory back"""
+    battery_low_percent: int
+    battery_critical_percent: int
+    hold_s: int
+    """how long a reading must be good again before the controller takes one step back"""
 
     def __post_init__(self) -> None:
         """Refuse a value of the wrong type or a number below one."""
@@ -44,11 +54,12 @@ class DeviceProfile:
 def _directory() -> Path:
     import bapq_edge
 
-    # An editable install keeps the profiles beside the package, not inside it.
-    for root in bapq_edge.__path__:
-        for place in (Path(root) / "device_profiles", Path(root).parent / "device_profiles"):
-            if place.is_dir():
-                return place
+    # An editable install has them beside the package; the copy inside is as old as the install.
+    roots = [Path(root) for root in bapq_edge.__path__]
+    beside = [root.parent for root in roots if (root.parent / "pyproject.toml").is_file()]
+    for place in (*beside, *roots):
+        if (place / "device_profiles").is_dir():
+            return place / "device_profiles"
     raise ProfileError("the package has no device_profiles: reinstall with 'pip install bapq-edge'")
 
 
@@ -78,3 +89,14 @@ def load_profile(profile: str | os.PathLike[str]) -> DeviceProfile:
             f"unknown keys {sorted(map(str, found - keys))}"
         )
     return DeviceProfile(**values)
+
+
+def find_profile(root: str | os.PathLike[str] = "/") -> DeviceProfile | None:
+    """The profile of the board that this runs on; None where the package knows none."""
+    try:
+        model = Path(root, "proc/device-tree/model").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fitting = [load_profile(name) for name in profile_names()]
+    fitting = [profile for profile in fitting if model.startswith(profile.model_prefix)]
+    return max(fitting, key=lambda profile: len(profile.model_prefix), default=None)

@@ -1,0 +1,39 @@
+"""Sensors: memory, power and temperature of the device, or a mock that plays a trace.
+
+    open_sensors() ──► Sensors.read() ──► Readings ──► controller.py
+
+Everything may be absent, and what is absent reads None. docs/controller.md says what is read where.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from ..errors import SensorError
+from .firmware import system_vcgencmd
+from .mock import MockSensors
+from .readings import CAPPED_BITS, Readings, Sensors
+from .system import SystemSensors
+
+__all__ = ["CAPPED_BITS", "MockSensors", "Readings", "Sensors", "SystemSensors", "open_sensors"]
+
+
+def open_sensors(
+    root: str | os.PathLike[str] = "/", environment: Mapping[str, str] = os.environ
+) -> Sensors:
+    """The sensors of this machine, or the mock that BAPQ_SENSORS asks for.
+
+    BAPQ_SENSORS=mock:trace.csv plays a trace in real time, mock-step:trace.csv one row per read.
+    Below another root than "/" there is no vcgencmd. Raises SensorError.
+    """
+    wish = environment.get("BAPQ_SENSORS", "")
+    kind, _, path = wish.partition(":")
+    if kind in ("mock", "mock-step") and path:
+        return MockSensors(path, step=kind == "mock-step")
+    if wish:
+        raise SensorError(
+            f"BAPQ_SENSORS is {wish!r}; "
+            "it can be mock:trace.csv or mock-step:trace.csv, or not be set"
+        )
+    return SystemSensors(root, vcgencmd=system_vcgencmd() if os.fspath(root) == "/" else None)

@@ -1,0 +1,77 @@
+"""What sensors tell: one frozen record per read, in which whatever cannot be read is None."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["CAPPED_BITS", "Readings", "Sensors"]
+
+_THROTTLE_BITS = {
+    0: "under-voltage",
+    1: "frequency capped",
+    2: "throttled",
+    3: "soft temperature limit",
+}
+_SINCE_BOOT_SHIFT = 16
+CAPPED_BITS = 0b0110
+"""bits of `throttled`: the firmware slows the CPU right now, for heat or a weak supply"""
+
+
+@dataclass(frozen=True)
+class Readings:
+    """One moment of the device. None means that this device does not tell; nothing is estimated."""
+
+    time_s: float
+    """monotonic; of a mock, the time of its trace"""
+    available_bytes: int | None = None
+    """MemAvailable: what the system can hand out without swapping"""
+    rss_bytes: int | None = None
+    """resident memory of this process"""
+    cgroup_limit_bytes: int | None = None
+    """limit of the cgroup, our own or one above it, that leaves least free; None is no limit"""
+    cgroup_used_bytes: int | None = None
+    """in use in that cgroup, file cache that the kernel can drop at once not counted"""
+    memory_pressure_percent: float | None = None
+    """PSI: share of the last 10 s in which some task waited for memory"""
+    battery_percent: float | None = None
+    on_battery: bool | None = None
+    power_w: float | None = None
+    power_source: str | None = None
+    """meter and rail that power_w stands for"""
+    temperature_c: float | None = None
+    """hottest of the zones of CPU and SoC"""
+    temperature_source: str | None = None
+    """type of that zone"""
+    throttled: int | None = None
+    """bits of `vcgencmd get_throttled`: 0 to 3 are now, 16 to 19 since boot"""
+    vcgencmd_age_s: float | None = None
+    """age of what vcgencmd told: throttled, and power_w where power_source is the PMIC"""
+
+    @property
+    def throttled_now(self) -> tuple[str, ...] | None:
+        """What the firmware does to the board right now, in words."""
+        return self._throttle_words(0)
+
+    @property
+    def throttled_since_boot(self) -> tuple[str, ...] | None:
+        """What the firmware has done to the board since boot, in words."""
+        return self._throttle_words(_SINCE_BOOT_SHIFT)
+
+    def _throttle_words(self, shift: int) -> tuple[str, ...] | None:
+        if self.throttled is None:
+            return None
+        bits = self.throttled >> shift
+        return tuple(word for bit, word in _THROTTLE_BITS.items() if bits >> bit & 1)
+
+
+class Sensors(Protocol):
+    """Where readings come from: the system, or a mock that plays a trace."""
+
+    def read(self) -> Readings:
+        """The readings of this moment. Never raises for a sensor that is absent or fails."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what the sensors hold."""
+        ...

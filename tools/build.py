@@ -218,6 +218,7 @@ def _write_layer(
     """Quantize and write one layer, then let go of its weights."""
     rows, columns = layer.weight.shape
     operators = tuple(dict.fromkeys(use.operator for use in layer.uses))
+    chunk_rows = chunk_rows_for(rows, columns, operators)
     codes, info = quantize_layer(layer, stats, levels, workers)
     writer.add_layer(
         layer.name,
@@ -225,15 +226,26 @@ def _write_layer(
         codes,
         rows=rows,
         columns=columns,
-        chunk_rows=chunk_rows_for(rows, columns, operators),
+        chunk_rows=chunk_rows,
         residual_steps=info.residual_steps,
         scale_columns=info.scale_columns,
         has_bias=bool(codes.bias),
         relative_error=info.relative_error,
+        sensitivity=_by_chunk(info.row_error, levels, chunk_rows),
     )
     if codes.bias and layer.bias is None:
         layer.bias = np.zeros(rows, np.float32)  # tells the graph that the operator adds one
     layer.weight = np.empty((0, columns), np.float32)
+
+
+def _by_chunk(
+    row_error: dict[Level, np.ndarray], levels: tuple[Level, ...], chunk_rows: int
+) -> np.ndarray:
+    """Sums over the rows of each chunk, (chunks, levels) float32."""
+    rows = np.stack([row_error[level] for level in levels], axis=1)
+    chunks = np.add.reduceat(rows, np.arange(0, len(rows), chunk_rows))
+    # An error that dwarfs the output may leave float32's range; it need only stay the largest.
+    return np.minimum(chunks, np.finfo(np.float32).max).astype(np.float32)
 
 
 def _report(out: Path, manifest: Manifest, weights: int, stages: Progress) -> BuildReport:

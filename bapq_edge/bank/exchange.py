@@ -2,7 +2,8 @@
 
 Each file is a structured array (rows,) that `numpy.load` opens: `code` u1 (columns,), of plane f32
 `weight` f4 (columns,) instead; `scale` f4 (groups,) where the plane has scales; `bias` f4 where the
-layer has one. Manifest and graph lie beside the layers' folders. `pack` inverts `unpack` exactly.
+layer has one. Manifest, graph and sensitivity table lie beside the layers' folders. `pack` inverts
+`unpack` exactly.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import BankFormatError, BankIntegrityError, BankNotFoundError
 from .codes import LayerCodes, check_values, join_rows
 from .files import digest_of, file_size, inside, read_at
 from .layout import PLANES, Plane, TileGeometry
 from .manifest import MANIFEST_FILE, Layer, Manifest
-from .npy import from_npy, to_npy
+from .npy import SENSITIVITY_DTYPE, check_sensitivity, from_npy, to_npy
 from .reader import Bank, read_manifest
 from .staging import TEMPORARY_SUFFIXES, Staging, storage_errors
 from .writer import BankWriter
@@ -72,6 +74,7 @@ def pack(directory: str | os.PathLike[str], bank_path: str | os.PathLike[str]) -
             f"{folder / manifest.graph.file} has BLAKE2b {digest_of(graph)}, "
             f"expected {manifest.graph.blake2b}: {_AGAIN}"
         )
+    sensitivity = _read_sensitivity(folder, manifest)
     with BankWriter(
         bank_path,
         levels=manifest.levels,
@@ -90,6 +93,7 @@ def pack(directory: str | os.PathLike[str], bank_path: str | os.PathLike[str]) -
                 scale_columns=layer.scale_columns,
                 has_bias=layer.has_bias,
                 relative_error=layer.relative_error,
+                sensitivity=sensitivity[layer.first_chunk :][: layer.chunk_count],
             )
         writer.finish(graph, manifest.kept_in_float)
     return Path(bank_path)
@@ -114,6 +118,7 @@ def _files_of(bank: Bank) -> Iterator[tuple[str, bytes]]:
     """Path below the model's folder and bytes of every file."""
     yield MANIFEST_FILE, bank.manifest.to_json()
     yield bank.manifest.graph.file, bank.graph_bytes()
+    yield bank.manifest.sensitivity.file, to_npy(bank.sensitivity())
     for layer in bank.manifest.layers:
         for plane in bank.planes:
             dtype, level = _dtype(layer.geometry(plane)), PLANES[plane]
@@ -130,6 +135,19 @@ def _files_of(bank: Bank) -> Iterator[tuple[str, bytes]]:
                 for name in dtype.names or ():
                     array[name] = values[name]
                 yield _chunk_file(layer, index, plane), to_npy(array)
+
+
+def _read_sensitivity(folder: Path, manifest: Manifest) -> NDArray[np.float32]:
+    shape = (manifest.chunk_count, len(manifest.levels))
+    file = manifest.sensitivity.file
+    values = shape[0] * shape[1] * SENSITIVITY_DTYPE.itemsize
+    data = _read(folder, file, _HEADER_LIMIT + values)
+    try:
+        table = from_npy(data, SENSITIVITY_DTYPE, shape)
+        check_sensitivity(table, manifest.levels)
+    except ValueError as error:
+        raise BankFormatError(f"{folder / file}: {error}: {_AGAIN}") from None
+    return table
 
 
 def _read_layer(folder: Path, manifest: Manifest, layer: Layer) -> LayerCodes:
@@ -190,7 +208,7 @@ def _find_model(directory: Path) -> Path:
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
     """Exactly the files that the manifest implies must be there."""
-    expected = {MANIFEST_FILE, manifest.graph.file} | {
+    expected = {MANIFEST_FILE, manifest.graph.file, manifest.sensitivity.file} | {
         _chunk_file(layer, index, plane)
         for layer in manifest.layers
         for plane in manifest.planes

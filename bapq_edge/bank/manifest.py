@@ -27,7 +27,12 @@ from .layout import (
     planes_for,
     tiles_of,
 )
-from .npy import CHUNK_DTYPE, chunk_table_bytes, digest_table_bytes
+from .npy import (
+    CHUNK_DTYPE,
+    chunk_table_bytes,
+    digest_table_bytes,
+    sensitivity_table_bytes,
+)
 from .strict_json import Place, Rule, decode, encode, parse_json, shown
 
 __all__ = [
@@ -36,6 +41,7 @@ __all__ = [
     "GRAPH_FILE",
     "MANIFEST_FILE",
     "MAX_MANIFEST_BYTES",
+    "SENSITIVITY_FILE",
     "Calibration",
     "FileEntry",
     "KeptNode",
@@ -55,6 +61,7 @@ FORMAT_NAME = "bapq-bank"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 GRAPH_FILE = "graph/main.onnx"
+SENSITIVITY_FILE = "tables/sensitivity.npy"
 
 MAX_MANIFEST_BYTES = 4 << 20
 """About 8,000 layers; more would cost a small board its memory before anything is checked."""
@@ -216,6 +223,9 @@ class Manifest:
     levels: tuple[Level, ...]
     """Levels the bank was built for, highest first."""
     graph: FileEntry
+    sensitivity: FileEntry
+    """tables/sensitivity.npy, (chunk_count, levels) float32: what every chunk at every level adds
+    to the squared relative error of its layer."""
     planes: dict[Plane, PlaneEntry]
     layers: tuple[Layer, ...]
     kept_in_float: tuple[KeptNode, ...] = ()
@@ -349,7 +359,17 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
             f"fewer: a chunk would have {chunk_bytes} bytes, allowed are {MAX_CHUNK_BYTES}",
         )
 
-    check(manifest.graph.file == GRAPH_FILE, "graph.file", manifest.graph.file, GRAPH_FILE)
+    sensitivity = manifest.sensitivity
+    for key, found, expected in (
+        ("graph.file", manifest.graph.file, GRAPH_FILE),
+        ("sensitivity.file", sensitivity.file, SENSITIVITY_FILE),
+        (
+            "sensitivity.bytes",
+            sensitivity.bytes,
+            sensitivity_table_bytes(next_chunk, len(levels)),
+        ),
+    ):
+        check(found == expected, key, found, expected)
     for plane, entry in manifest.planes.items():
         last = manifest.chunk_layout(plane)[-1]
         for key, found, expected in (

@@ -6,6 +6,7 @@ it allocate, loop or unpickle. `numpy.load` opens the files all the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,12 @@ from numpy.typing import NDArray
 __all__ = [
     "CHUNK_DTYPE",
     "DIGEST_BYTES",
+    "SENSITIVITY_DTYPE",
+    "check_sensitivity",
     "chunk_table_bytes",
     "digest_table_bytes",
     "from_npy",
+    "sensitivity_table_bytes",
     "to_npy",
 ]
 
@@ -25,6 +29,8 @@ CHUNK_DTYPE = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("crc32", "<u4")])
 
 DIGEST_BYTES = 16
 """BLAKE2b-128: short enough to keep one per chunk, long enough that no two ever agree by chance."""
+
+SENSITIVITY_DTYPE = np.dtype("<f4")
 
 _MAGIC = b"\x93NUMPY\x01\x00"
 _ALIGNMENT = 64
@@ -40,6 +46,26 @@ def chunk_table_bytes(chunk_count: int) -> int:
 def digest_table_bytes(chunk_count: int) -> int:
     """Size of a digest table's file."""
     return _TABLE_HEADER_BYTES + chunk_count * DIGEST_BYTES
+
+
+def sensitivity_table_bytes(chunk_count: int, level_count: int) -> int:
+    """Size of the sensitivity table's file."""
+    return _TABLE_HEADER_BYTES + chunk_count * level_count * SENSITIVITY_DTYPE.itemsize
+
+
+def check_sensitivity(table: NDArray[np.float32], levels: Sequence[int]) -> None:
+    """Raise ValueError unless all of (chunks, levels) is finite, 0 or more, and 0 at level 32."""
+    # Without the sign bit, positive floats are ordered as their bits are, infinity the next one.
+    wrong = table.view("<u4") >= np.float32(np.inf).view(np.uint32)
+    if 32 in levels:
+        wrong = wrong | ((table != 0) & (np.asarray(levels) == 32))
+    if wrong.any():
+        chunk, column = (int(i) for i in np.argwhere(wrong)[0])
+        rule = "0" if levels[column] == 32 else "finite, 0 or more"
+        raise ValueError(
+            f"chunk {chunk} has the sensitivity {float(table[chunk, column])!r} at level "
+            f"{levels[column]}, must be {rule}"
+        )
 
 
 def to_npy(array: NDArray[Any]) -> bytes:

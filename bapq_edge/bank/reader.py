@@ -6,6 +6,7 @@ import bisect
 import os
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from .codes import LayerCodes, join_rows, unpack_chunk
 from .files import REPAIR, digest_of, file_size, inside, read_at
 from .layout import PLANES, PLANES_OF_LEVEL, Level, Plane
 from .manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Layer, Manifest
-from .npy import CHUNK_DTYPE, DIGEST_BYTES, from_npy
+from .npy import CHUNK_DTYPE, DIGEST_BYTES, SENSITIVITY_DTYPE, check_sensitivity, from_npy
 
 __all__ = ["Bank", "read_manifest"]
 
@@ -56,6 +57,7 @@ class Bank:
         self._first_chunks = [layer.first_chunk for layer in manifest.layers]
         self._layers = {layer.name: layer for layer in manifest.layers}
         self._sized(manifest.graph.file, manifest.graph.bytes)
+        self.sensitivity()
         tables = {plane: self._read_table(plane) for plane in PLANES if plane in manifest.planes}
         self._plane_files = {
             plane: self._sized(entry.file, entry.bytes)
@@ -126,6 +128,19 @@ class Bank:
         """(chunk_count, 16): BLAKE2b-128 of every chunk."""
         entry = self.manifest.planes[plane].digests
         return self._array(entry, np.dtype("u1"), (self.manifest.chunk_count, DIGEST_BYTES))
+
+    def sensitivity(self) -> NDArray[np.float32]:
+        """(chunk_count, levels of the manifest), read and checked at every call.
+
+        A chunk's share of the squared relative error of its layer's output, at each level.
+        """
+        entry, levels = self.manifest.sensitivity, self.manifest.levels
+        return self._array(
+            entry,
+            SENSITIVITY_DTYPE,
+            (self.manifest.chunk_count, len(levels)),
+            lambda table: check_sensitivity(table, levels),
+        )
 
     def graph_bytes(self) -> bytes:
         """The ONNX graph without the heavy weights, checked against its digest."""
@@ -216,11 +231,18 @@ class Bank:
         return data
 
     def _array(
-        self, entry: FileEntry, dtype: np.dtype[Any], shape: tuple[int, ...]
+        self,
+        entry: FileEntry,
+        dtype: np.dtype[Any],
+        shape: tuple[int, ...],
+        check: Callable[[NDArray[Any]], None] | None = None,
     ) -> NDArray[Any]:
         data = self._read_checked(entry)
         try:
-            return from_npy(data, dtype, shape)
+            array = from_npy(data, dtype, shape)
+            if check is not None:
+                check(array)
+            return array
         except ValueError as error:
             raise BankFormatError(f"{self.path / entry.file}: {error}: {REPAIR}") from None
 

@@ -57,11 +57,15 @@ def verify(path: str | os.PathLike[str]) -> VerifyReport:
     """
     bank = Bank.open(path)
     graph = bank.manifest.graph
-    reports = [_report(graph.file, graph.bytes, iter([bank.graph_bytes]))]
+    sensitivity = bank.manifest.sensitivity
+    reports = [
+        _report(graph.file, graph.bytes, iter([bank.graph_bytes])),
+        # `Bank.open` has just checked this one, and the tables below.
+        _report(sensitivity.file, sensitivity.bytes, iter(())),
+    ]
     for plane in bank.planes:
         entry = bank.manifest.planes[plane]
         reports.append(_report(entry.file, entry.bytes, _plane_checks(bank, plane)))
-        # `Bank.open` has just checked these.
         reports += (_report(table.file, table.bytes, iter(())) for table in entry.tables)
     return VerifyReport(bank.path, tuple(reports))
 

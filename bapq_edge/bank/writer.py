@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import BankFormatError
 from .codes import LayerCodes, pack_chunk
@@ -22,6 +23,7 @@ from .manifest import (
     GRAPH_FILE,
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
+    SENSITIVITY_FILE,
     Calibration,
     FileEntry,
     KeptNode,
@@ -36,7 +38,7 @@ from .manifest import (
     printable,
     safe_name,
 )
-from .npy import CHUNK_DTYPE, DIGEST_BYTES, to_npy
+from .npy import CHUNK_DTYPE, DIGEST_BYTES, SENSITIVITY_DTYPE, check_sensitivity, to_npy
 from .reader import Bank
 from .staging import Staging, storage_errors, sync_directory
 
@@ -118,6 +120,7 @@ class BankWriter:
         self._staging = Staging(self.path, check_is_bank)
         self._planes: dict[Plane, _PlaneFile] = {}
         self._layers: list[Layer] = []
+        self._sensitivity: list[NDArray[np.float32]] = []
         self._first_chunk = 0
         self._cleanup = contextlib.ExitStack()
 
@@ -149,10 +152,13 @@ class BankWriter:
         scale_columns: Mapping[Level, int],
         has_bias: bool,
         relative_error: Mapping[Level, float],
+        sensitivity: NDArray[np.float32],
     ) -> Layer:
         """Write the chunks of one layer.
 
-        ValueError when codes do not fit the description, StorageError when the disk does not.
+        `sensitivity` is (chunks of the layer, levels of the bank) float32: what each chunk adds to
+        the square of `relative_error`. ValueError when codes or sensitivity do not fit the
+        description, StorageError when the disk does not.
         """
         layer = Layer(
             name=name,
@@ -167,6 +173,13 @@ class BankWriter:
             relative_error={level: float(value) for level, value in relative_error.items()},
         )
         layer.check(f"layer {name}")
+        if sensitivity.shape != (layer.chunk_count, len(self._levels)):
+            raise ValueError(
+                f"layer {name}: sensitivity is {sensitivity.shape}, "
+                f"expected {(layer.chunk_count, len(self._levels))}"
+            )
+        sensitivity = np.ascontiguousarray(sensitivity, SENSITIVITY_DTYPE)
+        check_sensitivity(sensitivity, self._levels)
         with storage_errors(self.path):
             for plane, output in self._planes.items():
                 geometry = layer.geometry(plane)
@@ -178,6 +191,7 @@ class BankWriter:
                 for chunk in range(layer.first_chunk, layer.first_chunk + layer.chunk_count):
                     output.append(pack_chunk(geometry, codes, layer.chunk_slice(chunk)))
         self._layers.append(layer)
+        self._sensitivity.append(sensitivity)
         self._first_chunk += layer.chunk_count
         return layer
 
@@ -195,10 +209,14 @@ class BankWriter:
                     chunks=self._write(chunks_file(plane), chunks),
                     digests=self._write(digests_file(plane), digests),
                 )
+            sensitivity = np.concatenate(
+                [np.empty((0, len(self._levels)), SENSITIVITY_DTYPE), *self._sensitivity]
+            )
             manifest = Manifest(
                 model=self._source,
                 levels=self._levels,
                 graph=self._write(GRAPH_FILE, graph),
+                sensitivity=self._write(SENSITIVITY_FILE, to_npy(sensitivity)),
                 planes=planes,
                 layers=tuple(self._layers),
                 kept_in_float=tuple(

@@ -60,6 +60,16 @@ def golden_codes(name: str) -> LayerCodes:
     return codes
 
 
+def golden_sensitivity(name: str) -> np.ndarray:
+    """(chunks, levels) float32 of a layer of the golden bank."""
+    layer = LAYERS[name]
+    random = np.random.RandomState(100 + len(name))
+    shape = -(-layer["rows"] // layer["chunk_rows"]), len(LEVELS)
+    table = random.uniform(0, 1, shape).astype(np.float32)
+    table[:, LEVELS.index(32)] = 0
+    return table
+
+
 def write_golden(path: Path) -> None:
     """Write the golden bank at `path`."""
     with BankWriter(
@@ -70,7 +80,13 @@ def write_golden(path: Path) -> None:
     ) as writer:
         for name, layer in LAYERS.items():
             errors = {level: 0.5 / level for level in LEVELS}
-            writer.add_layer(name, codes=golden_codes(name), relative_error=errors, **layer)
+            writer.add_layer(
+                name,
+                codes=golden_codes(name),
+                relative_error=errors,
+                sensitivity=golden_sensitivity(name),
+                **layer,
+            )
         writer.finish(GRAPH, [KeptNode("/stem/Conv", "Conv", 27, "fewer than 1024 weights")])
 
 

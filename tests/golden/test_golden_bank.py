@@ -36,6 +36,11 @@ def test_todays_reader_reads_the_golden_codes(name):
             np.testing.assert_array_equal(getattr(found, field)[key], array)
 
 
+def test_todays_reader_reads_the_golden_sensitivity():
+    expected = np.concatenate([make_golden.golden_sensitivity(name) for name in make_golden.LAYERS])
+    np.testing.assert_array_equal(Bank.open(make_golden.GOLDEN).sensitivity(), expected)
+
+
 def test_golden_bank_is_intact():
     assert verify(make_golden.GOLDEN).ok
     assert Bank.open(make_golden.GOLDEN).graph_bytes() == make_golden.GRAPH

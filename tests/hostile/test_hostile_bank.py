@@ -14,7 +14,7 @@ import pytest
 from victims import GOLDEN
 
 from bapq_edge.bank.exchange import unpack
-from bapq_edge.bank.layout import PLANES
+from bapq_edge.bank.layout import LEVELS, PLANES
 from bapq_edge.bank.npy import to_npy
 from bapq_edge.bank.reader import Bank
 from bapq_edge.bank.verify import verify
@@ -204,6 +204,43 @@ def test_hostile_table(victim, name):
     victim.replace_table("p4", "chunks", padded_to_size(HOSTILE_TABLES[name]))
     victim.refused(Bank.open, BankFormatError, "p4_chunks.npy", "the bank again")
     assert not os.path.exists("exploded")
+
+
+@pytest.mark.usefixtures("in_tmp")
+@pytest.mark.parametrize("name", HOSTILE_TABLES)
+def test_hostile_sensitivity(victim, name):
+    victim.replace_sensitivity(HOSTILE_TABLES[name].ljust(188, b"\0")[:188])
+    victim.refused(Bank.open, BankFormatError, "sensitivity.npy", "the bank again")
+    assert not os.path.exists("exploded")
+
+
+@pytest.mark.parametrize(
+    ("level", "value", "rule"),
+    [
+        (8, np.nan, "finite, 0 or more"),
+        (8, -np.float32(np.nan), "finite, 0 or more"),
+        (4, np.inf, "finite, 0 or more"),
+        (2, -0.25, "finite, 0 or more"),
+        (1, -0.0, "finite, 0 or more"),
+        (32, 1e-45, "0"),
+    ],
+)
+def test_sensitivity_that_no_layer_can_have(victim, level, value, rule):
+    """A planner that computed with it would choose levels at an attacker's will, or none."""
+    table = np.load(victim.file("tables/sensitivity.npy"))
+    table[1, LEVELS.index(level)] = value
+    victim.replace_sensitivity(to_npy(table))
+    victim.refused(
+        Bank.open,
+        BankFormatError,
+        f"chunk 1 has the sensitivity {float(np.float32(value))!r} at"
+        f" level {level}, must be {rule}",
+    )
+
+
+def test_flipped_bit_in_the_sensitivity(victim):
+    victim.flip("tables/sensitivity.npy", 140)
+    victim.refused(Bank.open, BankIntegrityError, "sensitivity.npy has BLAKE2b")
 
 
 def test_table_with_a_header_of_megabytes(victim):

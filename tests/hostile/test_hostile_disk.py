@@ -61,8 +61,8 @@ def test_disk_that_takes_no_more(tree, tmp_path, limit, old):
         assert verify(target).ok
 
 
-# 1 to 5: planes; to 17: tables, graph, manifest; to 20: folders; 21: the bank's directory.
-@pytest.mark.parametrize("failing", [1, 5, 6, 16, 17, 18, 21])
+# 1 to 5: planes; to 18: tables, graph, manifest; to 21: folders; 22: the bank's directory.
+@pytest.mark.parametrize("failing", [1, 5, 6, 16, 18, 19, 22])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_disk_that_fails_at_any_sync(tree, tmp_path, monkeypatch, failing, code):
     """Delayed allocation makes a full disk show as late as in fsync."""

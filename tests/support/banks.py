@@ -77,14 +77,19 @@ def write_bank(
     layers: list[tuple[str, str, LayerCodes, dict[str, Any]]],
     levels: tuple[Level, ...] = LEVELS,
 ) -> Path:
-    """A bank of (name, operator, codes, description) layers."""
+    """A bank of (name, operator, codes, description) layers; the higher the level, the smaller
+    the errors that it states.
+    """
+    shares = np.array([0 if level == 32 else level**-2.0 for level in levels])
     with BankWriter(path, levels=levels, source=SOURCE) as writer:
         for name, operator, codes, description in layers:
+            chunks = -(-description["rows"] // description["chunk_rows"])
             writer.add_layer(
                 name,
                 (operator,),
                 codes,
-                relative_error={level: 0.0 for level in levels},
+                relative_error=dict(zip(levels, np.sqrt(shares), strict=True)),
+                sensitivity=np.tile(shares / chunks, (chunks, 1)).astype(np.float32),
                 **description,
             )
         writer.finish(graph)

@@ -55,6 +55,13 @@ def random_codes(shape: Shape, levels=LEVELS, seed=0) -> LayerCodes:
     return codes
 
 
+def random_sensitivity(shape: Shape, levels=LEVELS) -> np.ndarray:
+    """(chunks, levels) float32"""
+    random = np.random.default_rng([1, shape.rows, shape.columns])
+    chunks = -(-shape.rows // shape.chunk_rows)
+    return random.random((chunks, len(levels)), np.float32) * (np.array(levels) != 32)
+
+
 def add(writer: BankWriter, name: str, shape: Shape, codes: LayerCodes, levels=LEVELS):
     scaled = {SCALED_PLANES[plane] for plane in planes_for(levels) if plane in SCALED_PLANES}
     return writer.add_layer(
@@ -68,6 +75,7 @@ def add(writer: BankWriter, name: str, shape: Shape, codes: LayerCodes, levels=L
         scale_columns={level: shape.scale_columns for level in scaled},
         has_bias=shape.has_bias,
         relative_error={level: 1 / level for level in levels},
+        sensitivity=random_sensitivity(shape, levels),
     )
 
 

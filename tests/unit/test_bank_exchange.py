@@ -48,6 +48,7 @@ def test_every_file_opens_with_numpy(tree):
     assert files == [
         *(f"layer0/chunk_{i}_q{bit}.npy" for i in (0, 1) for bit in bits),
         *(f"layer1/chunk_0_q{bit}.npy" for bit in bits),
+        "tables/sensitivity.npy",
     ]
     codes = bank.layer_codes(bank.layer("layer0"))
     for plane, bit in PLANES.items():
@@ -76,6 +77,33 @@ def test_files_that_numpy_saved_are_packed(tree):
     np.testing.assert_array_equal(
         bank.layer_codes(bank.layer("layer0")).codes["p4"][:16], array["code"]
     )
+
+
+def test_an_edited_sensitivity_is_packed(tree):
+    file = tree / "data/bank/sample/tables/sensitivity.npy"
+    table = np.load(file)
+    table[1, 2] = 7
+    np.save(file, table)
+    pack(tree, tree.parent / "edited.bank")
+    np.testing.assert_array_equal(Bank.open(tree.parent / "edited.bank").sensitivity(), table)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda a: a * np.float32(np.nan), "chunk 0 has the sensitivity nan at level"),
+        (lambda a: a.astype(np.float64), "has the .npy header"),
+        (lambda a: a[:, :3], "has the .npy header"),
+    ],
+)
+def test_a_damaged_sensitivity_is_refused(tree, tmp_path, edit, words):
+    file = tree / "data/bank/sample/tables/sensitivity.npy"
+    np.save(file, edit(np.load(file)))
+    with pytest.raises(BankFormatError) as caught:
+        pack(tree, tmp_path / "again.bank")
+    assert words in str(caught.value)
+    assert str(file) in str(caught.value)
+    assert sorted(os.listdir(tmp_path)) == ["m.bank", "tree"]
 
 
 def test_the_model_folder_can_be_named_instead(tree, tmp_path):

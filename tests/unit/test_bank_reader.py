@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
-from bank_samples import RAGGED, assert_same_codes, files_of, write_bank
+from bank_samples import RAGGED, assert_same_codes, files_of, random_sensitivity, write_bank
 
 from bapq_edge.bank.codes import LayerCodes
 from bapq_edge.bank.layout import PLANES
@@ -81,6 +81,16 @@ def test_sizes(path):
     assert bank.weight_bytes(8) == one["p4"] + one["r8"]
     assert bank.weight_bytes(2) == one["s1"] + one["m1"]
     assert bank.bits_per_weight(4) == 8 * one["p4"] / bank.weights
+
+
+def test_sensitivity_has_a_row_per_chunk_and_a_column_per_level_built(path):
+    expected = np.concatenate([random_sensitivity(shape) for shape in RAGGED])
+    (path / "planes/r8.bin").unlink()
+    with pytest.warns(MissingPlaneWarning):
+        bank = Bank.open(path)
+    np.testing.assert_array_equal(bank.sensitivity(), expected)
+    assert bank.sensitivity().dtype == np.float32
+    assert bank.sensitivity().shape == (bank.manifest.chunk_count, len(bank.manifest.levels))
 
 
 def test_chunks_know_their_layer(path):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import bank_samples
 import numpy as np
 import pytest
 from bank_samples import (
@@ -64,6 +65,8 @@ def test_tables_open_with_numpy(tmp_path):
     bank = Bank.open(tmp_path / "m.bank")
     table = np.load(tmp_path / "m.bank/tables/p4_chunks.npy", allow_pickle=False)
     np.testing.assert_array_equal(table, bank.chunks("p4"))
+    sensitivity = np.load(tmp_path / "m.bank/tables/sensitivity.npy", allow_pickle=False)
+    np.testing.assert_array_equal(sensitivity, bank.sensitivity())
     digests = np.load(tmp_path / "m.bank/tables/p4_digests.npy", allow_pickle=False)
     np.testing.assert_array_equal(digests, bank.chunk_digests("p4"))
 
@@ -196,6 +199,23 @@ def test_codes_that_do_not_fit_are_refused(tmp_path):
             add(writer, "l", shape, random_codes(shape, (1,)), (4,))
         with pytest.raises(BankFormatError, match="layer l: residual_steps is 7"):
             add(writer, "l", Shape(3, 5, residual_steps=7), random_codes(shape, (4,)), (4,))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.full((1, 2), 0.5), "sensitivity 0.5 at level 32, must be 0"),
+        (np.array([[0, np.nan]]), "sensitivity nan at level 4, must be finite, 0 or more"),
+        (np.array([[0, -1]]), r"sensitivity -1.0 at level 4, must be finite, 0 or more"),
+        (np.zeros((2, 2)), r"layer0: sensitivity is \(2, 2\), expected \(1, 2\)"),
+    ],
+    ids=["of float", "not a number", "negative", "wrong shape"],
+)
+def test_a_sensitivity_that_cannot_be_is_refused(tmp_path, monkeypatch, value, message):
+    monkeypatch.setattr(bank_samples, "random_sensitivity", lambda shape, levels: value)
+    with pytest.raises(ValueError, match=message):
+        write_bank(tmp_path / "m.bank", SMALL, levels=(32, 4))
     assert os.listdir(tmp_path) == []
 
 

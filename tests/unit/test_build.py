@@ -16,6 +16,8 @@ from unit import models
 from unit.models import FLOAT, weights
 
 import bapq_tools
+from bapq_edge.bank.codes import dequantize
+from bapq_edge.bank.layout import LEVELS
 from bapq_edge.bank.reader import Bank
 from bapq_edge.bank.verify import verify
 from bapq_edge.cli import main
@@ -88,6 +90,32 @@ def test_layer_without_bias_gets_one_that_the_graph_applies(samples, tmp_path):
     graph = models.onnx.load_model(tmp_path / "a.bank" / manifest.graph.file).graph
     used = [a.i for n in graph.node for a in n.attribute if a.name == "use_bias"]
     assert used == [1, 1]
+
+
+def test_sensitivity_is_the_error_of_every_chunk(tmp_path):
+    """Of a layer in one chunk and of an embedding, whose chunks have 16 rows."""
+    model = models.model(
+        [node("Gather", ["words", "ids"], ["e"]), node("MatMul", ["e", "w"], ["y"])],
+        {"ids": (models.INT64, ["n"])},
+        {"y": (FLOAT, ["n", 40])},
+        {"words": weights(100, 32), "w": weights(32, 40)},
+    )
+    calibration = {"ids": np.arange(60)}
+    bank = Bank.open(build_bank(model, tmp_path / "a.bank", calibration, LEVELS, progress=False))
+    found = bank.sensitivity()
+    words, dense = bank.manifest.layers
+    assert (words.chunk_count, dense.chunk_count) == (7, 1)
+    for layer in (words, dense):
+        first = layer.first_chunk
+        total = found[first : first + layer.chunk_count].sum(0, dtype=np.float64)
+        expected = [layer.relative_error[level] ** 2 for level in LEVELS]
+        np.testing.assert_allclose(total, expected, rtol=1e-6)
+    codes = bank.layer_codes(words)
+    for column, level in enumerate(LEVELS):
+        values = dequantize(codes, level, words.residual_steps, words.scale_columns)
+        squares = np.square(values - codes.weight).sum(1) / np.square(codes.weight).sum()
+        expected = [squares[words.chunk_slice(chunk)].sum() for chunk in range(7)]
+        np.testing.assert_allclose(found[:7, column], expected, rtol=1e-4)
 
 
 def test_levels_in_any_order_and_form(samples, tmp_path):

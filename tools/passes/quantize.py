@@ -77,7 +77,13 @@ class QuantizedInfo:
 
     residual_steps: int
     scale_columns: dict[Level, int]
-    relative_error: dict[Level, float]
+    row_error: dict[Level, np.ndarray]
+    """(rows,) float64: squared output error of a row over the squared output of the layer"""
+
+    @property
+    def relative_error(self) -> dict[Level, float]:
+        """Norm of the output's error over norm of the output."""
+        return {level: float(np.sqrt(rows.sum())) for level, rows in self.row_error.items()}
 
 
 def quantize_layer(
@@ -102,15 +108,15 @@ def quantize_layer(
         level: _CORRECTED_SHARE[level] * np.concatenate([e[level].mean for e in errors])
         for level in plane_levels
     }
-    squares = {level: sum(e[level].square for e in errors) for level in plane_levels}
+    squares = {level: np.concatenate([e[level].square for e in errors]) for level in plane_levels}
     norm = sum(e[plane_levels[0]].norm for e in errors)
     if layer.bias is not None or _bias_pays(layer, stats, shift, squares):
         bias = np.zeros(len(layer.weight), np.float32) if layer.bias is None else layer.bias
         for level in plane_levels:
             result.bias[level] = (bias + shift[level]).astype(np.float32)
-    relative = {level: float(np.sqrt(squares[level] / norm)) if norm else 0.0 for level in levels}
+    row_error = {level: squares[level] / norm if norm else 0 * squares[level] for level in levels}
     scale_columns = {level: SCALE_COLUMNS[level] for level in result.scales}
-    return result, QuantizedInfo(RESIDUAL_STEPS, scale_columns, relative)
+    return result, QuantizedInfo(RESIDUAL_STEPS, scale_columns, row_error)
 
 
 def fit_scale4(w: np.ndarray, h: np.ndarray) -> np.ndarray:
@@ -189,8 +195,8 @@ class _RowBlock:
 class _RowErrors:
     mean: np.ndarray
     """(rows,): mean of the level's output error, (w - w_level) @ mean(x)"""
-    square: float
-    """weighted sum of (w - w_level)^2"""
+    square: np.ndarray
+    """(rows,): weighted sum of (w - w_level)^2"""
     norm: float
     """weighted sum of w^2"""
 
@@ -275,17 +281,17 @@ def _row_errors(w: np.ndarray, part: LayerCodes, level: Level, block: _RowBlock)
     if block.mean is not None:
         mean = (difference * block.mean).sum(1, dtype=np.float64)
 
-    def weighted_square(values: np.ndarray) -> float:
-        return float((np.square(values, dtype=np.float64) * block.mean_square).sum())
+    def weighted_square(values: np.ndarray) -> np.ndarray:
+        return (np.square(values, dtype=np.float64) * block.mean_square).sum(1)
 
-    return _RowErrors(mean, weighted_square(difference), weighted_square(w))
+    return _RowErrors(mean, weighted_square(difference), float(weighted_square(w).sum()))
 
 
 def _bias_pays(
     layer: HeavyLayer,
     stats: ColumnStats | None,
     shift: dict[Level, np.ndarray],
-    squares: dict[Level, float],
+    squares: dict[Level, np.ndarray],
 ) -> bool:
     """Whether a layer without a bias gets one, to take up the mean of the output error.
 
@@ -294,7 +300,7 @@ def _bias_pays(
     if stats is None or any(use.operator == "Gather" for use in layer.uses):
         return False
     return any(
-        float(np.square(shift[level]).sum()) > _BIAS_GAIN * squares[level] for level in shift
+        float(np.square(shift[level]).sum()) > _BIAS_GAIN * squares[level].sum() for level in shift
     )
 
 

@@ -97,7 +97,7 @@ def errors(folder: Path) -> dict[str, dict[str, Any]]:
         runs = [session.run(names, feed) for feed in case.held_out]
         outputs = dict(zip(names, map(list, zip(*runs, strict=True)), strict=True))
         reference = reference or outputs
-        worst = max(relative_error(outputs[name], reference[name]) for name in names)
+        worst = max(relative_error(case, outputs[name], reference[name]) for name in names)
         judged = case.judged_output
         quality = judge(case, outputs[judged], reference[judged]) if judged else {}
         results[runtime] = {"relative_error": worst, **quality}

@@ -1,15 +1,16 @@
 """The controller on a scripted trace: readings above, what it decides below.
 
-    python -m bapq_tools.experiments.controller_trace [--trace TRACE.csv] [--profile NAME] [-o OUT.svg]
+    python -m bapq_tools.experiments.controller_trace [--trace CSV] [--profile NAME] [-o OUT.svg]
 
 Without --trace: a Raspberry Pi 4 on which another process takes memory and frees it, the sun heats
 the case and leaves it, and the battery runs down and is charged, all with noise. Its free memory
-follows what the controller decides, as on a board; a trace from a file (docs/controller.md) does not.
+follows what the controller decides, as on a board; that of a trace from a file does not.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import sys
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ def _words(envelope: Envelope) -> str:
 
 def _between(time_s: int, points: list[tuple[int, float]]) -> float:
     """Linear between the points, constant outside of them."""
-    for (start_s, start), (end_s, end) in zip(points, points[1:], strict=False):
+    for (start_s, start), (end_s, end) in itertools.pairwise(points):
         if start_s <= time_s < end_s:
             return start + (end - start) * (time_s - start_s) / (end_s - start_s)
     return points[0][1] if time_s < points[0][0] else points[-1][1]
@@ -118,8 +119,11 @@ def _draw(rows: list[tuple[Readings, Envelope]], config: ControllerConfig, out: 
         panel.set_ylabel(label)
 
     def limit(panel: Axes, values: list[Any], label: str) -> None:
-        panel.step(times_s, values, where="post", color="#1e7b4b", linewidth=2)
-        panel.fill_between(times_s, values, step="post", color="#1e7b4b", alpha=0.15)
+        last = len(values) - 1
+        kept = [i for i in range(last + 1) if i in (0, last) or values[i] != values[i - 1]]
+        corners = [times_s[i] for i in kept], [values[i] for i in kept]
+        panel.step(*corners, where="post", color="#1e7b4b", linewidth=2)
+        panel.fill_between(*corners, step="post", color="#1e7b4b", alpha=0.15)
         panel.set_ylim(0, max(values, default=1) * 1.2)
         panel.set_ylabel(label)
 
@@ -132,10 +136,11 @@ def _draw(rows: list[tuple[Readings, Envelope]], config: ControllerConfig, out: 
     percent = [r.battery_percent for r, _ in rows]
     reading(panels[2], percent, "battery\n%", {"low": low, "critical": critical})
     panels[2].set_ylim(0, 100)
-    charging = [r.on_battery is False for r, _ in rows]
-    panels[2].fill_between(times_s, 0, 100, where=charging, color="#f1c40f", alpha=0.25, lw=0)
-    if any(charging):
-        panels[2].text(times_s[charging.index(True)], 88, " charging", va="center")
+    on_mains = [readings.time_s for readings, _ in rows if readings.on_battery is False]
+    for time_s in on_mains:
+        panels[2].plot([time_s, time_s + 1], [2, 2], color="#d4a017", linewidth=4)
+    if on_mains:
+        panels[2].text(on_mains[0], 10, " on mains", color="#9a7400", va="bottom")
     limit(panels[3], [(e.weight_bytes_limit or 0) / MIB for _, e in rows], "weight limit\nMiB")
     limit(panels[4], [e.highest_level for _, e in rows], "highest\nlevel")
     limit(panels[5], [e.threads for _, e in rows], "threads")

@@ -177,10 +177,10 @@ class Controller:
         needed = sum(percent < threshold for threshold in thresholds)
         relaxed = sum(percent < threshold + band for threshold in thresholds)
         if needed > self._battery.step:
-            text = f"battery_percent {percent:g} < {thresholds[needed - 1]:g}"
+            text = f"battery_percent {percent:.3g} < {thresholds[needed - 1]:g}"
         else:
             passed = thresholds[max(0, self._battery.step - 1)] + band
-            text = f"battery_percent {percent:g} >= {passed:g}"
+            text = f"battery_percent {percent:.3g} >= {passed:g}"
         return self._battery.move(readings.time_s, needed, relaxed, text)
 
     def _make_envelope(self) -> Envelope:

@@ -179,7 +179,7 @@ class MemoryGuard:
         if before is None or not self._shrink(before - self._step_bytes(before), before):
             return None
         self._pressure_s = time_s
-        return f"memory_pressure_percent {pressure:g} >= {config.pressure_percent:g}"
+        return f"memory_pressure_percent {pressure:.3g} >= {config.pressure_percent:g}"
 
     def _base_bytes(self, weight_bytes: int | None) -> int | None:
         known = [value for value in (self.limit_bytes, weight_bytes) if value is not None]
@@ -224,5 +224,6 @@ class MemoryGuard:
             if self._budget_bytes is None:
                 self._full_bytes = None
         if room is None:
-            return f"memory_pressure_percent {pressure:g} for {config.hold_s:g} s"
-        return f"{room.name} {format_size(room.free_bytes)} for {config.hold_s:g} s"
+            return f"memory_pressure_percent {pressure:.3g} for {config.hold_s:g} s"
+        enough = format_size(room.reserve_bytes + room.band_bytes + step)
+        return f"{room.name} {format_size(room.free_bytes)} >= {enough} for {config.hold_s:g} s"

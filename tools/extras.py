@@ -11,7 +11,7 @@ __all__ = ["host_packages"]
 
 
 @contextlib.contextmanager
-def host_packages() -> Iterator[None]:
+def host_packages(purpose: str = "building a bank") -> Iterator[None]:
     """Context for imports that need the extra; MissingExtraError when a package is absent."""
     try:
         yield
@@ -19,6 +19,5 @@ def host_packages() -> Iterator[None]:
         if (error.name or "").partition(".")[0] in ("bapq_edge", "bapq_tools"):
             raise
         raise MissingExtraError(
-            f"building a bank needs {error.name}, which is not installed: "
-            "pip install 'bapq-edge[host]'"
+            f"{purpose} needs {error.name}, which is not installed: pip install 'bapq-edge[host]'"
         ) from error

@@ -14,6 +14,7 @@ from bapq_edge.controller import (
 from bapq_edge.errors import RequestError, SensorError
 from bapq_edge.profiles import load_profile
 from bapq_edge.sensors import Readings
+from bapq_tools.experiments import controller_trace
 
 MIB = 1 << 20
 CONFIG = ControllerConfig(reserve_bytes=100 * MIB, reserve_band_bytes=20 * MIB, hold_s=10)
@@ -371,6 +372,40 @@ def test_automatic_budget_takes_the_tighter_of_system_and_cgroup():
     assert automatic_budget_bytes(full)[0] == 0
     with pytest.raises(SensorError, match="give it as a size"):
         automatic_budget_bytes(Readings(0.0, battery_percent=50.0))
+
+
+# ---- the picture in docs/controller.md ----
+
+
+def test_the_scripted_trace_makes_the_switches_that_the_docs_show(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["controller_trace", "-o", str(tmp_path / "trace.svg")])
+    assert controller_trace.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    switches = [
+        (line.split("level <= ")[1][0], line.split("(")[1].split()[0]) for line in lines[:-1]
+    ]
+    assert switches == [
+        *[("8", "available_bytes")] * 8,
+        ("4", "temperature_c"),
+        ("8", "temperature_c"),
+        ("4", "battery_percent"),
+        ("2", "battery_percent"),
+        ("4", "on_battery"),
+        ("8", "on_battery"),
+    ]
+    assert (tmp_path / "trace.svg").stat().st_size < 100_000
+
+
+def test_a_mock_trace_is_drawn_as_the_mock_would_play_it(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "trace.csv"
+    path.write_text("time_s,temperature_c\n0,50\n10,80\n20,50\n60,50\n")
+    out = tmp_path / "trace.svg"
+    monkeypatch.setattr("sys.argv", ["controller_trace", "--trace", str(path), "-o", str(out)])
+    assert controller_trace.main() == 0
+    times = [line.split(" s ")[0].strip() for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert times == ["10", "30"]
+    monkeypatch.setattr("sys.argv", ["controller_trace", "--trace", str(tmp_path / "none.csv")])
+    assert controller_trace.main() == SensorError.exit_code
 
 
 # ---- configuration ----

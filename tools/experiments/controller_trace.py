@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from bapq_edge.controller import Controller, ControllerConfig, Envelope
 from bapq_edge.errors import BapqError
 from bapq_edge.profiles import load_profile
-from bapq_edge.sensors import Readings
+from bapq_edge.sensors import MockSensors, Readings
 from bapq_edge.sensors.mock import load_trace
 from bapq_edge.units import format_size, parse_size
 from bapq_tools.extras import host_packages
@@ -46,7 +46,7 @@ def main() -> int:
     try:
         config = ControllerConfig.from_profile(load_profile(arguments.profile))
         controller = Controller(config, LEVELS, parse_size(arguments.budget), threads=4)
-        trace = load_trace(arguments.trace) if arguments.trace else _script(controller)
+        trace = _play(arguments.trace, config) if arguments.trace else _script(controller)
         rows = []
         for readings in trace:
             decision = controller.update(readings)
@@ -97,6 +97,17 @@ def _script(controller: Controller) -> Iterator[Readings]:
         )
 
 
+def _play(path: Path, config: ControllerConfig) -> Iterator[Readings]:
+    """What the mock in real time would read, without the waiting."""
+    rows = load_trace(path)
+    span_s = rows[-1].time_s - rows[0].time_s + config.hold_s
+    now_s = 0.0
+    sensors = MockSensors(path, clock=lambda: now_s)
+    while now_s <= span_s:
+        yield sensors.read()
+        now_s += config.period_s
+
+
 def _draw(rows: list[tuple[Readings, Envelope]], config: ControllerConfig, out: Path) -> None:
     with host_packages("drawing"):
         import matplotlib
@@ -136,15 +147,15 @@ def _draw(rows: list[tuple[Readings, Envelope]], config: ControllerConfig, out: 
     percent = [r.battery_percent for r, _ in rows]
     reading(panels[2], percent, "battery\n%", {"low": low, "critical": critical})
     panels[2].set_ylim(0, 100)
-    on_mains = [readings.time_s for readings, _ in rows if readings.on_battery is False]
-    for time_s in on_mains:
-        panels[2].plot([time_s, time_s + 1], [2, 2], color="#d4a017", linewidth=4)
+    on_mains = [r.time_s for r, _ in rows if r.on_battery is False]
     if on_mains:
-        panels[2].text(on_mains[0], 10, " on mains", color="#9a7400", va="bottom")
+        marks = [2 if r.on_battery is False else float("nan") for r, _ in rows]
+        panels[2].plot(times_s, marks, color="#d4a017", linewidth=4)
+        panels[2].text(on_mains[0], 45, "on mains", color="#9a7400")
     limit(panels[3], [(e.weight_bytes_limit or 0) / MIB for _, e in rows], "weight limit\nMiB")
     limit(panels[4], [e.highest_level for _, e in rows], "highest\nlevel")
     limit(panels[5], [e.threads for _, e in rows], "threads")
-    panels[4].set_yticks([1, 2, 4, 8])
+    panels[4].set_yticks([2, 4, 8])
     panels[5].set_xlabel("seconds")
     panels[0].set_title("readings (blue) and what the controller decides (green)", loc="left")
     for panel in panels:

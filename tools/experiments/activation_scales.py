@@ -30,7 +30,11 @@ from bapq_tools.zoo import make_model
 from .cases import Case, judge, load_case
 from .tables import print_table
 
-SCALES: dict[str, int | None] = {"float": None, "int8 per row": 0, "int8 per block": BLOCK_COLUMNS}
+SCALES: dict[str, int | None] = {
+    "float": None,
+    "int8, a scale per row": 0,
+    f"int8, a scale per row and block of {BLOCK_COLUMNS} columns": BLOCK_COLUMNS,
+}
 """Columns that share a scale; 0 is the whole row, None keeps float32"""
 LEVELS: tuple[Level, ...] = (32, 8)
 

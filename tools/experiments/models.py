@@ -28,7 +28,7 @@ from .tables import print_table
 WORK = Path(__file__).resolve().parents[2] / ".cache" / "bench"
 
 BUILD_HEADS = ("model", "weights", "model file", "bank", "without `f32`", "build")
-RUN_HEADS = ("model", "runtime", "reads", "error", "answers", "memory grew by", "time / fp32")
+RUN_HEADS = ("model", "runtime", "reads", "error", "answers", "memory", "time")
 
 
 def main() -> int:
@@ -96,9 +96,9 @@ def _build_row(result: dict[str, Any]) -> list[str]:
     return [
         result["model"],
         f"{result['weights'] / 1e6:.2f} M",
-        format_size(result["runs"][0]["bytes"]),
-        format_size(result["bank_bytes"]),
-        format_size(result["bank_bytes"] - result["f32_plane_bytes"]),
+        _size(result["runs"][0]["bytes"]),
+        _size(result["bank_bytes"]),
+        _size(result["bank_bytes"] - result["f32_plane_bytes"]),
         f"{result['build_s']:.1f} s",
     ]
 
@@ -108,14 +108,19 @@ def _run_rows(result: dict[str, Any]) -> list[list[str]]:
         [
             result["model"],
             _runtime(run["runtime"]),
-            format_size(run["bytes"]),
+            _size(run["bytes"]),
             "" if run["runtime"] == "fp32" else f"{run['relative_error']:.2g}",
             _answers(run),
-            format_size(run["peak_growth_bytes"]),
+            _size(run["peak_growth_bytes"]),
             f"{run['time_over_fp32']:.2f}",
         ]
         for run in result["runs"]
     ]
+
+
+def _size(size_bytes: int) -> str:
+    """In MiB where `format_size` would round to a tenth of a GiB."""
+    return format_size(size_bytes) if size_bytes < 1 << 30 else f"{size_bytes / (1 << 20):.1f} MiB"
 
 
 def _runtime(name: str) -> str:
@@ -126,7 +131,7 @@ def _answers(run: dict[str, Any]) -> str:
     if "cosine" in run:
         return f"cosine {run['cosine']:.4f}"
     if "right" in run:
-        return f"{run['right']} of {run['samples']} right, {run['lost']} lost"
+        return f"{run['right']}/{run['samples']}, {run['lost']} lost"
     return ""
 
 

@@ -17,10 +17,11 @@ def print_table(
             print("| " + " | ".join(cells) + " |")
         print()
         return
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*heads, title=title)
+    table = Table(*heads, title=title, box=box.SIMPLE)
     for cells in rows:
         table.add_row(*cells)
     Console().print(table)

@@ -1,45 +1,61 @@
-"""The session: opens a bank, runs it, and changes its precision while it runs.
+"""The session: opens a bank, runs it under a memory budget, and changes its plan while it runs.
 
-bank on disk ── Bank.open ──► manifest, chunk tables, graph
-                                 │                  │
-                              Store (libbapq)    open_graph (ONNX Runtime + our operators)
-                                 │                  │
-run():  ticket = store.begin_run() ──► graph.run(feed + ticket) ──► store.end_run(ticket)
-set_level():  store.publish(levels)          runs that began before keep their plan
+    bank on disk ── Bank.open ──► manifest, tables, graph
+                                     │                │
+                                  Store (libbapq)   open_graph (ONNX Runtime + our operators)
+                                     │                │
+    run():     ticket = store.begin_run() ─► graph.run(feed + ticket) ─► store.end_run(ticket)
+
+    budget ──► ledger ──► bytes for weights ─┐
+    sensors ──► controller ──► envelope ─────┼─► planner.plan ──► store.publish
+    level, bits, latency: what is wanted ────┘       runs that began before keep their plan
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 
 from .bank.layout import Level
 from .bank.reader import Bank
+from .controller import Controller, ControllerConfig, automatic_budget_bytes
 from .engine.graph import RUN_INPUT, open_graph
-from .engine.native import Store, kernels_name
+from .engine.native import RunReport, Store, kernels_name
 from .errors import (
-    BudgetTooSmallError,
+    DegradedWarning,
     ExecutionError,
     RequestError,
     RunInputError,
     SessionClosedError,
     UnknownLevelError,
 )
-from .telemetry import Event, SessionStats, peak_rss_bytes, rss_bytes, trim_heap
+from .ledger import MemoryLedger
+from .planner import Plan, Request, plan, problem_of, smallest_limit
+from .profiles import DeviceProfile, find_profile
+from .sensors import Sensors, open_sensors
+from .telemetry import Event, EventLog, SessionStats, rss_bytes, trim_heap
 from .units import format_size, parse_size
 
-if TYPE_CHECKING:
-    import onnxruntime
-
 __all__ = ["Session"]
+
+
+@dataclass
+class _Totals:
+    """What the finished runs add up to."""
+
+    runs: int = 0
+    bits: float = 0.0
+    last_bits: float = 0.0
 
 
 class Session:
@@ -55,56 +71,73 @@ class Session:
         *,
         memory_budget: int | str | None = None,
         level: Level | str = "auto",
+        bits: float | None = None,
+        latency_ms: float | None = None,
         threads: int | None = None,
+        controller: Literal["auto"] | None = None,
+        profile: str | os.PathLike[str] | None = None,
+        direct_io: bool = False,
         on_switch: Callable[[Event], None] | None = None,
     ) -> None:
-        """Open the bank and read the weights of the chosen level.
+        """Open the bank; its weights are read as runs need them.
 
         Args:
             bank: the bank's directory.
-            memory_budget: most bytes of weights in memory, as a number or such as "64MiB";
-                None is no limit.
-            level: 32, 8, 4, 2 or 1 for all chunks, or "auto": the highest that the bank holds and
-                the budget allows.
+            memory_budget: bytes that the process's resident memory may grow by for this model, as a
+                number or such as "64MiB"; "auto" takes a share of what the device has free now; None
+                is no limit.
+            level: 32, 8, 4, 2 or 1 for all chunks, or "auto": the planner's choice under the budget.
+            bits: bits per weight on average over all weights; the planner's best plan of so many.
+            latency_ms: time that a run may take for reading: with level "auto" the planner then
+                streams what can be read in it, if that makes the answer better.
             threads: threads that one operator runs on; None is one per core this process may use.
+            controller: "auto" watches memory, power and temperature on a thread and replans; None
+                leaves all switching to the caller, and the session is deterministic.
+            profile: a device profile's name or file; None is the board's own, if there is one.
+            direct_io: read around the page cache, which then stays for other programs.
             on_switch: called with every Event of kind "switch", on the thread that switched.
 
         Raises:
-            BankError, UnknownLevelError, BudgetTooSmallError, StorageError, PlatformError.
+            BankError, RequestError and its kinds, StorageError, PlatformError, SensorError.
         """
-        self._opened_s = time.monotonic()
-        self._rss_before_bytes = rss_bytes()
+        self._ledger = MemoryLedger()
+        self._log = EventLog()
         self.on_switch = on_switch
         self._threads = len(os.sched_getaffinity(0)) if threads is None else threads
         if self._threads < 1:
             raise RequestError(f"threads is {threads}, the least is 1")
         self._bank = Bank.open(bank)
-        self._budget_bytes = None if memory_budget is None else parse_size(memory_budget)
-        self._level = self._choose_level(level)
+        self._profile = find_profile(profile)
+        self._request = self._wish(level, bits, latency_ms)
+        self._problem = problem_of(self._bank)
 
-        self._lock = threading.Lock()
-        self._switching = threading.Lock()  # one switch at a time; runs never wait for it
-        self._plans: list[Level] = []  # plan number n is the n-th published
+        self._lock = threading.Lock()  # short: counts and the closing
         self._idle = threading.Condition(self._lock)
+        self._planning = threading.RLock()  # one change of plan at a time; runs never wait for it
         self._closed = False
         self._running = 0
-        self._runs = 0
-        self._bits_sum = 0.0
-        self._last_bits = 0.0
-        self._events: list[Event] = []
+        self._totals = _Totals()
+        self._plans: list[Plan] = []  # plan number n is the n-th published
         self._executor: ThreadPoolExecutor | None = None
+        self._watch: _Watch | None = None
 
-        self._store = Store(self._bank, self._threads)
-        try:
-            self._publish(self._level)
-            self._graph: onnxruntime.InferenceSession = open_graph(
-                self._bank.graph_bytes(), self._threads
-            )
-        except BaseException:
-            self._store.close()
-            raise
-        self._inputs = [value for value in self._graph.get_inputs() if value.name != RUN_INPUT]
-        self._record("open", None, f"kernels {kernels_name()}, {self._threads} threads")
+        sensors = open_sensors() if controller == "auto" or memory_budget == "auto" else None
+        with contextlib.ExitStack() as undo:
+            self._store = Store(self._bank, direct=direct_io)
+            undo.callback(self._store.close)
+            self._graph = open_graph(self._bank.graph_bytes(), self._threads)
+            self._inputs = [value for value in self._graph.get_inputs() if value.name != RUN_INPUT]
+            self._ledger.settle(rss_bytes(), weight_bytes=0)
+            self._ledger.budget_bytes = self._budget_bytes(memory_budget, sensors)
+            if controller == "auto" and sensors is not None:
+                self._watch = _Watch(self, sensors)
+            self._publish(self._make_plan(frugal=self._ledger.budget_bytes is not None))
+            self._record("open", f"kernels {kernels_name()}, {self._threads} threads")
+            if self._ledger.budget_bytes is not None:
+                self._warm_up()
+            undo.pop_all()
+        if self._watch is not None:
+            self._watch.start()
 
     # ---- running ----
 
@@ -117,18 +150,17 @@ class Session:
         """Run the model; arguments and result as in `onnxruntime.InferenceSession.run`.
 
         Raises RunInputError for a feed that does not fit, ExecutionError when the graph fails,
-        BankIntegrityError or StorageError when the weights cannot be read.
+        BankIntegrityError, BankTruncatedError or StorageError when the weights cannot be read. Where
+        a lower level is in memory the run takes that instead, with a DegradedWarning and an event.
         """
-        self._check_feed(input_feed)
-        with self._lock:
-            self._check_open()
-            self._running += 1
-        try:
-            return self._run_once(output_names, input_feed, run_options)
-        finally:
-            with self._lock:
-                self._running -= 1
-                self._idle.notify_all()
+        wanted = [value.name for value in self._inputs]
+        if set(input_feed) != set(wanted):
+            raise RunInputError(f"the feed has {sorted(input_feed)}, the model needs {sorted(wanted)}")
+        with self._open_run() as running:
+            self._make_room(input_feed, running)
+            outputs, report = self._run_once(output_names, input_feed, run_options)
+            self._finish(report)
+        return outputs
 
     def run_async(
         self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any]
@@ -140,10 +172,23 @@ class Session:
                 self._executor = ThreadPoolExecutor(1, thread_name_prefix="bapq-run")
             return self._executor.submit(self.run, output_names, dict(input_feed))
 
+    @contextlib.contextmanager
+    def _open_run(self) -> Iterator[int]:
+        with self._lock:
+            self._check_open()
+            self._running += 1
+            running = self._running
+        try:
+            yield running
+        finally:
+            with self._lock:
+                self._running -= 1
+                self._idle.notify_all()
+
     def _run_once(
         self, output_names: Sequence[str] | None, feed: Mapping[str, Any], run_options: Any
-    ) -> list[Any]:
-        ticket, plan_number = self._store.begin_run()
+    ) -> tuple[list[Any], RunReport]:
+        ticket = self._store.begin_run()
         failure: Exception | None = None
         outputs: list[Any] = []
         try:
@@ -152,75 +197,181 @@ class Session:
         except Exception as error:  # ONNX Runtime raises classes of its own, without a common base
             failure = error
         finally:
-            self._store.end_run(ticket)  # an operator of ours that failed raises here, by name
+            report = self._store.end_run(ticket)  # an operator of ours that failed raises here
         if failure is not None:
             reason = str(failure).splitlines()[0]
             kind = RunInputError if _is_input_error(failure) else ExecutionError
             raise kind(f"{self._bank.path}: ONNX Runtime: {reason}") from failure
-        with self._lock:
-            self._runs += 1
-            self._last_bits = float(self._plans[plan_number - 1])
-            self._bits_sum += self._last_bits
-        return outputs
+        return outputs, report
 
-    def _check_feed(self, feed: Mapping[str, Any]) -> None:
-        wanted = [value.name for value in self._inputs]
-        if set(feed) != set(wanted):
-            raise RunInputError(f"the feed has {sorted(feed)}, the model needs {sorted(wanted)}")
+    def _finish(self, report: RunReport) -> None:
+        bits = self._plans[report.plan_number - 1].bits_per_weight
+        with self._lock:
+            self._totals.runs += 1
+            self._totals.last_bits = bits
+            self._totals.bits += bits
+        if report.degraded_by is not None:
+            reason = f"{report.degraded_chunks} chunks ran at a lower level: {report.degraded_by}"
+            self._record("degraded", reason)
+            warnings.warn(reason, DegradedWarning, stacklevel=3)
+        if self._ledger.budget_bytes is not None:
+            with self._planning:
+                grown = self._ledger.settle(report.rss_bytes, report.weight_bytes)
+                if grown or self._frugal:
+                    self._replan("memory", "measured what a run needs besides weights")
+
+    # ---- memory ----
+
+    def _budget_bytes(self, budget: int | str | None, sensors: Sensors | None) -> int | None:
+        if budget is None:
+            return None
+        if budget == "auto" and sensors is not None:
+            size_bytes, reason = automatic_budget_bytes(sensors.read())
+            self._record("budget", f"{format_size(size_bytes)}: {reason}")
+            return size_bytes
+        return parse_size(budget)
+
+    def _weight_bytes(self) -> int:
+        stats = self._store.stats()
+        return stats.home_bytes + stats.ring_bytes + stats.row_cache_bytes
+
+    def _warm_up(self) -> None:
+        """Runs on zeros, so that a budget too small is refused now rather than later."""
+        feed = {}
+        for value in self._inputs:
+            dtype = _NUMPY_TYPES.get(value.type)
+            if dtype is None:
+                return  # strings, sequences: the first real run measures
+            shape = [size if isinstance(size, int) and size > 0 else 1 for size in value.shape]
+            feed[value.name] = np.zeros(shape, dtype)
+        self._ledger.is_heavier(_load(feed, 1))
+        for _ in range(_WARM_UP_RUNS):
+            try:
+                _, report = self._run_once(None, feed, None)
+            except (RunInputError, ExecutionError):
+                return  # a model that zeros of the smallest shape do not fit
+            self._ledger.settle(report.rss_bytes, report.weight_bytes)
+        self._replan("memory", "measured what a run needs besides weights")
+
+    def _make_room(self, feed: Mapping[str, Any], running: int) -> None:
+        """Before a run that may need more memory than any before: keep as few weights as can be."""
+        if self._ledger.budget_bytes is None:
+            return
+        with self._planning:
+            if self._ledger.is_heavier(_load(feed, running)) and not self._frugal:
+                self._publish(self._make_plan(frugal=True))
+
+    def set_memory_budget(self, budget: int | str | None) -> None:
+        """Take another budget, live. Raises BudgetTooSmallError and then changes nothing."""
+        size_bytes = None if budget is None else parse_size(budget)
+        with self._planning:
+            self._check_open()
+            previous = self._ledger.budget_bytes
+            self._ledger.budget_bytes = size_bytes
+            try:
+                self._replan("budget", f"set_memory_budget({budget!r})")
+            except BaseException:
+                self._ledger.budget_bytes = previous
+                raise
+            if self._watch is not None:
+                self._watch.set_budget()
 
     # ---- precision ----
 
-    def set_level(self, level: Level) -> None:
-        """Run at this level from the next run on; runs in flight finish on the level they began.
+    def set_level(self, level: Level | str) -> None:
+        """Run at this level, or at "auto", from the next run on; runs in flight keep theirs.
 
-        Going down frees memory and reads nothing; going up reads only the missing planes. Raises
-        UnknownLevelError or BudgetTooSmallError and then changes nothing.
+        Raises UnknownLevelError or BudgetTooSmallError and then changes nothing.
         """
-        chosen = self._choose_level(level)
-        with self._switching:
-            self._check_open()
-            previous = self._level
-            if chosen == previous:
-                return
-            self._publish(chosen)
-            event = self._record("switch", previous, "set_level")
-        if self.on_switch is not None:
-            self.on_switch(event)
+        self._change_wish(self._wish(level, None, self._latency_ms), f"set_level({level!r})")
 
-    def _choose_level(self, level: Level | str) -> Level:
+    def set_bits(self, bits: float) -> None:
+        """Run at so many bits per weight on average, as the planner spreads them best.
+
+        Raises RequestError or BudgetTooSmallError and then changes nothing.
+        """
+        self._change_wish(self._wish("auto", bits, self._latency_ms), f"set_bits({bits})")
+
+    def _change_wish(self, request: Request, reason: str) -> None:
+        with self._planning:
+            self._check_open()
+            previous, self._request = self._request, request
+            try:
+                self._replan("request", reason)
+            except BaseException:
+                self._request = previous
+                raise
+
+    def _wish(self, level: Level | str, bits: float | None, latency_ms: float | None) -> Request:
         held = self._bank.levels
-        budget = self._budget_bytes
-        fitting = [x for x in held if budget is None or self._bank.weight_bytes(x) <= budget]
-        smallest = min(held, key=self._bank.weight_bytes)
-        if not fitting:
-            raise BudgetTooSmallError(
-                f"memory_budget is {format_size(budget or 0)}, the smallest that works is "
-                f"{self._bank.weight_bytes(smallest)} bytes (level {smallest})"
-            )
-        if level == "auto":
-            return fitting[0]
+        chosen: Level | Literal["auto"] | None = "auto" if level == "auto" else None
         for candidate in held:
             if level == candidate or level == str(candidate):
-                if candidate in fitting:
-                    return candidate
-                raise BudgetTooSmallError(
-                    f"memory_budget is {format_size(budget or 0)}, level {candidate} needs "
-                    f"{self._bank.weight_bytes(candidate)} bytes; the highest that fits is "
-                    f"level {fitting[0]}"
-                )
-        raise UnknownLevelError(
-            f"level {level!r} is not in the bank, which holds {', '.join(map(str, held))}"
+                chosen = candidate
+        if chosen is None:
+            raise UnknownLevelError(
+                f"level {level!r} is not in the bank, which holds {', '.join(map(str, held))}"
+            )
+        self._latency_ms = latency_ms
+        return Request(
+            level=chosen,
+            bits=bits,
+            latency_s=None if latency_ms is None else latency_ms / 1e3,
+            storage_bytes_s=None if self._profile is None else self._profile.storage_bytes_s,
         )
 
-    def _publish(self, level: Level) -> None:
-        chunk_count = sum(layer.chunk_count for layer in self._bank.manifest.layers)
-        self._plans.append(level)  # before a run can begin on it
+    # ---- plans: with _planning held, except while opening ----
+
+    def _make_plan(self, *, frugal: bool = False) -> Plan:
+        request, threads = self._request, self._threads
+        level = None if request.level == "auto" else request.level
+        smallest = smallest_limit(self._problem, level)
+        row_cache_bytes = self._store.stats().row_cache_limit_bytes
+        limit = self._ledger.weight_limit_bytes(smallest + row_cache_bytes)
+        if limit is not None:
+            limit -= row_cache_bytes
+        if self._watch is not None:
+            envelope = self._watch.envelope
+            threads = envelope.threads
+            if request.level == "auto":
+                request = replace(request, highest_level=envelope.highest_level)  # type: ignore[arg-type]
+            if envelope.weight_bytes_limit is not None and limit is not None:
+                limit = max(smallest, min(limit, envelope.weight_bytes_limit))
+        if frugal:
+            limit = smallest
+        self._frugal = frugal
+        self._threads_now = threads
+        resident = self._plans[-1].pinned if self._plans else None
+        return plan(self._problem, replace(request, weight_bytes_limit=limit), resident)
+
+    def _publish(self, new: Plan) -> None:
+        self._plans.append(new)  # before a run can begin on it
         try:
-            self._store.publish([level] * chunk_count)
+            self._store.publish(
+                new.levels,
+                new.pinned,
+                new.ring_bytes,
+                new.resident_bytes - new.ring_bytes,
+                self._threads_now,
+            )
         except BaseException:
             self._plans.pop()
             raise
-        self._level = level
+
+    def _replan(self, kind: str, reason: str) -> None:
+        """Publish the plan that now fits, if it is another one, and say so."""
+        previous, new = self._plans[-1], self._make_plan()
+        same_levels = np.array_equal(new.levels, previous.levels)
+        if same_levels and np.array_equal(new.pinned, previous.pinned):
+            if new.ring_bytes == previous.ring_bytes:
+                return
+        self._publish(new)
+        if same_levels:
+            self._record(kind, reason)
+            return
+        event = self._record("switch", reason, previous.bits_per_weight)
+        if self.on_switch is not None:
+            self.on_switch(event)
 
     # ---- what the session tells ----
 
@@ -236,39 +387,51 @@ class Session:
 
     def stats(self) -> SessionStats:
         """Memory, precision and counts at this moment."""
-        with self._switching, self._lock:
+        with self._planning, self._lock:
             self._check_open()
             store = self._store.stats()
+            current, totals = self._plans[-1], self._totals
             return SessionStats(
-                level=self._level,
-                resident_bytes=store.resident_bytes,
-                peak_bytes=max(0, peak_rss_bytes() - self._rss_before_bytes),
+                level=_uniform_level(current),
+                planned_bits_per_weight=current.bits_per_weight,
+                resident_bytes=store.home_bytes + store.ring_bytes + store.row_cache_bytes,
+                peak_bytes=self._ledger.growth_bytes(),
                 streamed_bytes=store.read_bytes,
-                bits_per_weight=self._last_bits,
-                mean_bits_per_weight=self._bits_sum / self._runs if self._runs else 0.0,
-                runs=self._runs,
-                switches=sum(event.kind == "switch" for event in self._events),
+                read_wait_s=store.wait_ns / 1e9,
+                bits_per_weight=totals.last_bits,
+                mean_bits_per_weight=totals.bits / totals.runs if totals.runs else 0.0,
+                runs=totals.runs,
+                switches=self._log.count("switch"),
                 escalated=0,
                 region=None,
             )
 
     def events(self) -> list[Event]:
         """Everything that changed how the session answers, oldest first."""
-        return list(self._events)
+        return self._log.events()
 
-    def _record(self, kind: str, previous: int | None, reason: str) -> Event:
-        event = Event(time.monotonic() - self._opened_s, kind, self._level, previous, reason)
-        self._events.append(event)
-        return event
+    def _record(self, kind: str, reason: str, previous_bits: float | None = None) -> Event:
+        current = self._plans[-1] if self._plans else None
+        return self._log.record(
+            kind,
+            reason,
+            bits_per_weight=current.bits_per_weight if current else 0.0,
+            previous_bits_per_weight=previous_bits,
+            weight_bytes=current.resident_bytes if current else 0,
+        )
 
     # ---- closing ----
 
     def close(self) -> None:
         """Wait for the runs in flight, then give all memory back. Closing twice is fine."""
-        with self._switching, self._lock:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.stop()
+        with self._planning, self._lock:
             if self._closed:
                 return
             self._closed = True
+        with self._lock:
             while self._running:
                 self._idle.wait()
         if self._executor is not None:
@@ -276,7 +439,7 @@ class Session:
         del self._graph
         self._store.close()
         trim_heap()
-        self._record("close", None, "closed")
+        self._record("close", "closed")
 
     def _check_open(self) -> None:
         if self._closed:
@@ -296,9 +459,87 @@ class Session:
         self.close()
 
     def __repr__(self) -> str:
-        """Bank, level and whether it is open."""
-        state = "closed" if self._closed else f"level {self._level}"
+        """Bank, plan and whether it is open."""
+        state = "closed" if self._closed else self._plans[-1].reason
         return f"<bapq_edge.Session {Path(self._bank.path).name}: {state}>"
+
+
+class _Watch:
+    """The controller's thread: reads the sensors and replans the session when they say so."""
+
+    def __init__(self, session: Session, sensors: Sensors) -> None:
+        profile: DeviceProfile | None = session._profile
+        config = ControllerConfig.from_profile(profile) if profile else ControllerConfig()
+        self._session = session
+        self._sensors = sensors
+        self._period_s = config.period_s
+        self._controller = Controller(
+            config,
+            session._bank.levels,
+            session._ledger.budget_bytes,
+            threads=session._threads,
+            minimum_bytes=smallest_limit(session._problem),
+        )
+        self.envelope = self._controller.envelope
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="bapq-controller", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._sensors.close()
+
+    def set_budget(self) -> None:
+        """With the session's _planning held."""
+        minimum = smallest_limit(self._session._problem)
+        self.envelope = self._controller.set_budget(self._session._ledger.budget_bytes, minimum)
+
+    def _watch(self) -> None:
+        while not self._stopping.is_set():
+            self.step()
+            self._stopping.wait(self._period_s)
+
+    def step(self) -> None:
+        """One reading, and the change of plan that it causes."""
+        session = self._session
+        readings = self._sensors.read()
+        with session._planning:
+            if session._closed:
+                return
+            decision = self._controller.update(readings, weight_bytes=session._weight_bytes())
+            self.envelope = decision.envelope
+            for name in decision.lost:
+                session._record("sensor", f"{name} can no longer be read; its limits stay")
+            if decision.changed:
+                session._replan("controller", decision.cause or "controller")
+
+
+_WARM_UP_RUNS = 2
+"""ONNX Runtime's arena takes its final size in the second."""
+
+_NUMPY_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+    "tensor(bool)": np.bool_,
+}
+
+
+def _load(feed: Mapping[str, Any], running: int) -> int:
+    return sum(np.size(value) for value in feed.values()) * running
+
+
+def _uniform_level(current: Plan) -> int | None:
+    first = int(current.levels[0])
+    return first if bool((current.levels == first).all()) else None
 
 
 def _is_input_error(error: Exception) -> bool:

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Event", "SessionStats", "peak_rss_bytes", "rss_bytes", "trim_heap"]
+from .units import format_size
+
+__all__ = ["Event", "EventLog", "SessionStats", "peak_rss_bytes", "rss_bytes", "trim_heap"]
 
 
 @dataclass(frozen=True)
 class SessionStats:
     """One moment of a session."""
 
-    level: int
-    """level that the next run will use"""
+    level: int | None
+    """level of all chunks in the next run, None when they differ"""
+    planned_bits_per_weight: float
+    """of the next run"""
     resident_bytes: int
-    """weight bytes in memory"""
+    """weight bytes in memory: pinned chunks, ring and row cache"""
     peak_bytes: int
     """growth of the process's peak resident memory (VmHWM) since just before the session opened"""
     streamed_bytes: int
     """weight bytes read from storage since the session opened"""
+    read_wait_s: float
+    """time that operators waited for reads, all runs together"""
     bits_per_weight: float
     """of the last run; 0 before the first"""
     mean_bits_per_weight: float
@@ -39,18 +47,47 @@ class Event:
     time_s: float
     """seconds since the session opened"""
     kind: str
-    """open, switch or close"""
-    level: int
-    """level after the event"""
-    previous_level: int | None
+    """open, switch (other levels), budget, memory, request, controller (other pinned chunks),
+    degraded, sensor or close"""
+    bits_per_weight: float
+    """planned, after the event"""
+    previous_bits_per_weight: float | None
+    """planned before a switch; None for other kinds"""
+    weight_bytes: int
+    """planned for pinned chunks and ring, after the event"""
     reason: str
 
     def __str__(self) -> str:
         """One line for a log."""
-        change = f"level {self.level}"
-        if self.previous_level not in (None, self.level):
-            change = f"level {self.previous_level} -> {self.level}"
-        return f"[{self.time_s:9.3f} s] {self.kind}: {change} ({self.reason})"
+        change = f"{self.bits_per_weight:.2f} bits"
+        if self.previous_bits_per_weight is not None:
+            change = f"{self.previous_bits_per_weight:.2f} -> {change}"
+        size = format_size(self.weight_bytes)
+        return f"[{self.time_s:9.3f} s] {self.kind}: {change}, {size} ({self.reason})"
+
+
+class EventLog:
+    """The events of one session, oldest first. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        """Empty; time counts from now."""
+        self._opened_s = time.monotonic()
+        self._events: list[Event] = []
+
+    def record(self, kind: str, reason: str, **values: Any) -> Event:
+        """Append an event of this moment; `values` are the fields of Event that differ."""
+        time_s = time.monotonic() - self._opened_s
+        event = Event(time_s=time_s, kind=kind, reason=reason, **values)
+        self._events.append(event)
+        return event
+
+    def events(self) -> list[Event]:
+        """A copy."""
+        return list(self._events)
+
+    def count(self, kind: str) -> int:
+        """Number of events of a kind."""
+        return sum(event.kind == kind for event in self._events)
 
 
 def _status_bytes(field: str) -> int:

@@ -6,20 +6,24 @@ import ctypes
 import errno
 import os
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bapq_edge import errors
-from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, Level, Plane
+from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, Plane
 from bapq_edge.bank.reader import Bank
+from bapq_edge.errors import BapqError
 
-__all__ = ["Store", "StoreStats", "kernels_name", "library_path"]
+__all__ = ["RunReport", "Store", "StoreStats", "kernels_name", "library_path"]
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
+_NO_LIMIT = 2**62
+_ROW_CACHE_SLOTS = 64
+_STORAGE_STATUSES = (3, 4, 5)
 _PLANE_ORDER: tuple[Plane, ...] = ("f32", "r8", "p4", "m1", "s1")
 
 _STATUS_ERRORS: dict[int, type[errors.BapqError]] = {
@@ -51,6 +55,8 @@ class _Layer(ctypes.Structure):
         ("first_chunk", ctypes.c_int32),
         ("residual_steps", ctypes.c_int32),
         ("has_bias", ctypes.c_int32),
+        ("gathered", ctypes.c_int32),
+        ("read_by_row", ctypes.c_int32),
         ("scale_columns", ctypes.c_int32 * len(PLANES)),
     )
 
@@ -62,16 +68,42 @@ class _Bank(ctypes.Structure):
         ("layers", ctypes.POINTER(_Layer)),
         ("layer_count", ctypes.c_int32),
         ("chunk_count", ctypes.c_int32),
+        ("direct", ctypes.c_int32),
+        ("row_cache_slots", ctypes.c_int32),
+    )
+
+
+class _PlanRequest(ctypes.Structure):
+    _fields_ = (
+        ("levels", ctypes.c_char_p),
+        ("pinned", ctypes.c_char_p),
+        ("ring_bytes", ctypes.c_int64),
+        ("home_limit_bytes", ctypes.c_int64),
         ("threads", ctypes.c_int32),
     )
 
 
 class _StoreStats(ctypes.Structure):
     _fields_ = (
-        ("resident_bytes", ctypes.c_int64),
+        ("home_bytes", ctypes.c_int64),
+        ("ring_bytes", ctypes.c_int64),
+        ("row_cache_bytes", ctypes.c_int64),
+        ("row_cache_limit_bytes", ctypes.c_int64),
         ("read_bytes", ctypes.c_int64),
+        ("wait_ns", ctypes.c_int64),
         ("scratch_bytes", ctypes.c_int64),
         ("live_plans", ctypes.c_int64),
+    )
+
+
+class _RunReport(ctypes.Structure):
+    _fields_ = (
+        ("plan_number", ctypes.c_int64),
+        ("wait_ns", ctypes.c_int64),
+        ("rss_bytes", ctypes.c_int64),
+        ("weight_bytes", ctypes.c_int64),
+        ("degraded", ctypes.c_int32),
+        ("degraded_by", _Error),
     )
 
 
@@ -79,14 +111,40 @@ class _StoreStats(ctypes.Structure):
 class StoreStats:
     """What the native store holds right now."""
 
-    resident_bytes: int
-    """bytes of the chunks in memory, of all plans that are alive"""
+    home_bytes: int
+    """bytes of the pinned chunks in memory, of all plans that are alive"""
+    ring_bytes: int
+    """buffer of the chunks that pass through, as far as touched"""
+    row_cache_bytes: int
+    """buffer of embedding rows, as far as touched"""
+    row_cache_limit_bytes: int
+    """all of that buffer"""
     read_bytes: int
     """bytes read from storage since the store was opened"""
+    wait_ns: int
+    """nanoseconds that operators waited for reads, all runs together"""
     scratch_bytes: int
     """bytes of the operators' buffers, all open runs together"""
     live_plans: int
     """the published plan and those that open runs still hold"""
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """How a run went."""
+
+    plan_number: int
+    """plans are numbered from 1 in the order of their publication"""
+    wait_ns: int
+    """nanoseconds that the run's operators waited for reads"""
+    rss_bytes: int
+    """of the process when the run ended, its buffers still there; 0: the system does not tell"""
+    weight_bytes: int
+    """of that: pinned chunks, ring and row cache"""
+    degraded_chunks: int
+    """chunks that ran below their level because a read failed"""
+    degraded_by: BapqError | None
+    """the first of those failures"""
 
 
 def library_path() -> Path:
@@ -127,10 +185,10 @@ def _library() -> ctypes.CDLL:
         "bapq_abi_version": (ctypes.c_int32, []),
         "bapq_store_open": (ctypes.c_int32, [ctypes.POINTER(_Bank), ctypes.POINTER(store), error]),
         "bapq_store_close": (ctypes.c_int32, [store, error]),
-        "bapq_store_publish": (ctypes.c_int32, [store, ctypes.c_char_p, error]),
+        "bapq_store_publish": (ctypes.c_int32, [store, ctypes.POINTER(_PlanRequest), error]),
         "bapq_store_read_stats": (None, [store, ctypes.POINTER(_StoreStats)]),
-        "bapq_run_begin": (ctypes.c_int32, [store, number, number, error]),
-        "bapq_run_end": (ctypes.c_int32, [ctypes.c_int64, error]),
+        "bapq_run_begin": (ctypes.c_int32, [store, number, error]),
+        "bapq_run_end": (ctypes.c_int32, [ctypes.c_int64, ctypes.POINTER(_RunReport), error]),
         "bapq_kernels_name": (ctypes.c_char_p, []),
     }
     for name, (result, arguments) in signatures.items():
@@ -164,12 +222,15 @@ class Store:
     Not usable after `close`; the session sees to that, and that no run is open by then.
     """
 
-    def __init__(self, bank: Bank, threads: int) -> None:
-        """Open the plane files of the bank. Nothing is read before the first `publish`."""
+    def __init__(self, bank: Bank, *, direct: bool = False) -> None:
+        """Open the plane files of the bank; `direct` reads around the page cache.
+
+        Nothing is read before the first `publish`.
+        """
         self._bank = bank
         self._library = _library()
         self._handle = ctypes.c_void_p()
-        native, keep_alive = self._describe(bank, threads)
+        native, keep_alive = self._describe(bank, direct)
         error = _Error()
         self._library.bapq_store_open(
             ctypes.byref(native), ctypes.byref(self._handle), ctypes.byref(error)
@@ -178,7 +239,7 @@ class Store:
         self._check(error)
 
     @staticmethod
-    def _describe(bank: Bank, threads: int) -> tuple[_Bank, list[object]]:
+    def _describe(bank: Bank, direct: bool) -> tuple[_Bank, list[object]]:
         layers = bank.manifest.layers
         table = (_Layer * len(layers))()
         for entry, layer in zip(table, layers, strict=True):
@@ -188,6 +249,8 @@ class Store:
             entry.first_chunk = layer.first_chunk
             entry.residual_steps = layer.residual_steps
             entry.has_bias = layer.has_bias
+            entry.gathered = "Gather" in layer.operators
+            entry.read_by_row = layer.operators == ("Gather",)
             for index, plane in enumerate(_PLANE_ORDER):
                 if plane in SCALED_PLANES:
                     entry.scale_columns[index] = layer.scale_columns.get(SCALED_PLANES[plane], 0)
@@ -195,7 +258,8 @@ class Store:
             layers=table,
             layer_count=len(layers),
             chunk_count=sum(layer.chunk_count for layer in layers),
-            threads=threads,
+            direct=direct,
+            row_cache_slots=_ROW_CACHE_SLOTS,
         )
         keep_alive: list[object] = [table]
         for index, plane in enumerate(_PLANE_ORDER):
@@ -207,37 +271,60 @@ class Store:
             native.extents[index] = extents.ctypes.data
         return native, keep_alive
 
-    def publish(self, levels: Sequence[Level]) -> None:
-        """Make `levels`, one per chunk, the plan of every run that begins from now on.
+    def publish(
+        self,
+        levels: NDArray[np.uint8],
+        pinned: NDArray[np.bool_],
+        ring_bytes: int,
+        home_limit_bytes: int | None,
+        threads: int,
+    ) -> None:
+        """Make this the plan of every run that begins from now on; reads nothing itself.
 
-        Plans are numbered from 1 in the order of their publication.
+        Args:
+            levels: (chunks,) 32, 8, 4, 2 or 1.
+            pinned: (chunks,) what stays in memory once it was read.
+            ring_bytes: buffer for the rest.
+            home_limit_bytes: most bytes of pinned chunks in memory, those of plans that runs in
+                flight still hold included; None is no limit.
+            threads: most threads that one operator runs on.
 
-        Reads the missing planes first; on failure the old plan stays. Raises UnknownLevelError,
-        BankIntegrityError, BankTruncatedError or StorageError.
+        Plans are numbered from 1 in the order of their publication. Raises UnknownLevelError.
         """
-        error = _Error()
-        self._library.bapq_store_publish(self._handle, bytes(levels), ctypes.byref(error))
-        self._check(error)
-
-    def begin_run(self) -> tuple[int, int]:
-        """Begin a run on the published plan.
-
-        Returns its ticket, the value of the graph input "bapq.run", and the plan's number.
-        """
-        ticket = ctypes.c_int64()
-        number = ctypes.c_int64()
-        error = _Error()
-        self._library.bapq_run_begin(
-            self._handle, ctypes.byref(ticket), ctypes.byref(number), ctypes.byref(error)
+        request = _PlanRequest(
+            levels=levels.astype(np.uint8).tobytes(),
+            pinned=pinned.astype(np.uint8).tobytes(),
+            ring_bytes=ring_bytes,
+            home_limit_bytes=_NO_LIMIT if home_limit_bytes is None else home_limit_bytes,
+            threads=threads,
         )
-        self._check(error)
-        return ticket.value, number.value
-
-    def end_run(self, ticket: int) -> None:
-        """End the run. Raises the error of the first operator that failed in it."""
         error = _Error()
-        self._library.bapq_run_end(ticket, ctypes.byref(error))
+        self._library.bapq_store_publish(self._handle, ctypes.byref(request), ctypes.byref(error))
         self._check(error)
+
+    def begin_run(self) -> int:
+        """Begin a run on the published plan; the ticket is the graph input "bapq.run"."""
+        ticket = ctypes.c_int64()
+        error = _Error()
+        self._library.bapq_run_begin(self._handle, ctypes.byref(ticket), ctypes.byref(error))
+        self._check(error)
+        return ticket.value
+
+    def end_run(self, ticket: int) -> RunReport:
+        """End the run. Raises the error of the first operator that failed in it."""
+        report = _RunReport()
+        error = _Error()
+        self._library.bapq_run_end(ticket, ctypes.byref(report), ctypes.byref(error))
+        self._check(error)
+        degraded_by = self._exception(report.degraded_by) if report.degraded else None
+        return RunReport(
+            report.plan_number,
+            report.wait_ns,
+            report.rss_bytes,
+            report.weight_bytes,
+            report.degraded,
+            degraded_by,
+        )
 
     def stats(self) -> StoreStats:
         """What the store holds right now."""
@@ -252,19 +339,20 @@ class Store:
         self._check(error)
 
     def _check(self, error: _Error) -> None:
-        if error.status == 0:
-            return
+        if error.status != 0:
+            raise self._exception(error)
+
+    def _exception(self, error: _Error) -> BapqError:
         message = error.message.decode(errors="replace")
         if 0 <= error.layer < len(self._bank.manifest.layers):
             name = self._bank.manifest.layers[error.layer].name
             message = f"{self._bank.path}: layer {name}: {message}"
-        kind = _STATUS_ERRORS[error.status]
-        if error.status in (3, 4, 5):
+        if error.status in _STORAGE_STATUSES:
             message += "; check the bank with 'bapq verify', and the storage it is on"
-        raised = kind(message)
-        if isinstance(raised, OSError):
-            raised.errno = error.os_errno or errno.EIO
-        raise raised
+        exception = _STATUS_ERRORS[error.status](message)
+        if isinstance(exception, OSError):
+            exception.errno = error.os_errno or errno.EIO
+        return exception
 
 
 assert set(_PLANE_ORDER) == set(PLANES) and len(LEVELS) == len(PLANES)

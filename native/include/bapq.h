@@ -11,7 +11,7 @@
 #define BAPQ_API __attribute__((visibility("default")))
 
 /* Raised by one whenever a struct or a function below changes; Python refuses another. */
-enum { BAPQ_ABI_VERSION = 1 };
+enum { BAPQ_ABI_VERSION = 2 };
 
 typedef enum {
     BAPQ_OK = 0,
@@ -49,6 +49,8 @@ typedef struct {
     int32_t first_chunk;
     int32_t residual_steps;
     int32_t has_bias;
+    int32_t gathered;    /* 1: Gather reads it */
+    int32_t read_by_row; /* 1: only Gather does, so it is neither streamed nor pinned */
     int32_t scale_columns[BAPQ_PLANES]; /* per plane; 0: no scales of its own */
 } bapq_layer;
 
@@ -58,15 +60,38 @@ typedef struct {
     const bapq_layer *layers;
     int32_t layer_count;
     int32_t chunk_count;
-    int32_t threads; /* most threads that one operator runs on */
+    int32_t direct;          /* 1: read around the page cache (O_DIRECT) */
+    int32_t row_cache_slots; /* chunks of embedding tables that are kept, at least 1 */
 } bapq_bank;
 
+/* A plan: what runs at which level, and what stays in memory. */
 typedef struct {
-    int64_t resident_bytes; /* of chunks in memory, all plans that are alive */
-    int64_t read_bytes;     /* from storage since the store was opened */
-    int64_t scratch_bytes;  /* buffers of all runs */
-    int64_t live_plans;     /* the published one and those that runs still hold */
+    const uint8_t *levels;    /* (chunk_count,) 32, 8, 4, 2 or 1 */
+    const uint8_t *pinned;    /* (chunk_count,) 1: stays in memory once it was read */
+    int64_t ring_bytes;       /* buffer for the chunks that are not pinned */
+    int64_t home_limit_bytes; /* most bytes of pinned chunks, those of dying plans included */
+    int32_t threads;          /* most threads that one operator runs on */
+} bapq_plan_request;
+
+typedef struct {
+    int64_t home_bytes;      /* of pinned chunks in memory, all plans that are alive */
+    int64_t ring_bytes;      /* buffer of the chunks that pass through, as far as touched */
+    int64_t row_cache_bytes; /* buffer of embedding rows, as far as touched */
+    int64_t row_cache_limit_bytes; /* all of it */
+    int64_t read_bytes;      /* from storage since the store was opened */
+    int64_t wait_ns;         /* that operators waited for reads, all runs */
+    int64_t scratch_bytes;   /* buffers of all runs */
+    int64_t live_plans;      /* the published one and those that runs still hold */
 } bapq_store_stats;
+
+typedef struct {
+    int64_t plan_number; /* plans are numbered from 1 in the order of their publication */
+    int64_t wait_ns;     /* that the run's operators waited for reads */
+    int64_t rss_bytes;   /* of the process when the run ended, its buffers still there */
+    int64_t weight_bytes; /* of that: pinned chunks, ring and row cache, as far as touched */
+    int32_t degraded;    /* chunks that ran below their level, because a read failed */
+    bapq_error degraded_by;
+} bapq_run_report;
 
 typedef struct bapq_store bapq_store;
 
@@ -74,17 +99,16 @@ BAPQ_API int32_t bapq_abi_version(void);
 BAPQ_API int32_t bapq_store_open(const bapq_bank *bank, bapq_store **out, bapq_error *error);
 /* Closes the store and gives its memory back. BAPQ_ARGUMENT while a run is open. */
 BAPQ_API int32_t bapq_store_close(bapq_store *store, bapq_error *error);
-/* Reads what the levels (one of 32, 8, 4, 2, 1 per chunk) need beyond what is resident, then makes
- * them the plan of every run that begins from now on. On failure the old plan stays. Plans are
- * numbered from 1 in the order of their publication. */
-BAPQ_API int32_t bapq_store_publish(bapq_store *store, const uint8_t *chunk_levels,
+/* Makes this the plan of every run that begins from now on. Reads nothing: the reader thread brings
+ * in what the plan lacks, and a run waits for the chunks it needs. What only the old plan needed goes
+ * as soon as no run holds it. */
+BAPQ_API int32_t bapq_store_publish(bapq_store *store, const bapq_plan_request *request,
                                     bapq_error *error);
 BAPQ_API void bapq_store_read_stats(bapq_store *store, bapq_store_stats *out);
 /* Begins a run on the published plan. The ticket is the value of the graph input "bapq.run". */
-BAPQ_API int32_t bapq_run_begin(bapq_store *store, int64_t *ticket, int64_t *plan_number,
-                                bapq_error *error);
+BAPQ_API int32_t bapq_run_begin(bapq_store *store, int64_t *ticket, bapq_error *error);
 /* Ends the run. Returns the status of the first operator that failed in it, and its error. */
-BAPQ_API int32_t bapq_run_end(int64_t ticket, bapq_error *error);
+BAPQ_API int32_t bapq_run_end(int64_t ticket, bapq_run_report *report, bapq_error *error);
 /* Name of the kernels in use, "" when BAPQ_ISA names ones that cannot run. */
 BAPQ_API const char *bapq_kernels_name(void);
 

@@ -19,10 +19,15 @@ int64_t bapq_code_bytes(const bapq_layer *layer, int32_t plane);
 /* Bytes of one tile record: codes, scales, bias, zeros up to a multiple of 64. */
 int64_t bapq_record_bytes(const bapq_layer *layer, int32_t plane);
 
+/* Where a borrowed chunk stands, and so what letting go of it means. */
+enum { BAPQ_FROM_HOME, BAPQ_FROM_RING, BAPQ_FROM_ROWS };
+
 /* A chunk at one level, ready to compute on. */
 typedef struct {
     const bapq_layer *layer;
     int32_t level;             /* BAPQ_L32 .. BAPQ_L1 */
+    int32_t chunk;             /* number in the bank */
+    int32_t borrowed;
     int32_t first_row;         /* of the chunk, in its layer */
     int32_t rows;              /* of the chunk, without padding */
     const uint8_t *records[2]; /* tile records of each plane of the level */

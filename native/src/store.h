@@ -1,19 +1,30 @@
 /* The chunk store: owns all weight memory, and hands chunks to the operators of a run.
  *
- * Residency. Each plane has a reserved address range as long as its file; a chunk that is in memory
- * stands at its file offset there, and a chunk that is not costs address space only. A chunk of a
- * plane is resident while at least one living plan needs it.
+ * Plans. A plan is immutable: a level for every chunk, and the set of pinned chunks. Publishing one
+ * swaps a pointer and reads nothing. A run holds the plan it began on, so it sees one plan from its
+ * first operator to its last; a plan dies when it is neither published nor held.
  *
- * Plans. A plan is immutable: one level per chunk. Publishing reads what the new plan lacks, then
- * swaps the store's pointer. A run holds the plan it began on, so it sees one plan from its first
- * operator to its last; a plan dies when it is neither published nor held, and only then are the
- * chunks that nobody else needs given back to the system. Going down a level therefore reads
- * nothing, and going up reads only the missing plane.
+ * Homes. Each plane has a reserved address range as long as its file. A pinned chunk, once read and
+ * checked, is at home: at its file offset in that range. A chunk that is not costs address space only.
+ * Living plans claim the planes of their pinned chunks; where the last claim goes, the pages go back to
+ * the system. Going down a level therefore frees memory without reading, and going up reads only the
+ * missing plane.
  *
- * Locks. publish_lock: held through the reading, owns the residency table. plan_lock: short, owns
- * the published pointer, the counts of runs and the list of dead plans. A run that ends never waits
- * for a publisher that is reading: it puts its dead plan on the list, and whoever next holds
- * publish_lock reaps it.
+ * The ring. Everything else passes through a ring buffer. The order in which operators ask for chunks
+ * is the same in every run, so one reader thread reads ahead of them, round and round: an LRU cache
+ * would miss every time on such a scan. It also brings pinned chunks home on their first pass. One run
+ * at a time, the leader, takes from the ring; a run whose chunks are all at home needs no turn.
+ *
+ * Rows. A table that only Gather reads is never streamed: its chunks are one tile each, read on demand
+ * through a small cache.
+ *
+ * Failure. A read that fails, or a checksum that does not fit, reaches the operator as an error with
+ * layer, chunk and plane; or, where a lower level of that chunk is at home, the operator gets that and
+ * the run reports it. The next run reads again.
+ *
+ * Concurrency. One lock guards all of it and is never held while reading. The reader writes only into
+ * memory that nobody else looks at: a ring slot still marked as being read, or a home not yet marked
+ * as read; the lock that it takes to change the mark orders its writes before the operators' reads.
  */
 #ifndef BAPQ_STORE_H
 #define BAPQ_STORE_H
@@ -31,12 +42,16 @@ const bapq_kernels *bapq_run_kernels(const bapq_run *run);
 int32_t bapq_run_threads(const bapq_run *run);
 int32_t bapq_run_layer_count(const bapq_run *run);
 const bapq_layer *bapq_run_layer(const bapq_run *run, int32_t layer);
-/* Bit i is set when a chunk of the layer runs at level i. */
+/* Bit i is set when a chunk of the layer may run at level i, a fallback included. */
 uint32_t bapq_run_levels(const bapq_run *run, int32_t layer);
-/* Borrows chunk i of the layer at the level of the run's plan, until bapq_run_release. */
+/* Borrows chunk i of the layer, until bapq_run_release. A run borrows one chunk at a time. */
 int32_t bapq_run_acquire(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_view *view,
                          bapq_error *error);
 void bapq_run_release(bapq_run *run, const bapq_chunk_view *view);
+/* The same for Gather: a few rows of the chunk are wanted, in no order. */
+int32_t bapq_run_acquire_rows(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_view *view,
+                              bapq_error *error);
+void bapq_run_release_rows(bapq_run *run, const bapq_chunk_view *view);
 /* A buffer of at least this size, 64-byte aligned, valid until the next call; NULL: no memory. */
 void *bapq_run_scratch(bapq_run *run, int64_t bytes);
 /* Keeps the first error of the run for bapq_run_end. */

@@ -1,0 +1,201 @@
+/* Plans, and what they keep at home. */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "crc32.h"
+#include "error.h"
+#include "store_internal.h"
+
+enum { DIRECT_ALIGNMENT = 4096 };
+
+/* Bytes [offset, offset + bytes) of the file into target. EINTR and short reads go on. */
+static int32_t read_fully(int fd, uint8_t *target, int64_t bytes, int64_t offset, int64_t *done) {
+    *done = 0;
+    while (*done < bytes) {
+        ssize_t n = pread(fd, target + *done, (size_t)(bytes - *done), (off_t)(offset + *done));
+        if (n == 0) break;
+        if (n < 0 && errno != EINTR) return errno;
+        if (n > 0) *done += n;
+    }
+    return 0;
+}
+
+/* O_DIRECT wants offset, size and address aligned: the enclosing blocks go through the bounce buffer.
+ * Neighbours are never written from there, so what was checked stays what is used. */
+static int32_t read_direct(int fd, uint8_t *target, int64_t bytes, int64_t offset, int64_t *done,
+                           uint8_t *bounce) {
+    int64_t start = offset / DIRECT_ALIGNMENT * DIRECT_ALIGNMENT;
+    int64_t end = (offset + bytes + DIRECT_ALIGNMENT - 1) / DIRECT_ALIGNMENT * DIRECT_ALIGNMENT;
+    int64_t got;
+    int32_t code = read_fully(fd, bounce, end - start, start, &got);
+    got -= offset - start; /* the file's last block may be short */
+    *done = got < 0 ? 0 : got > bytes ? bytes : got;
+    if (code == 0) memcpy(target, bounce + (offset - start), (size_t)*done);
+    return *done == bytes ? 0 : code;
+}
+
+int32_t bapq_read_chunk(const bapq_store *store, int32_t p, int32_t chunk, uint8_t *target,
+                        uint8_t *bounce, bapq_error *error) {
+    const plane_store *plane = &store->plane[p];
+    const bapq_extent *extent = &plane->extent[chunk];
+    int64_t offset = (int64_t)extent->offset, done = 0;
+    int32_t code = bounce ? read_direct(plane->fd, target, extent->bytes, offset, &done, bounce)
+                          : read_fully(plane->fd, target, extent->bytes, offset, &done);
+    int32_t status = BAPQ_OK;
+    if (code != 0) {
+        status = bapq_fail(error, BAPQ_IO, "plane %s cannot be read at chunk %d: %s", plane->name,
+                           chunk, strerror(code));
+        error->os_errno = code;
+    } else if (done < extent->bytes) {
+        status = bapq_fail(error, BAPQ_TRUNCATED,
+                           "plane %s ends inside chunk %d: %lld of %u bytes at offset %lld",
+                           plane->name, chunk, (long long)done, extent->bytes, (long long)offset);
+    } else {
+        uint32_t crc = bapq_crc32(target, extent->bytes);
+        if (crc != extent->crc32)
+            status = bapq_fail(error, BAPQ_CHECKSUM,
+                               "plane %s, chunk %d: CRC-32 is %08x, the bank says %08x",
+                               plane->name, chunk, crc, extent->crc32);
+    }
+    if (status != BAPQ_OK) {
+        error->layer = store->layer_of[chunk];
+        error->chunk = chunk;
+    }
+    return status;
+}
+
+/* ---- homes ---- */
+
+void bapq_release_gaps(bapq_store *store, plane_store *plane) {
+    /* Pages of one chunk may be shared with its neighbours, so the unit is the gap between chunks that
+     * are kept, not the chunk. */
+    int64_t page = store->page_bytes;
+    int64_t gap_start = 0;
+    for (int32_t chunk = 0; chunk <= store->chunk_count; chunk++) {
+        int64_t gap_end;
+        if (chunk == store->chunk_count)
+            gap_end = (plane->bytes + page - 1) / page * page; /* the last page is all ours */
+        else if (plane->claims[chunk] == 0)
+            continue;
+        else
+            gap_end = (int64_t)plane->extent[chunk].offset;
+        int64_t first = (gap_start + page - 1) / page * page;
+        int64_t last = gap_end / page * page;
+        if (last > first) madvise(plane->base + first, (size_t)(last - first), MADV_DONTNEED);
+        if (chunk < store->chunk_count) gap_start = gap_end + plane->extent[chunk].bytes;
+    }
+}
+
+/* Takes one claim away; 1 when bytes at home lost their last claim. */
+static int32_t drop_claim(bapq_store *store, plane_store *plane, int32_t chunk) {
+    if (--plane->claims[chunk] > 0 || !plane->at_home[chunk]) return 0;
+    plane->at_home[chunk] = 0;
+    store->home_bytes -= plane->extent[chunk].bytes;
+    return 1;
+}
+
+void bapq_unclaim(bapq_store *store, int32_t p, int32_t chunk) {
+    if (drop_claim(store, &store->plane[p], chunk)) bapq_release_gaps(store, &store->plane[p]);
+}
+
+bool bapq_is_home(const bapq_store *store, int32_t level, int32_t chunk) {
+    int32_t planes[2];
+    int32_t n = bapq_level_planes(level, planes);
+    for (int32_t i = 0; i < n; i++)
+        if (store->plane[planes[i]].base == NULL || !store->plane[planes[i]].at_home[chunk])
+            return false;
+    return true;
+}
+
+int64_t bapq_missing_bytes(const bapq_store *store, const plan *p, int32_t chunk) {
+    int32_t planes[2];
+    int32_t n = bapq_level_planes(p->level[chunk], planes);
+    int64_t bytes = 0;
+    for (int32_t i = 0; i < n; i++) {
+        const plane_store *plane = &store->plane[planes[i]];
+        if (!p->pinned[chunk] || !plane->at_home[chunk])
+            bytes += ((int64_t)plane->extent[chunk].bytes + 63) / 64 * 64;
+    }
+    return bytes;
+}
+
+int64_t bapq_weight_bytes(const bapq_store *store) {
+    return store->home_bytes + store->stream.ring_touched_bytes +
+           store->rows.slots_used * store->rows.slot_bytes;
+}
+
+int64_t bapq_rss_bytes(const bapq_store *store) {
+    char text[128];
+    ssize_t n = store->statm_fd < 0 ? -1 : pread(store->statm_fd, text, sizeof text - 1, 0);
+    long long total, resident;
+    if (n <= 0) return 0;
+    text[n] = 0;
+    return sscanf(text, "%lld %lld", &total, &resident) == 2 ? resident * store->page_bytes : 0;
+}
+
+/* ---- plans ---- */
+
+plan *bapq_plan_new(const bapq_store *store, const bapq_plan_request *request, bapq_error *error) {
+    size_t chunks = (size_t)store->chunk_count;
+    plan *p = calloc(1, sizeof *p + 2 * chunks);
+    if (!p) {
+        bapq_fail(error, BAPQ_NO_MEMORY, "no memory for a plan");
+        return NULL;
+    }
+    p->level = (uint8_t *)(p + 1);
+    p->pinned = p->level + chunks;
+    p->threads = request->threads > 0 ? request->threads : 1;
+    p->ring_bytes = request->ring_bytes;
+    p->home_limit_bytes = request->home_limit_bytes;
+    for (int32_t chunk = 0; chunk < store->chunk_count; chunk++) {
+        int32_t level = bapq_level_index(request->levels[chunk]);
+        int32_t planes[2];
+        int32_t n = level < 0 ? 0 : bapq_level_planes(level, planes);
+        bool sound = n > 0;
+        for (int32_t i = 0; i < n; i++) sound = sound && store->plane[planes[i]].base != NULL;
+        if (!sound) {
+            free(p);
+            bapq_fail(error, BAPQ_NO_PLANE, "chunk %d cannot run at level %d: its plane is not there",
+                      chunk, request->levels[chunk]);
+            return NULL;
+        }
+        const bapq_layer *layer = &store->layer[store->layer_of[chunk]];
+        p->level[chunk] = (uint8_t)level;
+        p->pinned[chunk] = request->pinned[chunk] != 0 && !layer->read_by_row;
+        if (layer->read_by_row) continue;
+        /* Any chunk may have to pass through the ring once: while memory of a dying plan is still in
+         * use, a pinned one finds no room at home. The pages are touched only then. */
+        int64_t bytes = 0;
+        for (int32_t i = 0; i < n; i++)
+            bytes += ((int64_t)store->plane[planes[i]].extent[chunk].bytes + 63) / 64 * 64;
+        if (bytes > p->ring_bytes) p->ring_bytes = bytes;
+    }
+    return p;
+}
+
+void bapq_plan_claim(bapq_store *store, const plan *p) {
+    for (int32_t chunk = 0; chunk < store->chunk_count; chunk++) {
+        int32_t planes[2];
+        int32_t n = p->pinned[chunk] ? bapq_level_planes(p->level[chunk], planes) : 0;
+        for (int32_t i = 0; i < n; i++) store->plane[planes[i]].claims[chunk]++;
+    }
+}
+
+void bapq_plan_release(bapq_store *store, plan *p) {
+    if (--p->holders > 0 || p == store->published) return;
+    int32_t touched = 0;
+    for (int32_t chunk = 0; chunk < store->chunk_count; chunk++) {
+        int32_t planes[2];
+        int32_t n = p->pinned[chunk] ? bapq_level_planes(p->level[chunk], planes) : 0;
+        for (int32_t i = 0; i < n; i++)
+            touched |= drop_claim(store, &store->plane[planes[i]], chunk) << planes[i];
+    }
+    for (int32_t i = 0; i < BAPQ_PLANES; i++)
+        if (touched & 1 << i) bapq_release_gaps(store, &store->plane[i]);
+    store->live_plans--;
+    free(p);
+}

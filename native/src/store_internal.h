@@ -1,0 +1,155 @@
+/* What the files of the store share. See store.h for the idea. */
+#ifndef BAPQ_STORE_INTERNAL_H
+#define BAPQ_STORE_INTERNAL_H
+
+#include <pthread.h>
+#include <stdbool.h>
+
+#include "store.h"
+
+typedef struct plan {
+    int64_t number;
+    int32_t holders; /* open runs, and the stream while it reads ahead for this plan */
+    int32_t threads;
+    int64_t ring_bytes;
+    int64_t home_limit_bytes; /* most bytes at home while this plan is the published one */
+    uint8_t *level;           /* (chunk_count,) level index */
+    uint8_t *pinned;          /* (chunk_count,) 1: keep it at home once it was read */
+} plan;
+
+/* One plane file and the homes of its chunks. */
+typedef struct {
+    const char *name;
+    int fd;
+    int64_t bytes;
+    uint8_t *base;       /* reserved range, one byte per byte of the file */
+    bapq_extent *extent; /* (chunk_count,) */
+    int32_t *claims;     /* (chunk_count,) living plans that pin the chunk, and a read in flight */
+    uint8_t *at_home;    /* (chunk_count,) 1: its bytes stand at base + offset, checked */
+} plane_store;
+
+/* A chunk that is on its way through the ring, or whose read failed. */
+typedef struct {
+    int32_t chunk;
+    int32_t state;        /* of the enum below */
+    int64_t offset;       /* in the ring */
+    int64_t bytes;        /* in the ring, 0 when nothing of it stands there */
+    int64_t at[2];        /* per plane of the level: offset in the ring, or -1: at home */
+    bapq_error error;     /* when it failed */
+} ring_entry;
+
+enum { ENTRY_READING, ENTRY_READY, ENTRY_FAILED };
+enum { RING_ENTRIES = 64 };
+
+/* The one reader thread and the ring it fills. Chunks pass in bank order, round and round. */
+typedef struct {
+    pthread_t thread;
+    bool started, stopping;
+    bool busy;        /* a read is under way, outside the lock */
+    plan *plan;       /* whose chunks are read ahead; held */
+    bapq_run *leader; /* the one run that may take from the ring */
+    int32_t next;     /* chunk that the reader looks at next */
+    int32_t idle_for; /* chunks in a row that needed nothing: a whole round means rest */
+    uint8_t *ring;
+    int64_t ring_bytes;
+    int64_t ring_touched_bytes; /* from its start */
+    ring_entry entry[RING_ENTRIES];
+    int32_t first, count; /* of the queue in entry[] */
+    uint8_t *bounce;      /* aligned buffer for direct reads, NULL for cached ones */
+    int64_t bounce_bytes;
+} stream;
+
+/* Tiles of embedding tables, read on demand: a direct-mapped cache. */
+typedef struct {
+    pthread_mutex_t lock; /* held from acquire to release of a row's chunk */
+    int64_t slot_bytes;
+    int32_t slots;
+    int32_t slots_used; /* under the store's lock */
+    int64_t *key; /* (slots,) chunk * 8 + level, or of the enum below */
+    uint8_t *data;
+    uint8_t *bounce;
+} row_cache;
+
+enum { ROW_NONE = -1, ROW_NEVER = -2 /* never was any */ };
+
+struct bapq_store {
+    plane_store plane[BAPQ_PLANES];
+    bapq_layer *layer;
+    int32_t *layer_of;    /* (chunk_count,) */
+    int32_t *sequence;    /* (chunk_count,) chunks in the order in which runs ask for them */
+    int32_t *position_of; /* (chunk_count,) the inverse */
+    bool order_known;
+    int32_t layer_count;
+    int32_t chunk_count;
+    int64_t page_bytes;
+    int statm_fd; /* /proc/self/statm, -1: not there */
+    bool direct;
+    const bapq_kernels *kernels;
+
+    pthread_mutex_t lock;   /* everything below, never held while reading */
+    pthread_cond_t changed; /* any of it changed */
+    plan *published;
+    int64_t plan_count; /* ever published */
+    int64_t live_plans;
+    int64_t home_bytes;
+    int64_t scratch_bytes; /* of all runs, and of the spare one */
+    void *spare_scratch;   /* of a run that ended, for the next one */
+    int64_t spare_scratch_bytes;
+    int64_t read_bytes;
+    int64_t wait_ns; /* operators waited for reads */
+    int32_t open_runs;
+    stream stream;
+    row_cache rows;
+};
+
+struct bapq_run {
+    bapq_store *store;
+    plan *plan;
+    uint32_t generation;
+    int32_t *asked; /* layers in the order in which the run asked for them; NULL: not noted */
+    int32_t asked_layers;
+    int64_t wait_ns;
+    int32_t degraded; /* chunks that ran below their level because a read failed */
+    bapq_error error;
+    bapq_error degraded_by;
+    void *scratch;
+    int64_t scratch_bytes;
+};
+
+/* ---- run.c ---- */
+
+/* Frees the spare scratch buffer. */
+void bapq_scratch_free(bapq_store *store);
+
+/* ---- residency.c ---- */
+
+/* Reads one chunk of a plane into `target` and checks it there. Called without the lock. */
+int32_t bapq_read_chunk(const bapq_store *store, int32_t plane, int32_t chunk, uint8_t *target,
+                        uint8_t *bounce, bapq_error *error);
+/* The rest is called with the lock held. */
+plan *bapq_plan_new(const bapq_store *store, const bapq_plan_request *request, bapq_error *error);
+void bapq_plan_claim(bapq_store *store, const plan *p);
+/* Takes away a holder; frees the plan, and what only it kept at home, when nobody needs it. */
+void bapq_plan_release(bapq_store *store, plan *p);
+void bapq_unclaim(bapq_store *store, int32_t plane, int32_t chunk);
+/* Bytes of the chunk's planes that are not at home, with each plane rounded to 64. */
+int64_t bapq_missing_bytes(const bapq_store *store, const plan *p, int32_t chunk);
+bool bapq_is_home(const bapq_store *store, int32_t level, int32_t chunk);
+void bapq_release_gaps(bapq_store *store, plane_store *plane);
+
+/* Weights in memory, as far as their pages were touched. */
+int64_t bapq_weight_bytes(const bapq_store *store);
+/* Resident memory of the process; 0 when the system does not tell. Called without the lock. */
+int64_t bapq_rss_bytes(const bapq_store *store);
+
+/* ---- stream.c ---- */
+
+int32_t bapq_stream_start(bapq_store *store, bapq_error *error);
+/* Ends the thread and frees the ring. Called without the lock. */
+void bapq_stream_stop(bapq_store *store);
+/* Called with the lock held, when another plan was published: nobody leads, so turn to it now. */
+void bapq_stream_follow(bapq_store *store);
+/* Called with the lock held, when the run ends. The order it noted is taken over. */
+void bapq_stream_leave(bapq_store *store, const bapq_run *run);
+
+#endif

@@ -1,0 +1,420 @@
+/* The reader thread, the ring, and the chunks that operators borrow. */
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+
+#include "error.h"
+#include "store_internal.h"
+
+static int64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static ring_entry *entry_at(stream *s, int32_t i) {
+    return &s->entry[(s->first + i) % RING_ENTRIES];
+}
+
+static void pop_entry(stream *s) {
+    s->first = (s->first + 1) % RING_ENTRIES;
+    s->count--;
+}
+
+/* ---- what the reader reads next: all with the lock held ---- */
+
+static void resize_ring(stream *s, int64_t bytes) {
+    if (s->ring_bytes == bytes) return;
+    if (s->ring) munmap(s->ring, (size_t)s->ring_bytes);
+    void *ring = mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    s->ring = ring == MAP_FAILED ? NULL : ring; /* without a ring its chunks fail by name */
+    s->ring_bytes = s->ring ? bytes : 0;
+    s->ring_touched_bytes = 0;
+}
+
+/* Forgets what was read ahead, and goes on at `position` for plan p. Not while the reader is busy. */
+static void serve(bapq_store *store, plan *p, int32_t position) {
+    stream *s = &store->stream;
+    s->first = s->count = 0;
+    s->next = position;
+    s->idle_for = 0;
+    if (s->plan != p) {
+        plan *old = s->plan;
+        s->plan = p;
+        p->holders++;
+        resize_ring(s, p->ring_bytes);
+        if (old) bapq_plan_release(store, old);
+    }
+    pthread_cond_broadcast(&store->changed);
+}
+
+void bapq_stream_follow(bapq_store *store) {
+    stream *s = &store->stream;
+    if (s->leader == NULL && !s->busy && s->plan != store->published)
+        serve(store, store->published, 0);
+}
+
+/* Offset of free space for one more entry, -1 when there is none. */
+static int64_t ring_space(stream *s, int64_t bytes) {
+    int64_t tail = -1, head = 0;
+    for (int32_t i = 0; i < s->count; i++) {
+        const ring_entry *e = entry_at(s, i);
+        if (e->bytes == 0) continue;
+        if (tail < 0) tail = e->offset;
+        head = e->offset + e->bytes;
+    }
+    if (tail < 0) return bytes <= s->ring_bytes ? 0 : -1;
+    if (head > tail) {
+        if (head + bytes <= s->ring_bytes) return head;
+        return bytes <= tail ? 0 : -1;
+    }
+    return head + bytes <= tail ? head : -1;
+}
+
+/* Whether the reader can go on: a chunk to read and a place for it. Skips what needs nothing. */
+static bool find_work(bapq_store *store, ring_entry **out, bool *to_home) {
+    stream *s = &store->stream;
+    bapq_stream_follow(store);
+    while (s->plan != NULL && s->idle_for < store->chunk_count) {
+        int32_t chunk = store->sequence[s->next];
+        const plan *p = s->plan;
+        bool by_row = store->layer[store->layer_of[chunk]].read_by_row;
+        if (by_row || (p->pinned[chunk] && bapq_is_home(store, p->level[chunk], chunk))) {
+            s->next = (s->next + 1) % store->chunk_count;
+            s->idle_for++;
+            continue;
+        }
+        if (s->count == RING_ENTRIES) return false;
+        for (int32_t i = 0; i < s->count; i++)
+            if (entry_at(s, i)->chunk == chunk) return false; /* a whole round is in the ring */
+        int64_t bytes = bapq_missing_bytes(store, p, chunk);
+        *to_home = p->pinned[chunk] && store->home_bytes + bytes <= p->home_limit_bytes;
+        int64_t offset = *to_home ? 0 : ring_space(s, bytes);
+        /* With an empty queue there is no space only if there is no ring: that is for the operator. */
+        if (offset < 0 && s->count > 0) return false;
+        ring_entry *e = entry_at(s, s->count++);
+        *e = (ring_entry){.chunk = chunk,
+                          .state = ENTRY_READING,
+                          .offset = offset,
+                          .bytes = *to_home ? 0 : bytes,
+                          .at = {-1, -1}};
+        s->next = (s->next + 1) % store->chunk_count;
+        s->idle_for = 0;
+        if (e->bytes > 0 && offset + bytes > s->ring_touched_bytes)
+            s->ring_touched_bytes = offset + bytes;
+        *out = e;
+        return true;
+    }
+    return false;
+}
+
+/* ---- the reader ---- */
+
+/* Reads the planes that the chunk lacks. Called with the lock, which it lets go of while reading. */
+static void bring_in(bapq_store *store, ring_entry *e, bool to_home) {
+    stream *s = &store->stream;
+    const plan *p = s->plan;
+    int32_t chunk = e->chunk, planes[2];
+    int32_t n = bapq_level_planes(p->level[chunk], planes);
+    int64_t used = 0;
+    if (!to_home && e->offset < 0) {
+        e->state = ENTRY_FAILED;
+        e->bytes = 0;
+        bapq_fail(&e->error, BAPQ_NO_MEMORY, "no ring of %lld bytes", (long long)p->ring_bytes);
+        return;
+    }
+    for (int32_t i = 0; i < n; i++) {
+        plane_store *plane = &store->plane[planes[i]];
+        if (p->pinned[chunk] && plane->at_home[chunk]) continue;
+        const bapq_extent *extent = &plane->extent[chunk];
+        uint8_t *target = to_home ? plane->base + extent->offset : s->ring + e->offset + used;
+        /* The claim keeps the home's pages ours, should the plan die meanwhile. */
+        plane->claims[chunk]++;
+        s->busy = true;
+        pthread_mutex_unlock(&store->lock);
+        bapq_error error = {0};
+        int32_t status = bapq_read_chunk(store, planes[i], chunk, target, s->bounce, &error);
+        pthread_mutex_lock(&store->lock);
+        s->busy = false;
+        if (status == BAPQ_OK) {
+            store->read_bytes += extent->bytes;
+            if (to_home) {
+                plane->at_home[chunk] = 1;
+                store->home_bytes += extent->bytes;
+            } else {
+                e->at[i] = e->offset + used;
+                used += ((int64_t)extent->bytes + 63) / 64 * 64;
+            }
+        }
+        bapq_unclaim(store, planes[i], chunk);
+        if (status != BAPQ_OK) {
+            e->state = ENTRY_FAILED;
+            e->bytes = 0;
+            e->error = error;
+            return;
+        }
+    }
+    e->state = ENTRY_READY;
+}
+
+static void *reader(void *data) {
+    bapq_store *store = data;
+    stream *s = &store->stream;
+    pthread_mutex_lock(&store->lock);
+    while (!s->stopping) {
+        ring_entry *e = NULL;
+        bool to_home = false;
+        if (find_work(store, &e, &to_home)) {
+            bring_in(store, e, to_home);
+            /* What came home needs no place in the queue; a failure does, for its operator. */
+            if (to_home && e->state == ENTRY_READY) s->count--;
+            pthread_cond_broadcast(&store->changed);
+            continue;
+        }
+        bool resting = s->plan != NULL && s->idle_for >= store->chunk_count;
+        if (resting && s->count == 0 && s->ring_touched_bytes > 0) {
+            madvise(s->ring, (size_t)s->ring_bytes, MADV_DONTNEED);
+            s->ring_touched_bytes = 0;
+        }
+        pthread_cond_wait(&store->changed, &store->lock);
+    }
+    pthread_mutex_unlock(&store->lock);
+    return NULL;
+}
+
+int32_t bapq_stream_start(bapq_store *store, bapq_error *error) {
+    stream *s = &store->stream;
+    if (pthread_create(&s->thread, NULL, reader, store) != 0)
+        return bapq_fail(error, BAPQ_NO_MEMORY, "no thread to read with");
+    s->started = true;
+    return BAPQ_OK;
+}
+
+void bapq_stream_stop(bapq_store *store) {
+    stream *s = &store->stream;
+    if (s->started) {
+        pthread_mutex_lock(&store->lock);
+        s->stopping = true;
+        pthread_cond_broadcast(&store->changed);
+        pthread_mutex_unlock(&store->lock);
+        pthread_join(s->thread, NULL);
+    }
+    if (s->ring) munmap(s->ring, (size_t)s->ring_bytes);
+    free(s->bounce);
+}
+
+/* The graph engine may run layers in another order than the bank has them in: read ahead in that. */
+static void take_over_order(bapq_store *store, const bapq_run *run) {
+    stream *s = &store->stream;
+    if (run->asked == NULL || run->asked_layers == 0 || store->order_known || s->busy) return;
+    int32_t position = 0;
+    memset(store->position_of, -1, (size_t)store->chunk_count * sizeof *store->position_of);
+    for (int32_t i = 0; i < run->asked_layers + store->layer_count; i++) {
+        /* First the layers that were asked for, then all that were not. */
+        int32_t l = i < run->asked_layers ? run->asked[i] : i - run->asked_layers;
+        const bapq_layer *layer = &store->layer[l];
+        if (store->position_of[layer->first_chunk] >= 0) continue;
+        for (int32_t c = 0; c < bapq_chunk_count(layer); c++, position++) {
+            store->sequence[position] = layer->first_chunk + c;
+            store->position_of[layer->first_chunk + c] = position;
+        }
+    }
+    store->order_known = true;
+    if (s->plan) serve(store, s->plan, 0);
+}
+
+void bapq_stream_leave(bapq_store *store, const bapq_run *run) {
+    if (store->stream.leader == run) store->stream.leader = NULL;
+    if (store->stream.leader == NULL) take_over_order(store, run);
+    pthread_cond_broadcast(&store->changed);
+}
+
+/* ---- borrowing ---- */
+
+static void describe(const bapq_run *run, int32_t layer, int32_t i, int32_t level,
+                     bapq_chunk_view *view) {
+    const bapq_layer *l = &run->store->layer[layer];
+    int32_t first_row = i * l->chunk_rows;
+    view->layer = l;
+    view->level = level;
+    view->first_row = first_row;
+    view->rows = l->rows - first_row < l->chunk_rows ? l->rows - first_row : l->chunk_rows;
+    view->chunk = l->first_chunk + i;
+    view->borrowed = BAPQ_FROM_HOME;
+}
+
+static void point_home(const bapq_store *store, bapq_chunk_view *view) {
+    int32_t planes[2];
+    int32_t n = bapq_level_planes(view->level, planes);
+    for (int32_t p = 0; p < n; p++) {
+        const plane_store *plane = &store->plane[planes[p]];
+        view->records[p] = plane->base + plane->extent[view->chunk].offset;
+        view->record_bytes[p] = bapq_record_bytes(view->layer, planes[p]);
+    }
+}
+
+/* The highest level below the chunk's own whose planes the plan keeps at home, or -1. */
+static int32_t fallback_level(const bapq_run *run, int32_t chunk) {
+    if (!run->plan->pinned[chunk]) return -1;
+    int32_t own[2];
+    int32_t n = bapq_level_planes(run->plan->level[chunk], own);
+    for (int32_t level = run->plan->level[chunk] + 1; level < BAPQ_LEVELS; level++) {
+        int32_t planes[2];
+        int32_t m = bapq_level_planes(level, planes);
+        bool claimed = true; /* only the planes of its own level are sure to stay for the run */
+        for (int32_t i = 0; i < m; i++)
+            claimed = claimed && (planes[i] == own[0] || (n == 2 && planes[i] == own[1]));
+        if (claimed && bapq_is_home(run->store, level, chunk)) return level;
+    }
+    return -1;
+}
+
+static int32_t take_failure(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_view *view,
+                            const bapq_error *failure, bapq_error *error) {
+    int32_t level = fallback_level(run, view->chunk);
+    if (level < 0) {
+        *error = *failure;
+        return error->status;
+    }
+    if (run->degraded++ == 0) run->degraded_by = *failure;
+    describe(run, layer, i, level, view);
+    point_home(run->store, view);
+    return BAPQ_OK;
+}
+
+/* One look at the ring, as its leader. Returns -1 when the caller must wait and look again. */
+static int32_t take_from_ring(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_view *view,
+                              bapq_error *error) {
+    bapq_store *store = run->store;
+    stream *s = &store->stream;
+    int32_t at = 0;
+    while (at < s->count && entry_at(s, at)->chunk != view->chunk) at++;
+    if (s->plan != run->plan || at == s->count) {
+        /* What the reader reads right now may be this chunk on its way home: look again after it. */
+        if (!s->busy) serve(store, run->plan, store->position_of[view->chunk]);
+        return -1;
+    }
+    for (; at > 0; at--) pop_entry(s); /* operators that this run skips, such as a branch not taken */
+    ring_entry *e = entry_at(s, 0);
+    if (e->state == ENTRY_READING) return -1;
+    if (e->state == ENTRY_FAILED) {
+        bapq_error failure = e->error;
+        pop_entry(s);
+        return take_failure(run, layer, i, view, &failure, error);
+    }
+    int32_t planes[2];
+    int32_t n = bapq_level_planes(view->level, planes);
+    point_home(store, view);
+    for (int32_t p = 0; p < n; p++)
+        if (e->at[p] >= 0) view->records[p] = s->ring + e->at[p];
+    view->borrowed = BAPQ_FROM_RING;
+    return BAPQ_OK;
+}
+
+/* Remembers the order in which the run asks for layers. */
+static void note_order(bapq_run *run, int32_t layer) {
+    bapq_store *store = run->store;
+    if (run->asked == NULL) return;
+    for (int32_t i = run->asked_layers - 1; i >= 0; i--)
+        if (run->asked[i] == layer) return;
+    if (run->asked_layers < store->layer_count) run->asked[run->asked_layers++] = layer;
+}
+
+int32_t bapq_run_acquire(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_view *view,
+                         bapq_error *error) {
+    bapq_store *store = run->store;
+    stream *s = &store->stream;
+    int32_t chunk = store->layer[layer].first_chunk + i;
+    int32_t level = run->plan->level[chunk];
+    int32_t status = BAPQ_OK;
+    int64_t waited_since = 0;
+    describe(run, layer, i, level, view);
+    pthread_mutex_lock(&store->lock);
+    if (i == 0) note_order(run, layer);
+    for (;;) {
+        if (run->plan->pinned[chunk] && bapq_is_home(store, level, chunk)) {
+            point_home(store, view);
+            break;
+        }
+        if (s->leader == NULL) s->leader = run;
+        if (s->leader == run) {
+            status = take_from_ring(run, layer, i, view, error);
+            if (status >= 0) break;
+        }
+        if (waited_since == 0) waited_since = now_ns();
+        pthread_cond_wait(&store->changed, &store->lock);
+    }
+    if (waited_since != 0) {
+        int64_t waited = now_ns() - waited_since;
+        run->wait_ns += waited;
+        store->wait_ns += waited;
+    }
+    pthread_mutex_unlock(&store->lock);
+    return status;
+}
+
+void bapq_run_release(bapq_run *run, const bapq_chunk_view *view) {
+    if (view->borrowed != BAPQ_FROM_RING) return;
+    pthread_mutex_lock(&run->store->lock);
+    pop_entry(&run->store->stream);
+    pthread_cond_broadcast(&run->store->changed);
+    pthread_mutex_unlock(&run->store->lock);
+}
+
+/* ---- rows ---- */
+
+int32_t bapq_run_acquire_rows(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_view *view,
+                              bapq_error *error) {
+    bapq_store *store = run->store;
+    row_cache *rows = &store->rows;
+    int32_t chunk = store->layer[layer].first_chunk + i;
+    int32_t level = run->plan->level[chunk];
+    describe(run, layer, i, level, view);
+    if (run->plan->pinned[chunk]) { /* a table that a product reads too, and that is at home */
+        pthread_mutex_lock(&store->lock);
+        bool home = bapq_is_home(store, level, chunk);
+        pthread_mutex_unlock(&store->lock);
+        if (home) {
+            point_home(store, view);
+            return BAPQ_OK;
+        }
+    }
+    int32_t planes[2];
+    int32_t n = bapq_level_planes(level, planes);
+    int32_t slot = chunk % rows->slots;
+    int64_t key = (int64_t)chunk * 8 + level, used = 0;
+    uint8_t *data = rows->data + slot * rows->slot_bytes;
+    pthread_mutex_lock(&rows->lock);
+    bool cached = rows->key[slot] == key;
+    bool fresh = !cached && rows->key[slot] == ROW_NEVER;
+    if (!cached) rows->key[slot] = ROW_NONE;
+    for (int32_t p = 0; p < n; p++) {
+        int64_t bytes = store->plane[planes[p]].extent[chunk].bytes;
+        view->records[p] = data + used;
+        view->record_bytes[p] = bapq_record_bytes(view->layer, planes[p]);
+        if (!cached) {
+            int32_t status =
+                bapq_read_chunk(store, planes[p], chunk, data + used, rows->bounce, error);
+            if (status != BAPQ_OK) {
+                pthread_mutex_unlock(&rows->lock);
+                return status;
+            }
+        }
+        used += (bytes + 63) / 64 * 64;
+    }
+    if (!cached) {
+        rows->key[slot] = key;
+        pthread_mutex_lock(&store->lock);
+        store->read_bytes += used;
+        rows->slots_used += fresh;
+        pthread_mutex_unlock(&store->lock);
+    }
+    view->borrowed = BAPQ_FROM_ROWS;
+    return BAPQ_OK;
+}
+
+void bapq_run_release_rows(bapq_run *run, const bapq_chunk_view *view) {
+    if (view->borrowed == BAPQ_FROM_ROWS) pthread_mutex_unlock(&run->store->rows.lock);
+}

@@ -31,7 +31,8 @@
 
     BapqWarning
     ├── MissingPlaneWarning             a plane file is absent: fewer levels
-    └── UncalibratedWarning             built without calibration data
+    ├── UncalibratedWarning             built without calibration data
+    └── DegradedWarning                 a run used a lower level than planned
 
 Each exception also derives from the builtin that fits, and carries the exit code that the command
 line ends with. A message is one line: what was wrong, both values, the next step.
@@ -54,6 +55,7 @@ __all__ = [
     "CalibrationError",
     "CalibrationShapeError",
     "CalibrationValueError",
+    "DegradedWarning",
     "ExecutionError",
     "MissingExtraError",
     "MissingPlaneWarning",
@@ -252,3 +254,7 @@ class MissingPlaneWarning(BapqWarning):
 
 class UncalibratedWarning(BapqWarning):
     """The bank is built without calibration data; its low levels will be less accurate."""
+
+
+class DegradedWarning(BapqWarning):
+    """A chunk could not be read at its level; the run used a lower one that was in memory."""

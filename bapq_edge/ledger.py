@@ -2,8 +2,8 @@
 
     budget  =  the rest  +  weights (pinned chunks, ring, row cache)  +  margin
 
-The rest (ONNX Runtime, the graph, activations, operators' buffers) cannot be known beforehand: it is
-what the process's peak grew by during a run, less the weights that were in memory then.
+The rest (ONNX Runtime, the graph, activations, operators' buffers) cannot be known beforehand: it
+is what the process has more at the end of a run than before the session, less the weights.
 """
 
 from __future__ import annotations

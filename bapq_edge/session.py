@@ -1,14 +1,14 @@
 """The session: opens a bank, runs it under a memory budget, and changes its plan while it runs.
 
-    bank on disk ── Bank.open ──► manifest, tables, graph
-                                     │                │
-                                  Store (libbapq)   open_graph (ONNX Runtime + our operators)
-                                     │                │
-    run():     ticket = store.begin_run() ─► graph.run(feed + ticket) ─► store.end_run(ticket)
+bank on disk ── Bank.open ──► manifest, tables, graph
+                                 │                │
+                              Store (libbapq)   open_graph (ONNX Runtime + our operators)
+                                 │                │
+run():     ticket = store.begin_run() ─► graph.run(feed + ticket) ─► store.end_run(ticket)
 
-    budget ──► ledger ──► bytes for weights ─┐
-    sensors ──► controller ──► envelope ─────┼─► planner.plan ──► store.publish
-    level, bits, latency: what is wanted ────┘       runs that began before keep their plan
+budget ──► ledger ──► bytes for weights ─┐
+sensors ──► controller ──► envelope ─────┼─► planner.plan ──► store.publish
+level, bits, latency: what is wanted ────┘       runs that began before keep their plan
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ import numpy as np
 
 from .bank.layout import Level
 from .bank.reader import Bank
-from .controller import Controller, ControllerConfig, automatic_budget_bytes
+from .controller import Controller, automatic_budget_bytes
+from .controller_config import ControllerConfig
 from .engine.graph import RUN_INPUT, open_graph
 from .engine.native import RunReport, Store, kernels_name
 from .errors import (
@@ -41,7 +42,7 @@ from .errors import (
 )
 from .ledger import MemoryLedger
 from .planner import Plan, Request, plan, problem_of, smallest_limit
-from .profiles import DeviceProfile, find_profile
+from .profiles import find_profile, load_profile
 from .sensors import Sensors, open_sensors
 from .telemetry import Event, EventLog, SessionStats, rss_bytes, trim_heap
 from .units import format_size, parse_size
@@ -83,10 +84,10 @@ class Session:
 
         Args:
             bank: the bank's directory.
-            memory_budget: bytes that the process's resident memory may grow by for this model, as a
-                number or such as "64MiB"; "auto" takes a share of what the device has free now; None
-                is no limit.
-            level: 32, 8, 4, 2 or 1 for all chunks, or "auto": the planner's choice under the budget.
+            memory_budget: bytes that the process's resident memory may grow by for this model, as
+                a number or such as "64MiB"; "auto" takes a share of what the device has free now;
+                None is no limit.
+            level: 32, 8, 4, 2 or 1 for all chunks, or "auto": the planner's choice.
             bits: bits per weight on average over all weights; the planner's best plan of so many.
             latency_ms: time that a run may take for reading: with level "auto" the planner then
                 streams what can be read in it, if that makes the answer better.
@@ -107,7 +108,7 @@ class Session:
         if self._threads < 1:
             raise RequestError(f"threads is {threads}, the least is 1")
         self._bank = Bank.open(bank)
-        self._profile = find_profile(profile)
+        self._profile = find_profile() if profile is None else load_profile(profile)
         self._request = self._wish(level, bits, latency_ms)
         self._problem = problem_of(self._bank)
 
@@ -150,12 +151,15 @@ class Session:
         """Run the model; arguments and result as in `onnxruntime.InferenceSession.run`.
 
         Raises RunInputError for a feed that does not fit, ExecutionError when the graph fails,
-        BankIntegrityError, BankTruncatedError or StorageError when the weights cannot be read. Where
-        a lower level is in memory the run takes that instead, with a DegradedWarning and an event.
+        BankIntegrityError, BankTruncatedError or StorageError when the weights cannot be read.
+        Where a lower level is in memory the run takes that instead, with a DegradedWarning and an
+        event.
         """
         wanted = [value.name for value in self._inputs]
         if set(input_feed) != set(wanted):
-            raise RunInputError(f"the feed has {sorted(input_feed)}, the model needs {sorted(wanted)}")
+            raise RunInputError(
+                f"the feed has {sorted(input_feed)}, the model needs {sorted(wanted)}"
+            )
         with self._open_run() as running:
             self._make_room(input_feed, running)
             outputs, report = self._run_once(output_names, input_feed, run_options)
@@ -237,7 +241,7 @@ class Session:
 
     def _warm_up(self) -> None:
         """Runs on zeros, so that a budget too small is refused now rather than later."""
-        feed = {}
+        feed: dict[str, Any] = {}
         for value in self._inputs:
             dtype = _NUMPY_TYPES.get(value.type)
             if dtype is None:
@@ -317,7 +321,7 @@ class Session:
             level=chosen,
             bits=bits,
             latency_s=None if latency_ms is None else latency_ms / 1e3,
-            storage_bytes_s=None if self._profile is None else self._profile.storage_bytes_s,
+            storage_bytes_s=self._profile.storage_read_mb_s * 1e6 if self._profile else None,
         )
 
     # ---- plans: with _planning held, except while opening ----
@@ -362,9 +366,9 @@ class Session:
         """Publish the plan that now fits, if it is another one, and say so."""
         previous, new = self._plans[-1], self._make_plan()
         same_levels = np.array_equal(new.levels, previous.levels)
-        if same_levels and np.array_equal(new.pinned, previous.pinned):
-            if new.ring_bytes == previous.ring_bytes:
-                return
+        same_pins = np.array_equal(new.pinned, previous.pinned)
+        if same_levels and same_pins and new.ring_bytes == previous.ring_bytes:
+            return
         self._publish(new)
         if same_levels:
             self._record(kind, reason)
@@ -468,7 +472,7 @@ class _Watch:
     """The controller's thread: reads the sensors and replans the session when they say so."""
 
     def __init__(self, session: Session, sensors: Sensors) -> None:
-        profile: DeviceProfile | None = session._profile
+        profile = session._profile
         config = ControllerConfig.from_profile(profile) if profile else ControllerConfig()
         self._session = session
         self._sensors = sensors

@@ -74,22 +74,22 @@ typedef struct {
 } bapq_plan_request;
 
 typedef struct {
-    int64_t home_bytes;      /* of pinned chunks in memory, all plans that are alive */
-    int64_t ring_bytes;      /* buffer of the chunks that pass through, as far as touched */
-    int64_t row_cache_bytes; /* buffer of embedding rows, as far as touched */
+    int64_t home_bytes;            /* of pinned chunks in memory, all plans that are alive */
+    int64_t ring_bytes;            /* buffer of the chunks that pass through, as far as touched */
+    int64_t row_cache_bytes;       /* buffer of embedding rows, as far as touched */
     int64_t row_cache_limit_bytes; /* all of it */
-    int64_t read_bytes;      /* from storage since the store was opened */
-    int64_t wait_ns;         /* that operators waited for reads, all runs */
-    int64_t scratch_bytes;   /* buffers of all runs */
-    int64_t live_plans;      /* the published one and those that runs still hold */
+    int64_t read_bytes;            /* from storage since the store was opened */
+    int64_t wait_ns;               /* that operators waited for reads, all runs */
+    int64_t scratch_bytes;         /* buffers of all runs */
+    int64_t live_plans;            /* the published one and those that runs still hold */
 } bapq_store_stats;
 
 typedef struct {
-    int64_t plan_number; /* plans are numbered from 1 in the order of their publication */
-    int64_t wait_ns;     /* that the run's operators waited for reads */
-    int64_t rss_bytes;   /* of the process when the run ended, its buffers still there */
+    int64_t plan_number;  /* plans are numbered from 1 in the order of their publication */
+    int64_t wait_ns;      /* that the run's operators waited for reads */
+    int64_t rss_bytes;    /* of the process when the run ended, its buffers still there */
     int64_t weight_bytes; /* of that: pinned chunks, ring and row cache, as far as touched */
-    int32_t degraded;    /* chunks that ran below their level, because a read failed */
+    int32_t degraded;     /* chunks that ran below their level, because a read failed */
     bapq_error degraded_by;
 } bapq_run_report;
 
@@ -100,8 +100,8 @@ BAPQ_API int32_t bapq_store_open(const bapq_bank *bank, bapq_store **out, bapq_e
 /* Closes the store and gives its memory back. BAPQ_ARGUMENT while a run is open. */
 BAPQ_API int32_t bapq_store_close(bapq_store *store, bapq_error *error);
 /* Makes this the plan of every run that begins from now on. Reads nothing: the reader thread brings
- * in what the plan lacks, and a run waits for the chunks it needs. What only the old plan needed goes
- * as soon as no run holds it. */
+ * in what the plan lacks, and a run waits for the chunks it needs. What only the old plan needed
+ * goes as soon as no run holds it. */
 BAPQ_API int32_t bapq_store_publish(bapq_store *store, const bapq_plan_request *request,
                                     bapq_error *error);
 BAPQ_API void bapq_store_read_stats(bapq_store *store, bapq_store_stats *out);

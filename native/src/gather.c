@@ -64,7 +64,8 @@ int32_t bapq_gather(bapq_run *run, int32_t layer, int64_t count, const int64_t *
             return bapq_fail(error, BAPQ_ARGUMENT, "index %lld is outside a table of %d rows",
                              (long long)indices[i], l->rows);
         bapq_chunk_view view;
-        int32_t status = bapq_run_acquire_rows(run, layer, (int32_t)(row / l->chunk_rows), &view, error);
+        int32_t status =
+            bapq_run_acquire_rows(run, layer, (int32_t)(row / l->chunk_rows), &view, error);
         if (status != BAPQ_OK) return status;
         int32_t inside = (int32_t)(row % l->chunk_rows);
         const float *bias;

@@ -25,8 +25,8 @@ enum { BAPQ_FROM_HOME, BAPQ_FROM_RING, BAPQ_FROM_ROWS };
 /* A chunk at one level, ready to compute on. */
 typedef struct {
     const bapq_layer *layer;
-    int32_t level;             /* BAPQ_L32 .. BAPQ_L1 */
-    int32_t chunk;             /* number in the bank */
+    int32_t level; /* BAPQ_L32 .. BAPQ_L1 */
+    int32_t chunk; /* number in the bank */
     int32_t borrowed;
     int32_t first_row;         /* of the chunk, in its layer */
     int32_t rows;              /* of the chunk, without padding */

@@ -134,33 +134,35 @@ static void ort_for_each(void *self, void (*task)(void *, size_t), size_t count,
     }
 }
 
-/* What one call computes with; `failure` is BAPQ_OK unless the operator itself refused. */
+/* What one call computes with, and how it went. */
 typedef struct {
     const op_kernel *kernel;
     OrtKernelContext *context;
     bapq_run *run;
     const bapq_layer *layer;
     tensor x;
-    bapq_error failure;
+    int32_t status;
+    bapq_error failure; /* unless status is BAPQ_OK */
 } call;
 
 static OrtStatus *refuse(call *c, const char *what) {
-    bapq_fail(&c->failure, BAPQ_ARGUMENT, "%s", what);
+    c->status = bapq_fail(&c->failure, BAPQ_ARGUMENT, "%s", what);
     return NULL;
 }
 
 static OrtStatus *compute_matmul(call *c, const bapq_parallel *parallel) {
     tensor y = c->x;
     if (c->x.rank == 0 || c->x.dims[c->x.rank - 1] != c->layer->columns) {
-        bapq_fail(&c->failure, BAPQ_ARGUMENT, "the input's last axis is %lld, the weights fit %d",
-                  c->x.rank ? (long long)c->x.dims[c->x.rank - 1] : 0LL, c->layer->columns);
+        c->status = bapq_fail(
+            &c->failure, BAPQ_ARGUMENT, "the input's last axis is %lld, the weights fit %d",
+            c->x.rank ? (long long)c->x.dims[c->x.rank - 1] : 0LL, c->layer->columns);
         return NULL;
     }
     if (c->kernel->kind == GEMM && c->x.rank != 2) return refuse(c, "Gemm's input is not a matrix");
     y.dims[y.rank - 1] = c->layer->rows;
     TRY(make_output(c->kernel, c->context, &y));
-    bapq_matmul(c->run, (int32_t)c->kernel->layer, &c->kernel->epilogue, parallel,
-                product(c->x.dims, c->x.rank - 1), c->x.data, y.data, &c->failure);
+    c->status = bapq_matmul(c->run, (int32_t)c->kernel->layer, &c->kernel->epilogue, parallel,
+                            product(c->x.dims, c->x.rank - 1), c->x.data, y.data, &c->failure);
     return NULL;
 }
 
@@ -169,14 +171,14 @@ static OrtStatus *compute_conv(call *c, const bapq_parallel *parallel) {
     int flat = c->x.rank == 3; /* (batch, channels, length) is an image of height 1 */
     if (!flat && c->x.rank != 4) return refuse(c, "Conv's input has neither 3 nor 4 axes");
     bapq_conv conv;
-    if (bapq_conv_shape(c->layer, &c->kernel->conv, d[0], d[1], flat ? 1 : d[2], flat ? d[2] : d[3],
-                        &conv, &c->failure) != BAPQ_OK)
-        return NULL;
+    c->status = bapq_conv_shape(c->layer, &c->kernel->conv, d[0], d[1], flat ? 1 : d[2],
+                                flat ? d[2] : d[3], &conv, &c->failure);
+    if (c->status != BAPQ_OK) return NULL;
     tensor y = {.rank = c->x.rank, .dims = {d[0], c->layer->rows, conv.out_h, conv.out_w}};
     if (flat) y.dims[2] = conv.out_w;
     TRY(make_output(c->kernel, c->context, &y));
-    bapq_conv_run(c->run, (int32_t)c->kernel->layer, &conv, &c->kernel->epilogue, parallel,
-                  c->x.data, y.data, &c->failure);
+    c->status = bapq_conv_run(c->run, (int32_t)c->kernel->layer, &conv, &c->kernel->epilogue,
+                              parallel, c->x.data, y.data, &c->failure);
     return NULL;
 }
 
@@ -185,8 +187,8 @@ static OrtStatus *compute_gather(call *c) {
     if (y.rank == MAX_RANK) return refuse(c, "Gather's indices have 16 axes");
     y.dims[y.rank++] = c->layer->columns;
     TRY(make_output(c->kernel, c->context, &y));
-    bapq_gather(c->run, (int32_t)c->kernel->layer, product(c->x.dims, c->x.rank), c->x.data, y.data,
-                &c->failure);
+    c->status = bapq_gather(c->run, (int32_t)c->kernel->layer, product(c->x.dims, c->x.rank),
+                            c->x.data, y.data, &c->failure);
     return NULL;
 }
 
@@ -209,7 +211,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
         TRY(compute_gather(&c));
     else
         TRY(compute_matmul(&c, &parallel));
-    if (c.failure.status == BAPQ_OK) return NULL;
+    if (c.status == BAPQ_OK) return NULL;
     if (c.failure.layer < 0) c.failure.layer = (int32_t)kernel->layer;
     bapq_run_fail(c.run, &c.failure);
     return ORT_CreateStatus(kernel->api)(ORT_FAIL, c.failure.message);

@@ -24,8 +24,8 @@ static int32_t read_fully(int fd, uint8_t *target, int64_t bytes, int64_t offset
     return 0;
 }
 
-/* O_DIRECT wants offset, size and address aligned: the enclosing blocks go through the bounce buffer.
- * Neighbours are never written from there, so what was checked stays what is used. */
+/* O_DIRECT wants offset, size and address aligned: the enclosing blocks go through the bounce
+ * buffer. Neighbours are never written from there, so what was checked stays what is used. */
 static int32_t read_direct(int fd, uint8_t *target, int64_t bytes, int64_t offset, int64_t *done,
                            uint8_t *bounce) {
     int64_t start = offset / DIRECT_ALIGNMENT * DIRECT_ALIGNMENT;
@@ -71,8 +71,8 @@ int32_t bapq_read_chunk(const bapq_store *store, int32_t p, int32_t chunk, uint8
 /* ---- homes ---- */
 
 void bapq_release_gaps(bapq_store *store, plane_store *plane) {
-    /* Pages of one chunk may be shared with its neighbours, so the unit is the gap between chunks that
-     * are kept, not the chunk. */
+    /* Pages of one chunk may be shared with its neighbours, so the unit is the gap between chunks
+     * that are kept, not the chunk. */
     int64_t page = store->page_bytes;
     int64_t gap_start = 0;
     for (int32_t chunk = 0; chunk <= store->chunk_count; chunk++) {
@@ -159,16 +159,17 @@ plan *bapq_plan_new(const bapq_store *store, const bapq_plan_request *request, b
         for (int32_t i = 0; i < n; i++) sound = sound && store->plane[planes[i]].base != NULL;
         if (!sound) {
             free(p);
-            bapq_fail(error, BAPQ_NO_PLANE, "chunk %d cannot run at level %d: its plane is not there",
-                      chunk, request->levels[chunk]);
+            bapq_fail(error, BAPQ_NO_PLANE,
+                      "chunk %d cannot run at level %d: its plane is not there", chunk,
+                      request->levels[chunk]);
             return NULL;
         }
         const bapq_layer *layer = &store->layer[store->layer_of[chunk]];
         p->level[chunk] = (uint8_t)level;
         p->pinned[chunk] = request->pinned[chunk] != 0 && !layer->read_by_row;
         if (layer->read_by_row) continue;
-        /* Any chunk may have to pass through the ring once: while memory of a dying plan is still in
-         * use, a pinned one finds no room at home. The pages are touched only then. */
+        /* Any chunk may have to pass through the ring once: while memory of a dying plan is still
+         * in use, a pinned one finds no room at home. The pages are touched only then. */
         int64_t bytes = 0;
         for (int32_t i = 0; i < n; i++)
             bytes += ((int64_t)store->plane[planes[i]].extent[chunk].bytes + 63) / 64 * 64;

@@ -29,7 +29,8 @@ int32_t bapq_run_begin(bapq_store *store, int64_t *ticket, bapq_error *error) {
                          MAX_RUNS);
     bapq_run *run = &runs[slot];
     uint32_t generation = (run->generation + 1) & 0x7FFFFFFF;
-    *run = (bapq_run){.store = store, .generation = generation};
+    *run = (bapq_run){
+        .store = store, .ticket = (int64_t)generation << 32 | (slot + 1), .generation = generation};
     pthread_mutex_lock(&store->lock);
     run->plan = store->published;
     if (run->plan) {
@@ -47,7 +48,7 @@ int32_t bapq_run_begin(bapq_store *store, int64_t *ticket, bapq_error *error) {
         free_slot(run);
         return bapq_fail(error, BAPQ_ARGUMENT, "no plan is published yet");
     }
-    *ticket = (int64_t)generation << 32 | (slot + 1);
+    *ticket = run->ticket;
     return BAPQ_OK;
 }
 
@@ -120,13 +121,13 @@ uint32_t bapq_run_levels(const bapq_run *run, int32_t layer) {
 
 void *bapq_run_scratch(bapq_run *run, int64_t bytes) {
     if (bytes > run->scratch_bytes) {
-        /* Not from the heap: buffers of megabytes that grow between the graph engine's own would leave
-         * holes there that nobody can use. */
+        /* Not from the heap: buffers of megabytes that grow between the graph engine's own would
+         * leave holes there that nobody can use. */
         int64_t page = run->store->page_bytes;
         int64_t rounded = (bytes + page - 1) / page * page;
         if (run->scratch) munmap(run->scratch, (size_t)run->scratch_bytes);
-        run->scratch = mmap(NULL, (size_t)rounded, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        run->scratch =
+            mmap(NULL, (size_t)rounded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (run->scratch == MAP_FAILED) run->scratch = NULL;
         int64_t grown = (run->scratch ? rounded : 0) - run->scratch_bytes;
         run->scratch_bytes += grown;

@@ -30,10 +30,9 @@ static int32_t check_bank(const bapq_bank *bank, bapq_error *error) {
                     layer->chunk_rows % BAPQ_TILE_ROWS == 0 && layer->first_chunk == next &&
                     layer->residual_steps >= 8 && layer->residual_steps <= 16;
         for (int32_t p = 0; p < BAPQ_PLANES; p++)
-            sound = sound && layer->scale_columns[p] >= 0 &&
-                    layer->scale_columns[p] % BAPQ_BLOCK == 0;
-        if (!sound)
-            return bapq_fail(error, BAPQ_ARGUMENT, "layer %d of the bank is malformed", l);
+            sound =
+                sound && layer->scale_columns[p] >= 0 && layer->scale_columns[p] % BAPQ_BLOCK == 0;
+        if (!sound) return bapq_fail(error, BAPQ_ARGUMENT, "layer %d of the bank is malformed", l);
         next += bapq_chunk_count(layer);
     }
     if (next != bank->chunk_count)
@@ -54,11 +53,12 @@ static int32_t check_extents(const bapq_store *store, plane_store *plane, int32_
         int64_t bytes = bapq_ceil_div(rows, BAPQ_TILE_ROWS) * bapq_record_bytes(layer, p);
         if ((int64_t)extent->bytes != bytes || extent->offset % 64 != 0 ||
             extent->offset < (uint64_t)plane->bytes || extent->offset > INT64_MAX / 2)
-            return bapq_fail(error, BAPQ_ARGUMENT,
-                             "%s: chunk %d is at %llu with %u bytes, expected %lld bytes at %lld or "
-                             "after",
-                             path, chunk, (unsigned long long)extent->offset, extent->bytes,
-                             (long long)bytes, (long long)plane->bytes);
+            return bapq_fail(
+                error, BAPQ_ARGUMENT,
+                "%s: chunk %d is at %llu with %u bytes, expected %lld bytes at %lld or "
+                "after",
+                path, chunk, (unsigned long long)extent->offset, extent->bytes, (long long)bytes,
+                (long long)plane->bytes);
         plane->bytes = (int64_t)extent->offset + bytes;
     }
     return BAPQ_OK;
@@ -123,7 +123,8 @@ static int32_t make_row_cache(bapq_store *store, const bapq_bank *bank, bapq_err
             int64_t bytes = 0;
             for (int32_t i = 0; i < n; i++)
                 if (store->plane[planes[i]].base)
-                    bytes += layer->chunk_rows / BAPQ_TILE_ROWS * bapq_record_bytes(layer, planes[i]);
+                    bytes +=
+                        layer->chunk_rows / BAPQ_TILE_ROWS * bapq_record_bytes(layer, planes[i]);
             if (bytes > rows->slot_bytes) rows->slot_bytes = bytes;
         }
     }
@@ -217,8 +218,7 @@ int32_t bapq_store_close(bapq_store *store, bapq_error *error) {
     pthread_mutex_lock(&store->lock);
     int32_t open_runs = store->open_runs;
     pthread_mutex_unlock(&store->lock);
-    if (open_runs > 0)
-        return bapq_fail(error, BAPQ_ARGUMENT, "%d runs are still open", open_runs);
+    if (open_runs > 0) return bapq_fail(error, BAPQ_ARGUMENT, "%d runs are still open", open_runs);
     free_store(store);
     return BAPQ_OK;
 }

@@ -5,26 +5,28 @@
  * first operator to its last; a plan dies when it is neither published nor held.
  *
  * Homes. Each plane has a reserved address range as long as its file. A pinned chunk, once read and
- * checked, is at home: at its file offset in that range. A chunk that is not costs address space only.
- * Living plans claim the planes of their pinned chunks; where the last claim goes, the pages go back to
- * the system. Going down a level therefore frees memory without reading, and going up reads only the
- * missing plane.
+ * checked, is at home: at its file offset in that range. A chunk that is not costs address space
+ * only. Living plans claim the planes of their pinned chunks; where the last claim goes, the pages
+ * go back to the system. Going down a level therefore frees memory without reading, and going up
+ * reads only the missing plane.
  *
- * The ring. Everything else passes through a ring buffer. The order in which operators ask for chunks
- * is the same in every run, so one reader thread reads ahead of them, round and round: an LRU cache
- * would miss every time on such a scan. It also brings pinned chunks home on their first pass. One run
- * at a time, the leader, takes from the ring; a run whose chunks are all at home needs no turn.
+ * The ring. Everything else passes through a ring buffer. The order in which operators ask for
+ * chunks is the same in every run, so one reader thread reads ahead of them, round and round: an
+ * LRU cache would miss every time on such a scan. It also brings pinned chunks home on their first
+ * pass. One run at a time, the leader, takes from the ring; a run whose chunks are all at home
+ * needs no turn.
  *
- * Rows. A table that only Gather reads is never streamed: its chunks are one tile each, read on demand
- * through a small cache.
+ * Rows. A table that only Gather reads is never streamed: its chunks are one tile each, read on
+ * demand through a small cache.
  *
- * Failure. A read that fails, or a checksum that does not fit, reaches the operator as an error with
- * layer, chunk and plane; or, where a lower level of that chunk is at home, the operator gets that and
- * the run reports it. The next run reads again.
+ * Failure. A read that fails, or a checksum that does not fit, reaches the operator as an error
+ * with layer, chunk and plane; or, where a lower level of that chunk is at home, the operator gets
+ * that and the run reports it. The next run reads again.
  *
- * Concurrency. One lock guards all of it and is never held while reading. The reader writes only into
- * memory that nobody else looks at: a ring slot still marked as being read, or a home not yet marked
- * as read; the lock that it takes to change the mark orders its writes before the operators' reads.
+ * Concurrency. One lock guards all of it and is never held while reading. The reader writes only
+ * into memory that nobody else looks at: a ring slot still marked as being read, or a home not yet
+ * marked as read; the lock that it takes to change the mark orders its writes before the operators'
+ * reads.
  */
 #ifndef BAPQ_STORE_H
 #define BAPQ_STORE_H

@@ -31,11 +31,12 @@ typedef struct {
 /* A chunk that is on its way through the ring, or whose read failed. */
 typedef struct {
     int32_t chunk;
-    int32_t state;        /* of the enum below */
-    int64_t offset;       /* in the ring */
-    int64_t bytes;        /* in the ring, 0 when nothing of it stands there */
-    int64_t at[2];        /* per plane of the level: offset in the ring, or -1: at home */
-    bapq_error error;     /* when it failed */
+    int32_t state;  /* of the enum below */
+    int64_t offset; /* in the ring */
+    int64_t bytes;  /* in the ring, 0 when nothing of it stands there */
+    int64_t at[2];  /* per plane of the level: offset in the ring, or -1: at home */
+    bapq_error error;
+    int64_t read_for; /* ticket of the leader then, 0: none */
 } ring_entry;
 
 enum { ENTRY_READING, ENTRY_READY, ENTRY_FAILED };
@@ -65,7 +66,7 @@ typedef struct {
     int64_t slot_bytes;
     int32_t slots;
     int32_t slots_used; /* under the store's lock */
-    int64_t *key; /* (slots,) chunk * 8 + level, or of the enum below */
+    int64_t *key;       /* (slots,) chunk * 8 + level, or of the enum below */
     uint8_t *data;
     uint8_t *bounce;
 } row_cache;
@@ -105,6 +106,7 @@ struct bapq_store {
 struct bapq_run {
     bapq_store *store;
     plan *plan;
+    int64_t ticket;
     uint32_t generation;
     int32_t *asked; /* layers in the order in which the run asked for them; NULL: not noted */
     int32_t asked_layers;

@@ -34,7 +34,8 @@ static void resize_ring(stream *s, int64_t bytes) {
     s->ring_touched_bytes = 0;
 }
 
-/* Forgets what was read ahead, and goes on at `position` for plan p. Not while the reader is busy. */
+/* Forgets what was read ahead, and goes on at `position` for plan p. Not while the reader is busy.
+ */
 static void serve(bapq_store *store, plan *p, int32_t position) {
     stream *s = &store->stream;
     s->first = s->count = 0;
@@ -92,14 +93,16 @@ static bool find_work(bapq_store *store, ring_entry **out, bool *to_home) {
         int64_t bytes = bapq_missing_bytes(store, p, chunk);
         *to_home = p->pinned[chunk] && store->home_bytes + bytes <= p->home_limit_bytes;
         int64_t offset = *to_home ? 0 : ring_space(s, bytes);
-        /* With an empty queue there is no space only if there is no ring: that is for the operator. */
+        /* With an empty queue there is no space only if there is no ring: that is for the operator.
+         */
         if (offset < 0 && s->count > 0) return false;
         ring_entry *e = entry_at(s, s->count++);
         *e = (ring_entry){.chunk = chunk,
                           .state = ENTRY_READING,
                           .offset = offset,
                           .bytes = *to_home ? 0 : bytes,
-                          .at = {-1, -1}};
+                          .at = {-1, -1},
+                          .read_for = s->leader ? s->leader->ticket : 0};
         s->next = (s->next + 1) % store->chunk_count;
         s->idle_for = 0;
         if (e->bytes > 0 && offset + bytes > s->ring_touched_bytes)
@@ -112,7 +115,8 @@ static bool find_work(bapq_store *store, ring_entry **out, bool *to_home) {
 
 /* ---- the reader ---- */
 
-/* Reads the planes that the chunk lacks. Called with the lock, which it lets go of while reading. */
+/* Reads the planes that the chunk lacks. Called with the lock, which it lets go of while reading.
+ */
 static void bring_in(bapq_store *store, ring_entry *e, bool to_home) {
     stream *s = &store->stream;
     const plan *p = s->plan;
@@ -205,7 +209,8 @@ void bapq_stream_stop(bapq_store *store) {
     free(s->bounce);
 }
 
-/* The graph engine may run layers in another order than the bank has them in: read ahead in that. */
+/* The graph engine may run layers in another order than the bank has them in: read ahead in that.
+ */
 static void take_over_order(bapq_store *store, const bapq_run *run) {
     stream *s = &store->stream;
     if (run->asked == NULL || run->asked_layers == 0 || store->order_known || s->busy) return;
@@ -284,25 +289,34 @@ static int32_t take_failure(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_
     return BAPQ_OK;
 }
 
-/* One look at the ring, as its leader. Returns -1 when the caller must wait and look again. */
-static int32_t take_from_ring(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_view *view,
-                              bapq_error *error) {
+/* One look at the ring, as its leader. False: the caller must wait and look again. */
+static bool take_from_ring(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_view *view,
+                           int32_t *status, bapq_error *error) {
     bapq_store *store = run->store;
     stream *s = &store->stream;
     int32_t at = 0;
     while (at < s->count && entry_at(s, at)->chunk != view->chunk) at++;
     if (s->plan != run->plan || at == s->count) {
-        /* What the reader reads right now may be this chunk on its way home: look again after it. */
+        /* What the reader reads right now may be this chunk on its way home: look again after it.
+         */
         if (!s->busy) serve(store, run->plan, store->position_of[view->chunk]);
-        return -1;
+        return false;
     }
-    for (; at > 0; at--) pop_entry(s); /* operators that this run skips, such as a branch not taken */
+    for (; at > 0; at--)
+        pop_entry(s); /* operators that this run skips, such as a branch not taken */
     ring_entry *e = entry_at(s, 0);
-    if (e->state == ENTRY_READING) return -1;
+    if (e->state == ENTRY_READING) return false;
+    if (e->state == ENTRY_FAILED && e->read_for != run->ticket) {
+        /* The fault may have gone since: what was read ahead for nobody, or for another run, is
+         * read again before this run fails. */
+        if (!s->busy) serve(store, run->plan, store->position_of[view->chunk]);
+        return false;
+    }
     if (e->state == ENTRY_FAILED) {
         bapq_error failure = e->error;
         pop_entry(s);
-        return take_failure(run, layer, i, view, &failure, error);
+        *status = take_failure(run, layer, i, view, &failure, error);
+        return true;
     }
     int32_t planes[2];
     int32_t n = bapq_level_planes(view->level, planes);
@@ -310,7 +324,7 @@ static int32_t take_from_ring(bapq_run *run, int32_t layer, int32_t i, bapq_chun
     for (int32_t p = 0; p < n; p++)
         if (e->at[p] >= 0) view->records[p] = s->ring + e->at[p];
     view->borrowed = BAPQ_FROM_RING;
-    return BAPQ_OK;
+    return true;
 }
 
 /* Remembers the order in which the run asks for layers. */
@@ -339,10 +353,7 @@ int32_t bapq_run_acquire(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_vie
             break;
         }
         if (s->leader == NULL) s->leader = run;
-        if (s->leader == run) {
-            status = take_from_ring(run, layer, i, view, error);
-            if (status >= 0) break;
-        }
+        if (s->leader == run && take_from_ring(run, layer, i, view, &status, error)) break;
         if (waited_since == 0) waited_since = now_ns();
         pthread_cond_wait(&store->changed, &store->lock);
     }

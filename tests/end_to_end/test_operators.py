@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -291,8 +291,8 @@ def test_levels_can_differ_from_chunk_to_chunk(tmp_path):
         for level in LEVELS:
             session.set_level(level)
             (uniform[level],) = session.run(None, {"x": x})
-        session._plans.append(8)
-        session._store.publish(LEVELS)
+        mixed_plan = replace(session._plans[-1], levels=np.array(LEVELS, np.uint8))
+        session._publish(mixed_plan)
         (mixed,) = session.run(None, {"x": x})
     for chunk, level in enumerate(LEVELS):
         rows = slice(chunk * 16, chunk * 16 + 16)

@@ -15,6 +15,7 @@ from bapq_edge.bank.layout import LEVELS
 from bapq_edge.errors import (
     BankIntegrityError,
     BudgetTooSmallError,
+    DegradedWarning,
     MissingPlaneWarning,
     PlatformError,
     RequestError,
@@ -62,9 +63,9 @@ def x():
     return np.random.default_rng(1).standard_normal((4, 96)).astype(np.float32)
 
 
-def fresh_outputs(bank, x):
+def fresh_outputs(bank, x, levels=LEVELS):
     outputs = {}
-    for level in LEVELS:
+    for level in levels:
         with Session(bank, level=level) as session:
             (outputs[level],) = session.run(None, {"x": x})
     return outputs
@@ -81,16 +82,20 @@ def test_set_level_gives_bit_for_bit_what_a_fresh_session_gives(bank, x):
         assert session._graph is graph
 
 
-def test_going_down_reads_nothing_and_going_up_only_the_missing_plane(bank):
+def test_going_down_reads_nothing_and_going_up_only_the_missing_plane(bank, x):
     with Session(bank, level=8) as session:
+        session.run(None, {"x": x})
         at_8 = session.stats()
         session.set_level(4)
         at_4 = session.stats()
+        session.run(None, {"x": x})
+        after_4 = session.stats()
         session.set_level(8)
+        session.run(None, {"x": x})
         again = session.stats()
     residual = at_8.resident_bytes - at_4.resident_bytes
     assert 0 < at_4.resident_bytes < at_8.resident_bytes == again.resident_bytes
-    assert at_4.streamed_bytes == at_8.streamed_bytes
+    assert after_4.streamed_bytes == at_8.streamed_bytes
     assert again.streamed_bytes - at_8.streamed_bytes == residual
 
 
@@ -119,6 +124,7 @@ def test_runs_in_flight_finish_on_the_level_they_began(bank, x):
         assert session._store.stats().live_plans == 1
         assert stats.runs > 0
         session.set_level(1)
+        session.run(None, {"x": x})
         assert session.stats().resident_bytes == session._bank.weight_bytes(1)
     assert not wrong
 
@@ -130,10 +136,11 @@ def test_events_tell_every_switch_once_and_the_callback_hears_it(bank):
         session.set_level(2)
         session.on_switch = None
         session.set_level(4)
-        kinds = [(event.kind, event.previous_level, event.level) for event in session.events()]
-    assert kinds == [("open", None, 8), ("switch", 8, 2), ("switch", 2, 4)]
-    assert [event.level for event in heard] == [2]
-    assert "level 8 -> 2" in str(heard[0])
+        events = session.events()
+    changes = [(e.kind, e.previous_bits_per_weight, e.bits_per_weight) for e in events]
+    assert changes == [("open", None, 8), ("switch", 8, 2), ("switch", 2, 4)]
+    assert [event.bits_per_weight for event in heard] == [2]
+    assert "8.00 -> 2.00 bits" in str(heard[0]) and "set_level(2)" in str(heard[0])
     assert session.events()[-1].kind == "close"
 
 
@@ -162,28 +169,33 @@ def test_it_is_a_drop_in_for_an_onnxruntime_session(bank, x):
         np.testing.assert_array_equal(by_name, later)
 
 
-def test_auto_takes_the_highest_level_that_fits_the_budget(bank):
-    with Session(bank) as session:
-        sizes = {level: session._bank.weight_bytes(level) for level in LEVELS}
+def test_bits_are_spread_over_the_chunks(bank, x):
+    with Session(bank, bits=6) as session:
+        session.run(None, {"x": x})
+        stats = session.stats()
+        assert stats.level is None
+        assert 5 <= stats.bits_per_weight <= 6
+        session.set_bits(3)
+        assert session.stats().planned_bits_per_weight <= 3
+        session.set_level("auto")
         assert session.stats().level == 32
-    for level in LEVELS:
-        with Session(bank, memory_budget=sizes[level]) as session:
-            stats = session.stats()
-            assert stats.level == level
-            assert stats.resident_bytes <= sizes[level]
 
 
-def test_a_budget_too_small_is_refused_with_the_smallest_that_works(bank):
-    with Session(bank, level=1) as session:
-        smallest = session._bank.weight_bytes(1)
-    with pytest.raises(BudgetTooSmallError, match=rf"smallest that works is {smallest} bytes"):
-        Session(bank, memory_budget=smallest - 1)
-    Session(bank, memory_budget=smallest).close()
-    with (
-        Session(bank, memory_budget=smallest) as session,
-        pytest.raises(BudgetTooSmallError, match="level 8 needs"),
-    ):
-        session.set_level(8)
+def test_a_budget_too_small_is_refused_with_the_smallest_that_works(bank, x):
+    with pytest.raises(
+        BudgetTooSmallError, match=r"the smallest that works is (\d+) bytes"
+    ) as error:
+        Session(bank, memory_budget="64KiB")
+    works = int(str(error.value).split("works is ")[1].split()[0])
+    with Session(bank, memory_budget=4 * works, level=8) as session:
+        (expected,) = session.run(None, {"x": x})
+        with pytest.raises(BudgetTooSmallError):
+            session.set_memory_budget("64KiB")
+        (y,) = session.run(None, {"x": x})
+        np.testing.assert_array_equal(y, expected)
+        session.set_memory_budget(None)
+        (y,) = session.run(None, {"x": x})
+        np.testing.assert_array_equal(y, expected)
 
 
 def test_unknown_levels_are_refused_and_change_nothing(bank, x):
@@ -240,26 +252,32 @@ def test_close_waits_for_runs_in_flight(bank, x):
             assert isinstance(result.exception(), SessionClosedError)
 
 
-def test_a_chunk_that_changed_on_disk_is_named_and_the_old_level_stays(bank, x, tmp_path):
+def test_a_chunk_that_changed_on_disk_is_named_and_a_lower_level_stands_in(bank, x, tmp_path):
     import shutil
 
     copy = tmp_path / "copy.bank"
     shutil.copytree(bank, copy)
     with Session(copy, level=4) as session:
-        (before,) = session.run(None, {"x": x})
+        session.run(None, {"x": x})
+        (expected,) = fresh_outputs(bank, x, [8]).values()
         plane = copy / "planes" / "r8.bin"
         data = bytearray(plane.read_bytes())
         data[100] ^= 1
         plane.write_bytes(data)
-        with pytest.raises(BankIntegrityError, match=r"layer first: plane r8, chunk 0: CRC-32"):
-            session.set_level(8)
-        (after,) = session.run(None, {"x": x})
-        np.testing.assert_array_equal(before, after)
-        assert session.stats().level == 4
-        assert session.stats().resident_bytes == session._bank.weight_bytes(4)
+        session.set_level(8)
+        with pytest.warns(DegradedWarning, match=r"layer first: plane r8, chunk 0: CRC-32"):
+            session.run(None, {"x": x})
+        assert session.events()[-1].kind == "degraded"
         data[100] ^= 1
         plane.write_bytes(data)
-        session.set_level(8)
+        (after,) = session.run(None, {"x": x})
+        np.testing.assert_array_equal(after, expected)
+    data[100] ^= 1
+    plane.write_bytes(data)
+    (copy / "planes" / "p4.bin").write_bytes(bytes((copy / "planes" / "p4.bin").stat().st_size))
+    broken = pytest.raises(BankIntegrityError, match=r"layer first: plane p4, chunk 0: CRC-32")
+    with Session(copy, level=8) as session, broken:
+        session.run(None, {"x": x})
 
 
 def test_a_missing_plane_leaves_the_levels_below(bank, x, tmp_path):

@@ -72,8 +72,12 @@ def _add_run(commands: Any) -> None:
     run.add_argument("bank", type=Path)
     run.add_argument("--input", required=True, type=Path, help=".npz, one array per model input")
     run.add_argument("--output", type=Path, help=".npz to write, one array per model output")
-    run.add_argument("--budget", metavar="SIZE", help="most weight bytes in memory, such as 64MiB")
-    run.add_argument("--level", default="auto", help="auto, 32, 8, 4, 2 or 1 (default: auto)")
+    run.add_argument(
+        "--budget", metavar="SIZE", help="what the process may grow by, such as 64MiB, or auto"
+    )
+    precision = run.add_mutually_exclusive_group()
+    precision.add_argument("--level", default="auto", help="auto, 32, 8, 4, 2 or 1 (default: auto)")
+    precision.add_argument("--bits", type=float, help="bits per weight on average, such as 3.5")
     run.add_argument("--threads", type=int)
     run.add_argument("--json", action="store_true", help="print the report as JSON")
     run.set_defaults(command=_run)
@@ -86,6 +90,7 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.bank,
         memory_budget=arguments.budget,
         level=arguments.level,
+        bits=arguments.bits,
         threads=arguments.threads,
     ) as session:
         load_s = time.perf_counter() - started_s
@@ -103,9 +108,11 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(report))
         return
-    print(f"load {load_s * 1e3:.1f} ms, run {run_s * 1e3:.1f} ms at level {stats.level}")
+    precision = f"{stats.bits_per_weight:.2f} bits per weight"
+    print(f"load {load_s * 1e3:.1f} ms, run {run_s * 1e3:.1f} ms at {precision}")
     print(
         f"weights in memory {format_size(stats.resident_bytes)}, "
+        f"read {format_size(stats.streamed_bytes)}, "
         f"process grew by {format_size(stats.peak_bytes)} at its peak"
     )
     for name, value in zip(names, outputs, strict=True):

@@ -118,13 +118,20 @@ def problem_of(bank: Bank) -> Problem:
     return Problem(bank.levels, weights, level_bytes, bank.sensitivity()[:, built], row_read)
 
 
-def smallest_limit(problem: Problem, level: Level | None = None) -> int:
-    """Smallest `weight_bytes_limit` at which a level, by default the lowest, can run.
+def smallest_limit(problem: Problem, request: Request) -> int:
+    """Smallest `weight_bytes_limit` at which the request can be met; its own is not looked at.
 
     It holds all chunks or a ring of two of the largest, whichever is less.
     """
-    column = len(problem.levels) - 1 if level is None else _column(problem, level)
-    return _smallest(problem.level_bytes[~problem.row_read, column])
+    first = _first_allowed(problem, request)
+    if request.bits is not None:
+        columns = _columns_for_bits(problem, request.bits, first)
+    elif request.level == "auto":
+        columns = np.full(len(problem.weights), len(problem.levels) - 1)
+    else:
+        columns = np.full(len(problem.weights), max(_column(problem, request.level), first))
+    sizes = problem.level_bytes[np.arange(len(columns)), columns]
+    return _smallest(sizes[~problem.row_read])
 
 
 def plan(problem: Problem, request: Request, resident: NDArray[np.bool_] | None = None) -> Plan:
@@ -136,8 +143,7 @@ def plan(problem: Problem, request: Request, resident: NDArray[np.bool_] | None 
     Raises UnknownLevelError for a level that the problem lacks, RequestError for fewer bits than
     its lowest level, BudgetTooSmallError with the smallest limit that works.
     """
-    # Levels stand highest first, so those allowed are the columns from `first` on.
-    first = sum(level > request.highest_level for level in problem.levels[:-1])
+    first = _first_allowed(problem, request)
     capped = first > 0
     if request.bits is not None:
         columns = _columns_for_bits(problem, request.bits, first)
@@ -152,6 +158,11 @@ def plan(problem: Problem, request: Request, resident: NDArray[np.bool_] | None 
     if capped:
         wish += f", capped at {problem.levels[first]}"
     return _place(problem, columns, request.weight_bytes_limit, resident, wish)
+
+
+def _first_allowed(problem: Problem, request: Request) -> int:
+    """Levels stand highest first, so those allowed are the columns from this one on."""
+    return sum(level > request.highest_level for level in problem.levels[:-1])
 
 
 def _column(problem: Problem, level: Level) -> int:

@@ -328,8 +328,10 @@ class Session:
 
     def _make_plan(self, *, frugal: bool = False) -> Plan:
         request, threads = self._request, self._threads
-        level = None if request.level == "auto" else request.level
-        smallest = smallest_limit(self._problem, level)
+        if self._watch is not None and request.level == "auto":
+            cap = self._watch.envelope.highest_level
+            request = replace(request, highest_level=cap)  # type: ignore[arg-type]
+        smallest = smallest_limit(self._problem, request)
         row_cache_bytes = self._store.stats().row_cache_limit_bytes
         limit = self._ledger.weight_limit_bytes(smallest + row_cache_bytes)
         if limit is not None:
@@ -337,10 +339,9 @@ class Session:
         if self._watch is not None:
             envelope = self._watch.envelope
             threads = envelope.threads
-            if request.level == "auto":
-                request = replace(request, highest_level=envelope.highest_level)  # type: ignore[arg-type]
-            if envelope.weight_bytes_limit is not None and limit is not None:
-                limit = max(smallest, min(limit, envelope.weight_bytes_limit))
+            if envelope.weight_bytes_limit is not None:
+                allowed = envelope.weight_bytes_limit
+                limit = max(smallest, allowed if limit is None else min(limit, allowed))
         if frugal:
             limit = smallest
         self._frugal = frugal
@@ -482,7 +483,7 @@ class _Watch:
             session._bank.levels,
             session._ledger.budget_bytes,
             threads=session._threads,
-            minimum_bytes=smallest_limit(session._problem),
+            minimum_bytes=smallest_limit(session._problem, session._request),
         )
         self.envelope = self._controller.envelope
         self._stopping = threading.Event()
@@ -499,7 +500,7 @@ class _Watch:
 
     def set_budget(self) -> None:
         """With the session's _planning held."""
-        minimum = smallest_limit(self._session._problem)
+        minimum = smallest_limit(self._session._problem, self._session._request)
         self.envelope = self._controller.set_budget(self._session._ledger.budget_bytes, minimum)
 
     def _watch(self) -> None:

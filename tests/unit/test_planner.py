@@ -195,7 +195,7 @@ def test_the_example_of_the_documentation(limit_kib, levels, error):
 def test_more_memory_never_means_more_error(unusual, latency_s):
     for seed in range(8):
         problem = random_problem(seed, chunks=30, unusual=unusual)
-        least, most = smallest_limit(problem), total_bytes(problem, 0)
+        least, most = smallest_limit(problem, Request()), total_bytes(problem, 0)
         rng = np.random.default_rng(seed)
         limits = least + np.sort((most * rng.random(60) ** 3).astype(int))
         last = np.inf
@@ -233,10 +233,10 @@ def test_automatic_streams_only_what_it_must_or_may():
 
 def test_chunks_read_by_row_cost_no_memory():
     problem = random_problem(5, row_read=0.5)
-    found = made(problem, Request(weight_bytes_limit=smallest_limit(problem)))
+    found = made(problem, Request(weight_bytes_limit=smallest_limit(problem, Request())))
     assert (found.levels[problem.row_read] == 32).all()
     only = dataclasses.replace(problem, row_read=np.ones(60, bool))
-    assert smallest_limit(only) == 0
+    assert smallest_limit(only, Request()) == 0
     for request in (Request(weight_bytes_limit=0), Request(level=8, weight_bytes_limit=0)):
         found = made(only, request)
         assert found.resident_bytes == found.streamed_bytes == 0
@@ -279,9 +279,7 @@ def test_the_smallest_limit_is_named_and_works(request_):
     with pytest.raises(BudgetTooSmallError) as caught:
         plan(problem, dataclasses.replace(request_, weight_bytes_limit=1))
     smallest = int(re.search(r"needs (\d+)", str(caught.value))[1])
-    if request_.bits is None:
-        level = None if request_.level == "auto" else request_.level
-        assert smallest_limit(problem, level) == smallest
+    assert smallest_limit(problem, request_) == smallest
     made(problem, dataclasses.replace(request_, weight_bytes_limit=smallest))
     with pytest.raises(BudgetTooSmallError):
         plan(problem, dataclasses.replace(request_, weight_bytes_limit=smallest - 1))
@@ -289,8 +287,10 @@ def test_the_smallest_limit_is_named_and_works(request_):
 
 def test_a_model_of_one_chunk_needs_no_ring():
     problem = random_problem(9, chunks=1, row_read=0)
-    assert smallest_limit(problem, 8) == problem.level_bytes[0, 1]
-    assert made(problem, Request(level=8, weight_bytes_limit=smallest_limit(problem, 8))).pinned
+    assert smallest_limit(problem, Request(level=8)) == problem.level_bytes[0, 1]
+    assert made(
+        problem, Request(level=8, weight_bytes_limit=smallest_limit(problem, Request(level=8)))
+    ).pinned
 
 
 def test_requests_that_cannot_be_met():
@@ -298,7 +298,7 @@ def test_requests_that_cannot_be_met():
     with pytest.raises(UnknownLevelError, match="level 2 is not in the bank, which holds 8, 4"):
         plan(problem, Request(level=2))
     with pytest.raises(UnknownLevelError):
-        smallest_limit(problem, 32)
+        smallest_limit(problem, Request(level=32))
     for bits in (3.9, 0, -1, float("nan")):
         with pytest.raises(RequestError, match="lowest level is 4: ask for 4 or more"):
             plan(problem, Request(bits=bits))

@@ -32,7 +32,8 @@
     BapqWarning
     ├── MissingPlaneWarning             a plane file is absent: fewer levels
     ├── UncalibratedWarning             built without calibration data
-    └── DegradedWarning                 a run used a lower level than planned
+    ├── DegradedWarning                 a run used a lower level than planned
+    └── BudgetExceededWarning           a run needed more memory than the budget leaves
 
 Each exception also derives from the builtin that fits, and carries the exit code that the command
 line ends with. A message is one line: what was wrong, both values, the next step.
@@ -50,6 +51,7 @@ __all__ = [
     "BankVersionError",
     "BapqError",
     "BapqWarning",
+    "BudgetExceededWarning",
     "BudgetTooSmallError",
     "CalibrationArrayError",
     "CalibrationError",
@@ -258,3 +260,7 @@ class UncalibratedWarning(BapqWarning):
 
 class DegradedWarning(BapqWarning):
     """A chunk could not be read at its level; the run used a lower one that was in memory."""
+
+
+class BudgetExceededWarning(BapqWarning):
+    """A run needed more memory besides weights than the budget leaves; nothing is pinned now."""

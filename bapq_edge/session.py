@@ -28,11 +28,13 @@ import numpy as np
 
 from .bank.layout import Level
 from .bank.reader import Bank
-from .controller import Controller, automatic_budget_bytes
-from .controller_config import ControllerConfig
+from .controller import Decision, automatic_budget_bytes
+from .engine.feeds import element_count, zeros
 from .engine.graph import RUN_INPUT, open_graph
 from .engine.native import RunReport, Store, kernels_name
 from .errors import (
+    BudgetExceededWarning,
+    BudgetTooSmallError,
     DegradedWarning,
     ExecutionError,
     RequestError,
@@ -46,6 +48,7 @@ from .profiles import find_profile, load_profile
 from .sensors import Sensors, open_sensors
 from .telemetry import Event, EventLog, SessionStats, rss_bytes, trim_heap
 from .units import format_size, parse_size
+from .watch import Watch
 
 __all__ = ["Session"]
 
@@ -118,9 +121,11 @@ class Session:
         self._closed = False
         self._running = 0
         self._totals = _Totals()
-        self._plans: list[Plan] = []  # plan number n is the n-th published
+        self._plan: Plan | None = None
+        self._bits_of_plan: dict[int, float] = {}  # by plan number: the n-th published is n
+        self._unheard: list[Event] = []  # switches that on_switch has not been told of
         self._executor: ThreadPoolExecutor | None = None
-        self._watch: _Watch | None = None
+        self._watch: Watch | None = None
 
         sensors = open_sensors() if controller == "auto" or memory_budget == "auto" else None
         with contextlib.ExitStack() as undo:
@@ -131,7 +136,7 @@ class Session:
             self._ledger.settle(rss_bytes(), weight_bytes=0)
             self._ledger.budget_bytes = self._budget_bytes(memory_budget, sensors)
             if controller == "auto" and sensors is not None:
-                self._watch = _Watch(self, sensors)
+                self._watch = self._make_watch(sensors)
             self._publish(self._make_plan(frugal=self._ledger.budget_bytes is not None))
             self._record("open", f"kernels {kernels_name()}, {self._threads} threads")
             if self._ledger.budget_bytes is not None:
@@ -209,7 +214,7 @@ class Session:
         return outputs, report
 
     def _finish(self, report: RunReport) -> None:
-        bits = self._plans[report.plan_number - 1].bits_per_weight
+        bits = self._bits_of_plan[report.plan_number]
         with self._lock:
             self._totals.runs += 1
             self._totals.last_bits = bits
@@ -219,10 +224,10 @@ class Session:
             self._record("degraded", reason)
             warnings.warn(reason, DegradedWarning, stacklevel=3)
         if self._ledger.budget_bytes is not None:
-            with self._planning:
+            with self._changing():
                 grown = self._ledger.settle(report.rss_bytes, report.weight_bytes)
                 if grown or self._frugal:
-                    self._replan("memory", "measured what a run needs besides weights")
+                    self._follow_ledger()
 
     # ---- memory ----
 
@@ -241,34 +246,41 @@ class Session:
 
     def _warm_up(self) -> None:
         """Runs on zeros, so that a budget too small is refused now rather than later."""
-        feed: dict[str, Any] = {}
-        for value in self._inputs:
-            dtype = _NUMPY_TYPES.get(value.type)
-            if dtype is None:
-                return  # strings, sequences: the first real run measures
-            shape = [size if isinstance(size, int) and size > 0 else 1 for size in value.shape]
-            feed[value.name] = np.zeros(shape, dtype)
-        self._ledger.is_heavier(_load(feed, 1))
+        feed = zeros(self._inputs)
+        if feed is None:
+            return  # strings, sequences: the first real run measures
+        self._ledger.is_heavier(element_count(feed))
         for _ in range(_WARM_UP_RUNS):
             try:
                 _, report = self._run_once(None, feed, None)
             except (RunInputError, ExecutionError):
                 return  # a model that zeros of the smallest shape do not fit
             self._ledger.settle(report.rss_bytes, report.weight_bytes)
-        self._replan("memory", "measured what a run needs besides weights")
+        self._replan("memory", _MEASURED)
+
+    def _follow_ledger(self) -> None:
+        try:
+            self._replan("memory", _MEASURED)
+        except BudgetTooSmallError as error:
+            # The run is over and its answer right: keep as little as can be, and say it.
+            if not self._frugal:
+                self._publish(self._make_plan(frugal=True))
+            self._record("budget", f"exceeded: {error}")
+            warnings.warn(str(error), BudgetExceededWarning, stacklevel=4)
 
     def _make_room(self, feed: Mapping[str, Any], running: int) -> None:
         """Before a run that may need more memory than any before: keep as few weights as can be."""
         if self._ledger.budget_bytes is None:
             return
         with self._planning:
-            if self._ledger.is_heavier(_load(feed, running)) and not self._frugal:
+            heavier = self._ledger.is_heavier(element_count(feed) * running)
+            if heavier and not self._frugal:
                 self._publish(self._make_plan(frugal=True))
 
     def set_memory_budget(self, budget: int | str | None) -> None:
         """Take another budget, live. Raises BudgetTooSmallError and then changes nothing."""
         size_bytes = None if budget is None else parse_size(budget)
-        with self._planning:
+        with self._changing():
             self._check_open()
             previous = self._ledger.budget_bytes
             self._ledger.budget_bytes = size_bytes
@@ -278,7 +290,8 @@ class Session:
                 self._ledger.budget_bytes = previous
                 raise
             if self._watch is not None:
-                self._watch.set_budget()
+                minimum = smallest_limit(self._problem, self._request)
+                self._watch.set_budget(size_bytes, minimum)
 
     # ---- precision ----
 
@@ -297,7 +310,7 @@ class Session:
         self._change_wish(self._wish("auto", bits, self._latency_ms), f"set_bits({bits})")
 
     def _change_wish(self, request: Request, reason: str) -> None:
-        with self._planning:
+        with self._changing():
             self._check_open()
             previous, self._request = self._request, request
             try:
@@ -333,24 +346,24 @@ class Session:
             request = replace(request, highest_level=cap)  # type: ignore[arg-type]
         smallest = smallest_limit(self._problem, request)
         row_cache_bytes = self._store.stats().row_cache_limit_bytes
-        limit = self._ledger.weight_limit_bytes(smallest + row_cache_bytes)
-        if limit is not None:
-            limit -= row_cache_bytes
+        limit: int | None = smallest
+        if not frugal:
+            limit = self._ledger.weight_limit_bytes(smallest + row_cache_bytes)
+            limit = None if limit is None else limit - row_cache_bytes
         if self._watch is not None:
             envelope = self._watch.envelope
             threads = envelope.threads
             if envelope.weight_bytes_limit is not None:
                 allowed = envelope.weight_bytes_limit
                 limit = max(smallest, allowed if limit is None else min(limit, allowed))
-        if frugal:
-            limit = smallest
         self._frugal = frugal
         self._threads_now = threads
-        resident = self._plans[-1].pinned if self._plans else None
+        resident = None if self._plan is None else self._plan.pinned
         return plan(self._problem, replace(request, weight_bytes_limit=limit), resident)
 
     def _publish(self, new: Plan) -> None:
-        self._plans.append(new)  # before a run can begin on it
+        number = max(self._bits_of_plan, default=0) + 1
+        self._bits_of_plan[number] = new.bits_per_weight  # before a run can begin on it
         try:
             self._store.publish(
                 new.levels,
@@ -360,12 +373,15 @@ class Session:
                 self._threads_now,
             )
         except BaseException:
-            self._plans.pop()
+            del self._bits_of_plan[number]
             raise
+        self._bits_of_plan.pop(number - _PLANS_KEPT, None)
+        self._plan = new
 
     def _replan(self, kind: str, reason: str) -> None:
         """Publish the plan that now fits, if it is another one, and say so."""
-        previous, new = self._plans[-1], self._make_plan()
+        previous, new = self._plan, self._make_plan()
+        assert previous is not None
         same_levels = np.array_equal(new.levels, previous.levels)
         same_pins = np.array_equal(new.pinned, previous.pinned)
         if same_levels and same_pins and new.ring_bytes == previous.ring_bytes:
@@ -373,10 +389,43 @@ class Session:
         self._publish(new)
         if same_levels:
             self._record(kind, reason)
-            return
-        event = self._record("switch", reason, previous.bits_per_weight)
+        else:
+            event = self._record("switch", reason, previous.bits_per_weight)
+            self._unheard.append(event)
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Holds _planning; the switches made meanwhile are told once it is free again."""
+        with self._planning:
+            try:
+                yield
+            finally:
+                heard, self._unheard = self._unheard, []
         if self.on_switch is not None:
-            self.on_switch(event)
+            for event in heard:
+                self.on_switch(event)
+
+    def _make_watch(self, sensors: Sensors) -> Watch:
+        return Watch(
+            sensors,
+            self._profile,
+            levels=self._bank.levels,
+            threads=self._threads,
+            budget_bytes=self._ledger.budget_bytes,
+            minimum_bytes=smallest_limit(self._problem, self._request),
+            follow=self._follow_watch,
+        )
+
+    def _follow_watch(self, step: Callable[[int], Decision]) -> None:
+        """Called by the watch after every reading; `step` decides on it, given the weights now."""
+        with self._changing():
+            if self._closed:
+                return
+            decision = step(self._weight_bytes())
+            for name in decision.lost:
+                self._record("sensor", f"{name} can no longer be read; its limits stay")
+            if decision.changed:
+                self._replan("controller", decision.cause or "controller")
 
     # ---- what the session tells ----
 
@@ -395,7 +444,8 @@ class Session:
         with self._planning, self._lock:
             self._check_open()
             store = self._store.stats()
-            current, totals = self._plans[-1], self._totals
+            current, totals = self._plan, self._totals
+            assert current is not None
             return SessionStats(
                 level=_uniform_level(current),
                 planned_bits_per_weight=current.bits_per_weight,
@@ -416,7 +466,7 @@ class Session:
         return self._log.events()
 
     def _record(self, kind: str, reason: str, previous_bits: float | None = None) -> Event:
-        current = self._plans[-1] if self._plans else None
+        current = self._plan
         return self._log.record(
             kind,
             reason,
@@ -465,81 +515,17 @@ class Session:
 
     def __repr__(self) -> str:
         """Bank, plan and whether it is open."""
-        state = "closed" if self._closed else self._plans[-1].reason
+        state = self._plan.reason if self._plan and not self._closed else "closed"
         return f"<bapq_edge.Session {Path(self._bank.path).name}: {state}>"
 
 
-class _Watch:
-    """The controller's thread: reads the sensors and replans the session when they say so."""
+_MEASURED = "measured what a run needs besides weights"
 
-    def __init__(self, session: Session, sensors: Sensors) -> None:
-        profile = session._profile
-        config = ControllerConfig.from_profile(profile) if profile else ControllerConfig()
-        self._session = session
-        self._sensors = sensors
-        self._period_s = config.period_s
-        self._controller = Controller(
-            config,
-            session._bank.levels,
-            session._ledger.budget_bytes,
-            threads=session._threads,
-            minimum_bytes=smallest_limit(session._problem, session._request),
-        )
-        self.envelope = self._controller.envelope
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="bapq-controller", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stopping.set()
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join()
-        self._sensors.close()
-
-    def set_budget(self) -> None:
-        """With the session's _planning held."""
-        minimum = smallest_limit(self._session._problem, self._session._request)
-        self.envelope = self._controller.set_budget(self._session._ledger.budget_bytes, minimum)
-
-    def _watch(self) -> None:
-        while not self._stopping.is_set():
-            self.step()
-            self._stopping.wait(self._period_s)
-
-    def step(self) -> None:
-        """One reading, and the change of plan that it causes."""
-        session = self._session
-        readings = self._sensors.read()
-        with session._planning:
-            if session._closed:
-                return
-            decision = self._controller.update(readings, weight_bytes=session._weight_bytes())
-            self.envelope = decision.envelope
-            for name in decision.lost:
-                session._record("sensor", f"{name} can no longer be read; its limits stay")
-            if decision.changed:
-                session._replan("controller", decision.cause or "controller")
-
+_PLANS_KEPT = 1024
+"""No run is in flight while so many plans are published; their bits are for its statistics."""
 
 _WARM_UP_RUNS = 2
 """ONNX Runtime's arena takes its final size in the second."""
-
-_NUMPY_TYPES = {
-    "tensor(float)": np.float32,
-    "tensor(double)": np.float64,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(uint8)": np.uint8,
-    "tensor(int8)": np.int8,
-    "tensor(bool)": np.bool_,
-}
-
-
-def _load(feed: Mapping[str, Any], running: int) -> int:
-    return sum(np.size(value) for value in feed.values()) * running
 
 
 def _uniform_level(current: Plan) -> int | None:

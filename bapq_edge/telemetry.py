@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,28 +67,34 @@ class Event:
         return f"[{self.time_s:9.3f} s] {self.kind}: {change}, {size} ({self.reason})"
 
 
+_EVENTS_KEPT = 10_000
+"""A session that lives for months on a restless board must not grow by its own history."""
+
+
 class EventLog:
     """The events of one session, oldest first. Safe to use from several threads."""
 
     def __init__(self) -> None:
         """Empty; time counts from now."""
         self._opened_s = time.monotonic()
-        self._events: list[Event] = []
+        self._events: deque[Event] = deque(maxlen=_EVENTS_KEPT)
+        self._counts: Counter[str] = Counter()
 
     def record(self, kind: str, reason: str, **values: Any) -> Event:
         """Append an event of this moment; `values` are the fields of Event that differ."""
         time_s = time.monotonic() - self._opened_s
         event = Event(time_s=time_s, kind=kind, reason=reason, **values)
         self._events.append(event)
+        self._counts[kind] += 1
         return event
 
     def events(self) -> list[Event]:
-        """A copy."""
+        """A copy of the last ones kept."""
         return list(self._events)
 
     def count(self, kind: str) -> int:
-        """Number of events of a kind."""
-        return sum(event.kind == kind for event in self._events)
+        """Number of events of a kind, those no longer kept included."""
+        return self._counts[kind]
 
 
 def _status_bytes(field: str) -> int:

@@ -291,7 +291,7 @@ def test_levels_can_differ_from_chunk_to_chunk(tmp_path):
         for level in LEVELS:
             session.set_level(level)
             (uniform[level],) = session.run(None, {"x": x})
-        mixed_plan = replace(session._plans[-1], levels=np.array(LEVELS, np.uint8))
+        mixed_plan = replace(session._plan, levels=np.array(LEVELS, np.uint8))
         session._publish(mixed_plan)
         (mixed,) = session.run(None, {"x": x})
     for chunk, level in enumerate(LEVELS):

@@ -22,15 +22,18 @@ int32_t bapq_run_begin(bapq_store *store, int64_t *ticket, bapq_error *error) {
     pthread_mutex_lock(&runs_lock);
     int32_t slot = 0;
     while (slot < MAX_RUNS && runs[slot].store) slot++;
-    if (slot < MAX_RUNS) runs[slot].store = store;
+    bapq_run *run = NULL;
+    if (slot < MAX_RUNS) { /* filled under the lock: others look for a slot whose store is NULL */
+        run = &runs[slot];
+        uint32_t generation = (run->generation + 1) & 0x7FFFFFFF;
+        *run = (bapq_run){.store = store,
+                          .ticket = (int64_t)generation << 32 | (slot + 1),
+                          .generation = generation};
+    }
     pthread_mutex_unlock(&runs_lock);
-    if (slot == MAX_RUNS)
+    if (!run)
         return bapq_fail(error, BAPQ_ARGUMENT, "%d runs are open already, the most there can be",
                          MAX_RUNS);
-    bapq_run *run = &runs[slot];
-    uint32_t generation = (run->generation + 1) & 0x7FFFFFFF;
-    *run = (bapq_run){
-        .store = store, .ticket = (int64_t)generation << 32 | (slot + 1), .generation = generation};
     pthread_mutex_lock(&store->lock);
     run->plan = store->published;
     if (run->plan) {

@@ -344,6 +344,8 @@ int32_t bapq_run_acquire(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_vie
     int32_t level = run->plan->level[chunk];
     int32_t status = BAPQ_OK;
     int64_t waited_since = 0;
+    if (store->layer[layer].read_by_row)
+        return bapq_fail(error, BAPQ_ARGUMENT, "only Gather reads this layer's weights");
     describe(run, layer, i, level, view);
     pthread_mutex_lock(&store->lock);
     if (i == 0) note_order(run, layer);
@@ -382,6 +384,8 @@ int32_t bapq_run_acquire_rows(bapq_run *run, int32_t layer, int32_t i, bapq_chun
     row_cache *rows = &store->rows;
     int32_t chunk = store->layer[layer].first_chunk + i;
     int32_t level = run->plan->level[chunk];
+    if (!store->layer[layer].gathered)
+        return bapq_fail(error, BAPQ_ARGUMENT, "Gather does not read this layer's weights");
     describe(run, layer, i, level, view);
     if (run->plan->pinned[chunk]) { /* a table that a product reads too, and that is at home */
         pthread_mutex_lock(&store->lock);

@@ -1,0 +1,345 @@
+/* The chunk store under load, for the sanitizers: a few threads run through all chunks and compare
+ * every byte with what the bank holds, while another one publishes random plans and a disk that
+ * stutters and fails answers the reads. Prints "N passed, 0 failed"; exit status 1 on a failure.
+ * Linked with -Wl,--wrap=pread.
+ *
+ * Usage: store_stress DIRECTORY SECONDS [SEED] */
+#include <errno.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/types.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "../src/crc32.h"
+#include "../src/store.h"
+
+enum { RUNNERS = 3, CHUNKS_MOST = 64, PLANS_MOST = 4000, ROUND_MS = 2500, SCRATCH_MOST = 1 << 17 };
+
+static const char *const PLANE_NAMES[BAPQ_PLANES] = {"f32", "r8", "p4", "m1", "s1"};
+static const uint8_t LEVEL_BITS[BAPQ_LEVELS] = {32, 8, 4, 2, 1};
+
+/* rows, columns, chunk_rows, first_chunk, residual_steps, has_bias, gathered, read_by_row */
+static bapq_layer layers[] = {
+    {256, 96, 32, 0, 15, 1, 0, 0, {0, 0, 32, 0, 128}}, {100, 64, 16, 0, 12, 0, 0, 0, {0, 0, 64}},
+    {70, 200, 48, 0, 16, 1, 0, 0, {0, 0, 32}},         {128, 32, 16, 0, 15, 0, 1, 0, {0, 0, 32}},
+    {96, 64, 16, 0, 15, 0, 1, 1, {0, 0, 64}},          {16, 512, 16, 0, 8, 1, 0, 0, {0, 0, 32}}};
+enum { LAYERS = sizeof layers / sizeof *layers };
+
+static int32_t chunk_count;
+static bapq_extent extents[BAPQ_PLANES][CHUNKS_MOST];
+static uint8_t *content[BAPQ_PLANES]; /* of each plane file */
+static int64_t content_bytes[BAPQ_PLANES];
+static char paths[BAPQ_PLANES][4096];
+
+static atomic_int passed, failed;
+static atomic_bool stopping;
+static atomic_int fault_percent; /* of reads that fail */
+static uint8_t plan_levels[PLANS_MOST][CHUNKS_MOST];
+
+static void check(bool good, const char *format, ...) {
+    if (good) {
+        atomic_fetch_add(&passed, 1);
+        return;
+    }
+    if (atomic_fetch_add(&failed, 1) > 20) return;
+    va_list arguments;
+    va_start(arguments, format);
+    fputs("FAILED: ", stdout);
+    vprintf(format, arguments);
+    fputc('\n', stdout);
+    va_end(arguments);
+}
+
+static uint32_t draw(uint64_t *state, uint32_t below) {
+    *state = *state * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(*state >> 33) % below;
+}
+
+static int64_t now_ms(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+/* ---- the disk ---- */
+
+ssize_t __real_pread(int fd, void *target, size_t bytes, off_t offset);
+
+/* Interrupted, short and slow reads are always about; failing ones when a round asks for them. */
+ssize_t __wrap_pread(int fd, void *target, size_t bytes, off_t offset) {
+    static _Thread_local uint64_t state = 7;
+    uint32_t dice = draw(&state, 1000);
+    if (dice < 50) {
+        errno = EINTR;
+        return -1;
+    }
+    if (dice < 60) usleep(500);
+    if (draw(&state, 100) < (uint32_t)atomic_load(&fault_percent)) {
+        switch (draw(&state, 3)) {
+            case 0:
+                errno = EIO;
+                return -1;
+            case 1:
+                return 0;
+            default: {
+                ssize_t n = __real_pread(fd, target, bytes, offset);
+                if (n > 0) ((uint8_t *)target)[draw(&state, (uint32_t)n)] ^= 4;
+                return n;
+            }
+        }
+    }
+    /* Direct reads may only be cut where their blocks end. */
+    if (dice < 150 && bytes > 8192) bytes = 4096 + bytes / 8192 * 4096;
+    return __real_pread(fd, target, bytes, offset);
+}
+
+/* ---- the bank ---- */
+
+static void make_bank(const char *directory, uint64_t *state) {
+    for (int32_t l = 0; l < LAYERS; l++) {
+        layers[l].first_chunk = chunk_count;
+        chunk_count += bapq_chunk_count(&layers[l]);
+    }
+    for (int32_t p = 0; p < BAPQ_PLANES; p++) {
+        uint64_t offset = 0;
+        for (int32_t l = 0; l < LAYERS; l++) {
+            for (int32_t i = 0; i < bapq_chunk_count(&layers[l]); i++) {
+                int32_t rows = layers[l].rows - i * layers[l].chunk_rows;
+                if (rows > layers[l].chunk_rows) rows = layers[l].chunk_rows;
+                int64_t bytes =
+                    bapq_ceil_div(rows, BAPQ_TILE_ROWS) * bapq_record_bytes(&layers[l], p);
+                offset += draw(state, 3) * 64;
+                extents[p][layers[l].first_chunk + i] = (bapq_extent){offset, (uint32_t)bytes, 0};
+                offset += (uint64_t)bytes;
+            }
+        }
+        content_bytes[p] = (int64_t)offset;
+        content[p] = malloc(offset);
+        for (uint64_t i = 0; i < offset; i++) content[p][i] = (uint8_t)draw(state, 256);
+        for (int32_t c = 0; c < chunk_count; c++)
+            extents[p][c].crc32 =
+                bapq_crc32(content[p] + extents[p][c].offset, extents[p][c].bytes);
+        snprintf(paths[p], sizeof paths[p], "%s/%s.bin", directory, PLANE_NAMES[p]);
+        FILE *file = fopen(paths[p], "wb");
+        if (!file || fwrite(content[p], 1, offset, file) != offset || fclose(file) != 0) {
+            perror(paths[p]);
+            exit(2);
+        }
+    }
+}
+
+static int64_t plane_bytes(int32_t level, int32_t chunk) {
+    int32_t planes[2];
+    int32_t n = bapq_level_planes(level, planes);
+    int64_t bytes = 0;
+    for (int32_t i = 0; i < n; i++) bytes += extents[planes[i]][chunk].bytes;
+    return bytes;
+}
+
+/* ---- runs ---- */
+
+static void check_view(const bapq_chunk_view *view, int32_t layer, int32_t i) {
+    int32_t planes[2];
+    int32_t n = bapq_level_planes(view->level, planes);
+    check(view->chunk == layers[layer].first_chunk + i, "chunk %d of layer %d is %d", i, layer,
+          view->chunk);
+    for (int32_t p = 0; p < n; p++) {
+        const bapq_extent *extent = &extents[planes[p]][view->chunk];
+        check(memcmp(view->records[p], content[planes[p]] + extent->offset, extent->bytes) == 0,
+              "wrong bytes: plane %s, chunk %d, level %d, borrowed %d", PLANE_NAMES[planes[p]],
+              view->chunk, LEVEL_BITS[view->level], view->borrowed);
+    }
+}
+
+typedef struct {
+    int32_t chunk, level;
+} seen_chunk;
+
+/* One run through the layers, in bank order or another one, sometimes not through all of them.
+ * Returns its status. */
+static int32_t run_once(bapq_store *store, uint64_t *state, bool faults) {
+    int64_t ticket;
+    bapq_error error = {0};
+    if (bapq_run_begin(store, &ticket, &error) != BAPQ_OK) {
+        check(false, "begin: %s", error.message);
+        return error.status;
+    }
+    bapq_run *run = bapq_run_of(ticket);
+    seen_chunk seen[CHUNKS_MOST * 2];
+    int32_t seen_count = 0, degraded = 0, status = BAPQ_OK;
+    bool swapped = draw(state, 3) == 0, partial = draw(state, 8) == 0;
+    for (int32_t step = 0; step < LAYERS && status == BAPQ_OK; step++) {
+        int32_t l = swapped && step < 2 ? 1 - step : step;
+        if (partial && draw(state, 2)) continue;
+        int32_t chunks = bapq_chunk_count(&layers[l]);
+        for (int32_t j = 0; j < chunks && status == BAPQ_OK; j++) {
+            bool by_row = layers[l].read_by_row || (layers[l].gathered && draw(state, 2));
+            int32_t i = by_row ? (int32_t)draw(state, (uint32_t)chunks) : j;
+            bapq_chunk_view view;
+            status = by_row ? bapq_run_acquire_rows(run, l, i, &view, &error)
+                            : bapq_run_acquire(run, l, i, &view, &error);
+            if (status != BAPQ_OK) break;
+            if (draw(state, 40) == 0) usleep(200);
+            check_view(&view, l, i);
+            seen[seen_count++] = (seen_chunk){view.chunk, view.level};
+            if (by_row)
+                bapq_run_release_rows(run, &view);
+            else
+                bapq_run_release(run, &view);
+        }
+        if (draw(state, 4) == 0) {
+            int64_t bytes = 1 + (int64_t)draw(state, SCRATCH_MOST);
+            uint8_t *scratch = bapq_run_scratch(run, bytes);
+            check(scratch != NULL, "no scratch");
+            if (scratch) memset(scratch, step, (size_t)bytes);
+        }
+    }
+    if (status != BAPQ_OK) {
+        bool named = status == BAPQ_IO || status == BAPQ_TRUNCATED || status == BAPQ_CHECKSUM;
+        check(faults && named && error.chunk >= 0 && error.layer >= 0, "acquire: %d %s", status,
+              error.message);
+        bapq_run_fail(run, &error);
+    }
+    bapq_run_report report;
+    int32_t ended = bapq_run_end(ticket, &report, &error);
+    check(ended == status, "the run failed with %d, its end says %d", status, ended);
+    check(bapq_run_of(ticket) == NULL, "a ticket outlives its run");
+    const uint8_t *levels = plan_levels[report.plan_number];
+    for (int32_t i = 0; i < seen_count; i++) {
+        if (LEVEL_BITS[seen[i].level] == levels[seen[i].chunk]) continue;
+        check(LEVEL_BITS[seen[i].level] < levels[seen[i].chunk], "plan %lld: chunk %d at level %d",
+              (long long)report.plan_number, seen[i].chunk, LEVEL_BITS[seen[i].level]);
+        degraded++;
+    }
+    check(degraded == report.degraded && (faults || degraded == 0), "%d chunks degraded, report %d",
+          degraded, report.degraded);
+    return status;
+}
+
+typedef struct {
+    bapq_store *store;
+    uint64_t state;
+    bool faults;
+} runner;
+
+static void *keep_running(void *data) {
+    runner *r = data;
+    while (!atomic_load(&stopping)) run_once(r->store, &r->state, r->faults);
+    return NULL;
+}
+
+/* ---- plans ---- */
+
+static int64_t plan_count;
+
+/* One level or any; all pinned, none or some; a ring of any size; a limit that binds or not. */
+static void publish(bapq_store *store, uint64_t *state, bool settled) {
+    uint8_t *levels = plan_levels[plan_count + 1];
+    uint8_t pinned[CHUNKS_MOST];
+    int32_t uniform = (int32_t)draw(state, 2 * BAPQ_LEVELS);
+    uint32_t share = settled ? 2 : draw(state, 5);
+    int64_t all_bytes = 0;
+    for (int32_t c = 0; c < chunk_count; c++) {
+        int32_t level = uniform < BAPQ_LEVELS ? uniform : (int32_t)draw(state, BAPQ_LEVELS);
+        levels[c] = LEVEL_BITS[level];
+        pinned[c] = draw(state, 4) < share;
+        all_bytes += plane_bytes(level, c);
+    }
+    bapq_plan_request request = {
+        .levels = levels,
+        .pinned = pinned,
+        .ring_bytes = draw(state, 2) ? 0 : (int64_t)draw(state, 1 << 16) / 64 * 64,
+        .home_limit_bytes =
+            settled || draw(state, 2) ? INT64_MAX / 2 : draw(state, (uint32_t)all_bytes + 1),
+        .threads = 1};
+    bapq_error error = {0};
+    check(bapq_store_publish(store, &request, &error) == BAPQ_OK, "publish: %s", error.message);
+    plan_count++;
+    if (!settled) return;
+    atomic_store(&fault_percent, 0);
+    int64_t expected = 0;
+    for (int32_t l = 0; l < LAYERS; l++)
+        for (int32_t i = 0; i < bapq_chunk_count(&layers[l]) && !layers[l].read_by_row; i++) {
+            int32_t c = layers[l].first_chunk + i;
+            if (pinned[c]) expected += plane_bytes(bapq_level_index(levels[c]), c);
+        }
+    /* Runs over all layers bring home what the faults left out; the reader then comes to rest. */
+    for (int32_t i = 0; i < 20; i++) run_once(store, state, false);
+    bapq_store_stats stats;
+    for (int64_t end = now_ms() + 5000;;) {
+        bapq_store_read_stats(store, &stats);
+        if ((stats.home_bytes == expected && stats.live_plans == 1) || now_ms() > end) break;
+        usleep(1000);
+    }
+    check(stats.home_bytes == expected, "%lld bytes at home, %lld are pinned",
+          (long long)stats.home_bytes, (long long)expected);
+    check(stats.live_plans == 1, "%lld plans live", (long long)stats.live_plans);
+    check(stats.scratch_bytes <= SCRATCH_MOST, "%lld bytes of scratch after the runs",
+          (long long)stats.scratch_bytes);
+}
+
+static void play_round(uint64_t *state, bool direct, bool faults) {
+    bapq_bank bank = {.layers = layers,
+                      .layer_count = LAYERS,
+                      .chunk_count = chunk_count,
+                      .direct = direct,
+                      .row_cache_slots = 4};
+    for (int32_t p = 0; p < BAPQ_PLANES; p++) {
+        bank.plane_path[p] = paths[p];
+        bank.extents[p] = extents[p];
+    }
+    bapq_error error = {0};
+    bapq_store *store;
+    int32_t status = bapq_store_open(&bank, &store, &error);
+    if (direct && status == BAPQ_IO) return; /* a file system without direct reads */
+    check(status == BAPQ_OK, "open: %s", error.message);
+    if (status != BAPQ_OK) return;
+    int64_t ticket;
+    check(bapq_run_begin(store, &ticket, &error) == BAPQ_ARGUMENT, "a run without a plan");
+    plan_count = 0;
+    publish(store, state, false);
+    check(bapq_run_begin(store, &ticket, &error) == BAPQ_OK, "begin: %s", error.message);
+    check(bapq_store_close(store, &error) == BAPQ_ARGUMENT, "closed under an open run");
+    bapq_run_report report;
+    check(bapq_run_end(ticket, &report, &error) == BAPQ_OK, "end: %s", error.message);
+
+    atomic_store(&fault_percent, faults ? 3 : 0);
+    atomic_store(&stopping, false);
+    runner runners[RUNNERS];
+    pthread_t threads[RUNNERS];
+    for (int32_t i = 0; i < RUNNERS; i++) {
+        runners[i] = (runner){store, *state + (uint64_t)i, faults};
+        pthread_create(&threads[i], NULL, keep_running, &runners[i]);
+    }
+    for (int64_t end = now_ms() + ROUND_MS; now_ms() < end && plan_count < PLANS_MOST - 2;) {
+        publish(store, state, false);
+        usleep(draw(state, 4) == 0 ? 20000 : draw(state, 1500));
+    }
+    atomic_store(&stopping, true);
+    for (int32_t i = 0; i < RUNNERS; i++) pthread_join(threads[i], NULL);
+    publish(store, state, true);
+    check(bapq_store_close(store, &error) == BAPQ_OK, "close: %s", error.message);
+}
+
+int main(int argc, char **argv) {
+    if (argc < 3) {
+        fprintf(stderr, "usage: store_stress DIRECTORY SECONDS [SEED]\n");
+        return 2;
+    }
+    int32_t seconds = atoi(argv[2]);
+    uint64_t state = argc > 3 ? strtoull(argv[3], NULL, 10) : 1;
+    alarm((unsigned)seconds + 60); /* a deadlock ends here */
+    make_bank(argv[1], &state);
+    int64_t end = now_ms() + seconds * 1000;
+    for (int32_t round = 0; round < 4 || now_ms() < end; round++)
+        play_round(&state, round % 4 == 3, round % 2 == 1);
+    for (int32_t p = 0; p < BAPQ_PLANES; p++) free(content[p]);
+    printf("%d passed, %d failed\n", atomic_load(&passed), atomic_load(&failed));
+    return atomic_load(&failed) > 0;
+}

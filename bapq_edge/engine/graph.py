@@ -32,7 +32,7 @@ def open_graph(model: bytes, threads: int) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Measured: the arena without memory patterns has the lowest peak, and it does not grow from run
-    # to run (docs/measuring.md).
+    # to run (docs/design.md).
     options.enable_mem_pattern = False
     options.log_severity_level = 3
     # Idle threads that spin would take the core that a prefetch thread or another program needs.

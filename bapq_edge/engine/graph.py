@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from types import ModuleType
+from typing import Any
 
 from bapq_edge.errors import BankFormatError, PlatformError
 
 from .native import library_path
-
-if TYPE_CHECKING:
-    import onnxruntime
 
 __all__ = ["RUN_INPUT", "open_graph"]
 
@@ -17,17 +16,29 @@ RUN_INPUT = "bapq.run"
 """Graph input that carries the ticket of a run (int64, no axes) to every operator of ours."""
 
 
-def open_graph(model: bytes, threads: int) -> onnxruntime.InferenceSession:
-    """Session for the graph, with `threads` threads inside an operator and one operator at a time.
-
-    Raises BankFormatError when ONNX Runtime refuses the graph.
-    """
+def _import_onnxruntime() -> ModuleType | ImportError:
     try:
-        import onnxruntime
-    except ImportError as error:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:  # such as on a 32-bit system: whoever opens a session is told
+        return error
+
+
+# With the package, not with the first session: its code is no part of a model's memory budget.
+_onnxruntime = _import_onnxruntime()
+
+
+def open_graph(model: bytes, threads: int) -> Any:
+    """Make the onnxruntime.InferenceSession of a bank's graph, which is all of `model`.
+
+    An operator runs on up to `threads` threads, and one operator runs at a time. Raises
+    BankFormatError when ONNX Runtime refuses the graph, PlatformError when it is not there.
+    """
+    onnxruntime = _onnxruntime
+    if isinstance(onnxruntime, ImportError):
         raise PlatformError(
-            f"onnxruntime cannot be imported ({error}): install it with 'pip install onnxruntime'"
-        ) from error
+            f"onnxruntime cannot be imported ({onnxruntime}): "
+            "install it with 'pip install onnxruntime'"
+        ) from onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -98,7 +98,6 @@ int32_t bapq_run_end(int64_t ticket, bapq_run_report *report, bapq_error *error)
     bapq_stream_leave(store, run);
     bapq_plan_release(store, p);
     store->open_runs--;
-    pthread_cond_broadcast(&store->changed);
     pthread_mutex_unlock(&store->lock);
     if (run->scratch) munmap(run->scratch, (size_t)run->scratch_bytes);
     free(run->asked);

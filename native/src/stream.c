@@ -231,9 +231,12 @@ static void take_over_order(bapq_store *store, const bapq_run *run) {
 }
 
 void bapq_stream_leave(bapq_store *store, const bapq_run *run) {
-    if (store->stream.leader == run) store->stream.leader = NULL;
+    if (store->stream.leader == run) {
+        store->stream.leader = NULL;
+        pthread_cond_broadcast(
+            &store->changed); /* a run whose chunks were all at home wakes nobody */
+    }
     if (store->stream.leader == NULL) take_over_order(store, run);
-    pthread_cond_broadcast(&store->changed);
 }
 
 /* ---- borrowing ---- */

@@ -74,19 +74,19 @@ def graph_bytes(
 def write_bank(
     path: Path,
     graph: bytes,
-    layers: list[tuple[str, str, LayerCodes, dict[str, Any]]],
+    layers: list[tuple[str, str | tuple[str, ...], LayerCodes, dict[str, Any]]],
     levels: tuple[Level, ...] = LEVELS,
 ) -> Path:
-    """A bank of (name, operator, codes, description) layers; the higher the level, the smaller
+    """A bank of (name, operators, codes, description) layers; the higher the level, the smaller
     the errors that it states.
     """
     shares = np.array([0 if level == 32 else level**-2.0 for level in levels])
     with BankWriter(path, levels=levels, source=SOURCE) as writer:
-        for name, operator, codes, description in layers:
+        for name, operators, codes, description in layers:
             chunks = -(-description["rows"] // description["chunk_rows"])
             writer.add_layer(
                 name,
-                (operator,),
+                (operators,) if isinstance(operators, str) else operators,
                 codes,
                 relative_error=dict(zip(levels, np.sqrt(shares), strict=True)),
                 sensitivity=np.tile(shares / chunks, (chunks, 1)).astype(np.float32),

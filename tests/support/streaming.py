@@ -1,0 +1,193 @@
+"""Banks of many chunks, plans that stream them, and what a plan must answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+
+from bapq_edge import Session
+from bapq_edge.bank.layout import LEVELS, Level
+from bapq_edge.planner import Plan, Problem, Request, plan, smallest_limit
+
+from .banks import NO_CLIP, graph_bytes, node, random_codes, write_bank
+
+SCALE_COLUMNS: dict[Level, int] = {4: 32, 2: 64, 1: 128}
+LINEAR = {"use_bias": 1, "clip_low": -NO_CLIP, "clip_high": NO_CLIP}
+RELU = {**LINEAR, "clip_low": 0.0}
+
+WISHES = (*({"level": level} for level in LEVELS), {"bits": 3.5}, {"bits": 6.0})
+"""Every level, and mixtures: keyword arguments of a Request or a Session."""
+
+
+def layer(
+    name: str,
+    operators: str | tuple[str, ...],
+    rows: int,
+    columns: int,
+    chunk_rows: int = 16,
+    levels: tuple[Level, ...] = LEVELS,
+) -> tuple:
+    """A layer of random codes, the same for the same name and shape."""
+    has_bias = "Gather" not in operators
+    scales = {level: group for level, group in SCALE_COLUMNS.items() if level in levels}
+    rng = np.random.default_rng([rows, columns, *name.encode()])
+    codes = random_codes(rng, rows, columns, scales, has_bias, levels)
+    description = {
+        "rows": rows,
+        "columns": columns,
+        "chunk_rows": chunk_rows,
+        "residual_steps": 15,
+        "scale_columns": scales,
+        "has_bias": has_bias,
+    }
+    return name, operators, codes, description
+
+
+def chain_bank(path: Path) -> Path:
+    """x (n, 96) through three products, 45 chunks of several sizes, to y (n, 64)."""
+    widths = (96, 400, 250, 64)
+    layers = [layer(f"fc{i}", "Gemm", widths[i + 1], widths[i]) for i in range(3)]
+    nodes = [
+        node("Gemm", "x", "h1", layer=0, **RELU),
+        node("Gemm", "h1", "h2", layer=1, **RELU),
+        node("Gemm", "h2", "y", layer=2, **LINEAR),
+    ]
+    return write_bank(path, graph_bytes(nodes, ["n", 96], ["n", 64]), layers)
+
+
+def tied_bank(path: Path) -> Path:
+    """Ids (n, m) through a table that the last product reads too, and one that only Gather does."""
+    layers = [
+        layer("tied", ("Gather", "MatMul"), 150, 64),
+        layer("positions", "Gather", 40, 64),
+        layer("fc", "MatMul", 64, 64),
+    ]
+    nodes = [
+        node("Gather", "x", "word", layer=0),
+        node("Gather", "x", "position", layer=1),
+        helper.make_node("Add", ["word", "position"], ["h"]),
+        node("MatMul", "h", "f", layer=2, **RELU),
+        node("MatMul", "f", "y", layer=0, **{**LINEAR, "use_bias": 0}),
+    ]
+    graph = graph_bytes(nodes, ["n", "m"], ["n", "m", 150], TensorProto.INT64)
+    return write_bank(path, graph, layers)
+
+
+def branches_bank(path: Path) -> Path:
+    """Two parallel branches that the graph runs in another order than the bank holds them in."""
+    layers = [
+        layer("left1", "Gemm", 128, 96),
+        layer("left2", "Gemm", 64, 128),
+        layer("right1", "Gemm", 200, 96),
+        layer("right2", "Gemm", 64, 200),
+    ]
+    nodes = [
+        node("Gemm", "x", "r1", layer=2, **RELU),
+        node("Gemm", "x", "l1", layer=0, **RELU),
+        node("Gemm", "r1", "r2", layer=3, **LINEAR),
+        node("Gemm", "l1", "l2", layer=1, **LINEAR),
+        helper.make_node("Add", ["r2", "l2"], ["y"]),
+    ]
+    return write_bank(path, graph_bytes(nodes, ["n", 96], ["n", 64]), layers)
+
+
+def choice_bank(path: Path) -> Path:
+    """x (n, 96): where its sum is positive one branch runs, else another, and then a product."""
+
+    def branch(number: int) -> Any:
+        return helper.make_graph(
+            [node("Gemm", "x", f"b{number}", layer=number, **RELU)],
+            f"branch{number}",
+            [],
+            [helper.make_tensor_value_info(f"b{number}", TensorProto.FLOAT, ["n", 128])],
+        )
+
+    zero = numpy_helper.from_array(np.array(0, np.float32))
+    layers = [
+        layer("then", "Gemm", 128, 96),
+        layer("else", "Gemm", 128, 96),
+        layer("last", "Gemm", 64, 128),
+    ]
+    nodes = [
+        helper.make_node("ReduceSum", ["x"], ["sum"], keepdims=0),
+        helper.make_node("Constant", [], ["zero"], value=zero),
+        helper.make_node("Greater", ["sum", "zero"], ["positive"]),
+        helper.make_node("If", ["positive"], ["h"], then_branch=branch(0), else_branch=branch(1)),
+        node("Gemm", "h", "y", layer=2, **LINEAR),
+    ]
+    return write_bank(path, graph_bytes(nodes, ["n", 96], ["n", 64]), layers)
+
+
+def matrix_bank(path: Path, rows: int, columns: int, levels: tuple[Level, ...]) -> Path:
+    """One large product: x (n, columns) -> y (n, rows)."""
+    layers = [layer("fc", "MatMul", rows, columns, chunk_rows=64, levels=levels)]
+    nodes = [node("MatMul", "x", "y", layer=0, **LINEAR)]
+    return write_bank(path, graph_bytes(nodes, ["n", columns], ["n", rows]), layers, levels)
+
+
+BANKS = {
+    "chain": chain_bank,
+    "tied": tied_bank,
+    "branches": branches_bank,
+    "choice": choice_bank,
+}
+
+
+def inputs(kind: str) -> list[np.ndarray]:
+    """What the bank of this kind is fed with; "choice" takes either branch in turn."""
+    rng = np.random.default_rng(7)
+    if kind == "tied":
+        return [rng.integers(0, 40, (2, 9)) for _ in range(2)]
+    x = rng.standard_normal((3, 96)).astype(np.float32)
+    return [np.abs(x), -np.abs(x)] if kind == "choice" else [x, 2 * x]
+
+
+def run(session: Session, x: np.ndarray) -> np.ndarray:
+    """The one output."""
+    (y,) = session.run(None, {session.get_inputs()[0].name: x})
+    return y
+
+
+def all_resident(problem: Problem, planned: Plan) -> Plan:
+    """The same levels, with everything pinned."""
+    return replace(planned, pinned=~problem.row_read, ring_bytes=0, resident_bytes=2**40)
+
+
+def resident_outputs(
+    bank: Path, xs: Iterable[np.ndarray], wishes: Iterable[dict] = WISHES
+) -> list[list[np.ndarray]]:
+    """What sessions answer that keep all weights in memory: [wish][x]."""
+    outputs = []
+    for wish in wishes:
+        with Session(bank, threads=1, **wish) as session:
+            outputs.append([run(session, x) for x in xs])
+    return outputs
+
+
+def limits(problem: Problem, request: Request) -> list[int]:
+    """The smallest limit, one little above it, and one that most chunks fit into."""
+    smallest = smallest_limit(problem, request)
+    total = plan(problem, request).resident_bytes
+    return [smallest, smallest + total // 8, max(smallest, total * 3 // 4)]
+
+
+def publish(session: Session, request: Request) -> Plan:
+    """Run this request from now on, whatever the session was asked for."""
+    planned = plan(session._problem, request)
+    with session._planning:
+        session._publish(planned)
+    return planned
+
+
+def settled(session: Session) -> Any:
+    """The store's statistics once the reader has turned to the published plan."""
+    deadline = time.monotonic() + 10
+    while (stats := session._store.stats()).live_plans > 1 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return stats

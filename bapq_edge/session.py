@@ -356,10 +356,11 @@ class Session:
             if envelope.weight_bytes_limit is not None:
                 allowed = envelope.weight_bytes_limit
                 limit = max(smallest, allowed if limit is None else min(limit, allowed))
+        resident = None if self._plan is None else self._plan.pinned
+        made = plan(self._problem, replace(request, weight_bytes_limit=limit), resident)
         self._frugal = frugal
         self._threads_now = threads
-        resident = None if self._plan is None else self._plan.pinned
-        return plan(self._problem, replace(request, weight_bytes_limit=limit), resident)
+        return made
 
     def _publish(self, new: Plan) -> None:
         number = max(self._bits_of_plan, default=0) + 1
@@ -380,11 +381,13 @@ class Session:
 
     def _replan(self, kind: str, reason: str) -> None:
         """Publish the plan that now fits, if it is another one, and say so."""
-        previous, new = self._plan, self._make_plan()
+        previous, threads = self._plan, self._threads_now
+        new = self._make_plan()
         assert previous is not None
         same_levels = np.array_equal(new.levels, previous.levels)
         same_pins = np.array_equal(new.pinned, previous.pinned)
-        if same_levels and same_pins and new.ring_bytes == previous.ring_bytes:
+        same_rest = (new.ring_bytes, self._threads_now) == (previous.ring_bytes, threads)
+        if same_levels and same_pins and same_rest:
             return
         self._publish(new)
         if same_levels:

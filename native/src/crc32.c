@@ -1,13 +1,28 @@
 #include "crc32.h"
 
 #include <pthread.h>
+#include <stdbool.h>
 #include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_acle.h>
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 /* Slicing by eight: eight independent look-ups per eight bytes instead of eight dependent ones. */
 static uint32_t table[8][256];
+static bool has_instructions;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
-static void fill_table(void) {
+static void prepare(void) {
+#if defined(__x86_64__)
+    has_instructions = __builtin_cpu_supports("pclmul");
+#elif defined(__aarch64__)
+    has_instructions = (getauxval(AT_HWCAP) & HWCAP_CRC32) != 0;
+#endif
     for (uint32_t i = 0; i < 256; i++) {
         uint32_t c = i;
         for (int bit = 0; bit < 8; bit++) c = (c >> 1) ^ (0xEDB88320u & (0u - (c & 1u)));
@@ -18,9 +33,7 @@ static void fill_table(void) {
             table[slice][i] = (table[slice - 1][i] >> 8) ^ table[0][table[slice - 1][i] & 0xFF];
 }
 
-uint32_t bapq_crc32(const uint8_t *data, size_t bytes) {
-    pthread_once(&once, fill_table);
-    uint32_t c = 0xFFFFFFFFu;
+static uint32_t by_table(uint32_t c, const uint8_t *data, size_t bytes) {
     for (; bytes >= 8; bytes -= 8, data += 8) {
         uint32_t low, high;
         memcpy(&low, data, 4); /* both targets are little-endian */
@@ -31,5 +44,53 @@ uint32_t bapq_crc32(const uint8_t *data, size_t bytes) {
             table[1][(high >> 16) & 0xFF] ^ table[0][high >> 24];
     }
     for (; bytes > 0; bytes--) c = (c >> 8) ^ table[0][(c ^ *data++) & 0xFF];
-    return ~c;
+    return c;
+}
+
+/* By instructions: the checksum of streamed chunks is on every run's way. Table: 1.4 GB/s. */
+#if defined(__x86_64__)
+/* Moves 16 bytes on by a distance: what it adds to the 16 bytes there, modulo the polynomial. `k`
+ * holds x^(distance + 32) and x^(distance - 32), distance in bits, modulo it and reflected. */
+__attribute__((target("pclmul"))) static __m128i fold(__m128i x, __m128i k, const uint8_t *next) {
+    __m128i moved =
+        _mm_xor_si128(_mm_clmulepi64_si128(x, k, 0x00), _mm_clmulepi64_si128(x, k, 0x11));
+    return _mm_xor_si128(moved, _mm_loadu_si128((const __m128i *)next));
+}
+
+__attribute__((target("pclmul"))) static uint32_t by_instructions(uint32_t c, const uint8_t *data,
+                                                                  size_t bytes) {
+    if (bytes < 64) return by_table(c, data, bytes);
+    const __m128i by_64 = _mm_set_epi64x(0x1c6e41596, 0x154442bd4);
+    const __m128i by_16 = _mm_set_epi64x(0x0ccaa009e, 0x1751997d0);
+    __m128i x[4];
+    uint8_t rest[4][16];
+    for (int i = 0; i < 4; i++) x[i] = _mm_loadu_si128((const __m128i *)data + i);
+    x[0] = _mm_xor_si128(x[0], _mm_cvtsi32_si128((int)c));
+    for (data += 64, bytes -= 64; bytes >= 64; data += 64, bytes -= 64)
+        for (int i = 0; i < 4; i++) x[i] = fold(x[i], by_64, data + 16 * i);
+    for (int i = 1; i < 4; i++) _mm_storeu_si128((__m128i *)rest[i], x[i]);
+    for (int i = 1; i < 4; i++) x[0] = fold(x[0], by_16, rest[i]);
+    for (; bytes >= 16; data += 16, bytes -= 16) x[0] = fold(x[0], by_16, data);
+    _mm_storeu_si128((__m128i *)rest[0], x[0]);
+    return by_table(by_table(0, rest[0], 16), data, bytes);
+}
+#elif defined(__aarch64__)
+__attribute__((target("+crc"))) static uint32_t by_instructions(uint32_t c, const uint8_t *data,
+                                                                size_t bytes) {
+    for (; bytes >= 8; bytes -= 8, data += 8) {
+        uint64_t word;
+        memcpy(&word, data, 8);
+        c = __crc32d(c, word);
+    }
+    return by_table(c, data, bytes);
+}
+#else
+static uint32_t by_instructions(uint32_t c, const uint8_t *data, size_t bytes) {
+    return by_table(c, data, bytes);
+}
+#endif
+
+uint32_t bapq_crc32(const uint8_t *data, size_t bytes) {
+    pthread_once(&once, prepare);
+    return ~(has_instructions ? by_instructions : by_table)(0xFFFFFFFFu, data, bytes);
 }

@@ -174,7 +174,10 @@ static void *reader(void *data) {
             bring_in(store, e, to_home);
             /* What came home needs no place in the queue; a failure does, for its operator. */
             if (to_home && e->state == ENTRY_READY) s->count--;
+            /* Woken with the lock held, the operator would only go to sleep on the lock. */
+            pthread_mutex_unlock(&store->lock);
             pthread_cond_broadcast(&store->changed);
+            pthread_mutex_lock(&store->lock);
             continue;
         }
         bool resting = s->plan != NULL && s->idle_for >= store->chunk_count;
@@ -375,8 +378,8 @@ void bapq_run_release(bapq_run *run, const bapq_chunk_view *view) {
     if (view->borrowed != BAPQ_FROM_RING) return;
     pthread_mutex_lock(&run->store->lock);
     pop_entry(&run->store->stream);
-    pthread_cond_broadcast(&run->store->changed);
     pthread_mutex_unlock(&run->store->lock);
+    pthread_cond_broadcast(&run->store->changed);
 }
 
 /* ---- rows ---- */

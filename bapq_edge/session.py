@@ -363,7 +363,7 @@ class Session:
         return made
 
     def _publish(self, new: Plan) -> None:
-        number = max(self._bits_of_plan, default=0) + 1
+        number = next(reversed(self._bits_of_plan), 0) + 1
         self._bits_of_plan[number] = new.bits_per_weight  # before a run can begin on it
         try:
             self._store.publish(
@@ -376,7 +376,9 @@ class Session:
         except BaseException:
             del self._bits_of_plan[number]
             raise
-        self._bits_of_plan.pop(number - _PLANS_KEPT, None)
+        with self._lock:
+            if self._running == 0:  # a run that begins now is on this plan or a later one
+                self._bits_of_plan = {number: new.bits_per_weight}
         self._plan = new
 
     def _replan(self, kind: str, reason: str) -> None:
@@ -523,9 +525,6 @@ class Session:
 
 
 _MEASURED = "measured what a run needs besides weights"
-
-_PLANS_KEPT = 1024
-"""No run is in flight while so many plans are published; their bits are for its statistics."""
 
 _WARM_UP_RUNS = 2
 """ONNX Runtime's arena takes its final size in the second."""

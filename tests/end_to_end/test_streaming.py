@@ -218,6 +218,26 @@ def test_a_thousand_random_changes_under_two_running_threads(bank, seed):
             assert stats.home_bytes == in_memory[:, LEVELS.index(level)].sum()
 
 
+def test_a_run_outlives_any_number_of_changes(tmp_path, monkeypatch):
+    (x, _) = inputs("chain")
+    with Session(chain_bank(tmp_path / "m.bank"), level=8, threads=1) as session:
+        expected = run(session, x)
+        graph = session._graph
+
+        class Switching:
+            def run(self, *arguments):
+                for i in range(2000):
+                    session.set_level((4, 8)[i % 2])
+                return graph.run(*arguments)
+
+        monkeypatch.setattr(session, "_graph", Switching())
+        np.testing.assert_array_equal(run(session, x), expected)
+        assert session.stats().bits_per_weight == 8
+        assert settled(session).live_plans == 1
+        session.set_level(4)
+        assert len(session._bits_of_plan) == 1
+
+
 # ---- memory ----
 
 

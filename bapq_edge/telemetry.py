@@ -76,13 +76,13 @@ class EventLog:
 
     def __init__(self) -> None:
         """Empty; time counts from now."""
-        self._opened_s = time.monotonic()
+        self.opened_s = time.monotonic()
         self._events: deque[Event] = deque(maxlen=_EVENTS_KEPT)
         self._counts: Counter[str] = Counter()
 
     def record(self, kind: str, reason: str, **values: Any) -> Event:
         """Append an event of this moment; `values` are the fields of Event that differ."""
-        time_s = time.monotonic() - self._opened_s
+        time_s = time.monotonic() - self.opened_s
         event = Event(time_s=time_s, kind=kind, reason=reason, **values)
         self._events.append(event)
         self._counts[kind] += 1

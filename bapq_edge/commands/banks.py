@@ -1,0 +1,93 @@
+"""`bapq inspect`, `verify`, `unpack` and `pack`: what looks at a bank or copies it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..bank.exchange import pack, unpack
+from ..bank.reader import Bank
+from ..bank.verify import verify
+from ..errors import BankIntegrityError
+from ..units import format_size
+
+__all__ = ["add_exchange", "add_inspect", "add_verify"]
+
+
+def add_inspect(commands: Any) -> None:
+    """Add `inspect`."""
+    inspect = commands.add_parser("inspect", help="show what a bank holds")
+    inspect.add_argument("bank", type=Path)
+    inspect.add_argument("--json", action="store_true", help="print the manifest as JSON")
+    inspect.set_defaults(command=_inspect)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    bank = Bank.open(arguments.bank)
+    manifest = bank.manifest
+    if arguments.json:
+        print(manifest.to_json().decode(), end="")
+        return
+    print(f"{bank.path}: {manifest.model.name}, made by {manifest.model.producer}")
+    calibration = manifest.calibration
+    seen = f"{calibration.samples} calibration samples" if calibration else "no calibration"
+    print(f"{bank.weights:,} weights in {len(manifest.layers)} layers, {seen}\n")
+    print("level  bits/weight  bytes in memory")
+    for level in bank.levels:
+        size = format_size(bank.weight_bytes(level))
+        print(f"{level:5}  {bank.bits_per_weight(level):11.2f}  {size:>15}")
+    levels = [level for level in bank.levels if level != 32]
+    errors = "".join(f"  error@{level}" for level in levels)
+    width = max(len(layer.name) for layer in manifest.layers)
+    print(f"\n{'layer':{width}}  {'operator':14}  {'rows x columns':>15}  chunks{errors}")
+    for layer in manifest.layers:
+        shape = f"{layer.rows} x {layer.columns}"
+        values = "".join(
+            f"  {layer.relative_error.get(level, float('nan')):{len(f'error@{level}')}.4f}"
+            for level in levels
+        )
+        operators = "+".join(layer.operators)
+        print(f"{layer.name:{width}}  {operators:14}  {shape:>15}  {layer.chunk_count:6}{values}")
+    if manifest.kept_in_float:
+        print("\nkept in float by the graph engine:")
+        width = max(len(node.name) for node in manifest.kept_in_float)
+        for node in manifest.kept_in_float:
+            print(f"  {node.name:{width}}  {node.operator:14} {node.weights:>10,}  {node.reason}")
+
+
+def add_verify(commands: Any) -> None:
+    """Add `verify`."""
+    command = commands.add_parser("verify", help="check every byte of a bank")
+    command.add_argument("bank", type=Path)
+    command.set_defaults(command=_verify)
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    report = verify(arguments.bank)
+    if not report.ok:
+        raise BankIntegrityError(str(report))
+    print(report)
+
+
+# ---- unpack, pack ----
+
+
+def add_exchange(commands: Any) -> None:
+    """Add `unpack` and `pack`."""
+    command = commands.add_parser("unpack", help="write a bank as a tree of .npy files")
+    command.add_argument("bank", type=Path)
+    command.add_argument("directory", type=Path)
+    command.set_defaults(command=_unpack)
+    command = commands.add_parser("pack", help="make a bank of a tree that unpack wrote")
+    command.add_argument("directory", type=Path)
+    command.add_argument("bank", type=Path)
+    command.set_defaults(command=_pack)
+
+
+def _unpack(arguments: argparse.Namespace) -> None:
+    print(unpack(arguments.bank, arguments.directory))
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    print(pack(arguments.directory, arguments.bank))

@@ -1,0 +1,192 @@
+"""One row of `bapq bench`: a process that opens a model and runs it whenever it is told to."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from ..errors import BapqError, ExecutionError, ModelFormatError, PlatformError
+from ..telemetry import peak_rss_bytes, rss_bytes
+from .feeds import load_feed, zero_feed
+
+__all__ = ["Row", "Subject"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a row measures: a bank at a level, or an ONNX model."""
+
+    path: Path
+    level: str | None
+    """None: the path is an ONNX model"""
+    budget: str | None
+    threads: int | None
+    input_path: Path | None
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def name(self) -> str:
+        """For the first column."""
+        if self.level is None:
+            return self.path.name
+        level = self.level if self.level == "auto" else f"level {self.level}"
+        return level if self.budget is None else f"{level} in {self.budget}"
+
+
+class Row:
+    """The parent's side of the process. Every method raises the BapqError that it failed with."""
+
+    def __init__(self, subject: Subject) -> None:
+        """Start the process; it does nothing yet."""
+        # A fresh interpreter: a fork would begin with this process's memory.
+        context = multiprocessing.get_context("spawn")
+        self._name = subject.name
+        self._pipe, end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(end, subject), daemon=True)
+        self._process.start()
+        end.close()
+
+    def open(self) -> float:
+        """Open the model; how long it took, in milliseconds."""
+        return float(self._ask("open"))
+
+    def run(self) -> float:
+        """Run it once; milliseconds."""
+        return float(self._ask("run"))
+
+    def forget_reads(self) -> None:
+        """Count the bytes that are read from here on."""
+        self._ask("forget_reads")
+
+    def report(self) -> dict[str, Any]:
+        """Memory and precision after the runs so far."""
+        report: dict[str, Any] = self._ask("report")
+        return report
+
+    def _ask(self, question: str) -> Any:
+        try:
+            self._pipe.send(question)
+            answer = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            code = self._process.exitcode or 0
+            reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            raise ExecutionError(
+                f"{self._name}: its process ended with {reason}"
+                + (": the system ran out of memory, most likely" if code == -9 else "")
+            ) from None
+        if isinstance(answer, BapqError):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(pipe: Connection, subject: Subject) -> None:
+    """The process's side: answer questions until the parent hangs up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hangs up, then this ends
+    runner = _Runner(subject)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            answer: Any
+            try:
+                question: Callable[[], Any] = getattr(runner, pipe.recv())
+                answer = question()
+            except BapqError as error:
+                answer = error
+            pipe.send(answer)
+
+
+class _Runner:
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._runs = 0
+        self._read_before_bytes = 0
+        self._session: Any = None
+
+    def open(self) -> float:
+        try:
+            import onnxruntime  # noqa: F401  (a program that uses it has it in memory already)
+        except ImportError as error:
+            raise PlatformError(
+                f"onnxruntime cannot be imported ({error}): install it with "
+                "'pip install onnxruntime'"
+            ) from error
+        subject = self._subject
+        feed = load_feed(subject.input_path) if subject.input_path else None
+        gc.collect()
+        self._before_bytes = rss_bytes()
+        started_s = time.perf_counter()
+        self._session = _open_model(subject) if subject.level is None else _open_bank(subject)
+        load_ms = (time.perf_counter() - started_s) * 1e3
+        inputs = self._session.get_inputs()
+        self._feed = zero_feed(inputs, subject.shapes) if feed is None else feed
+        return load_ms
+
+    def run(self) -> float:
+        started_s = time.perf_counter()
+        try:
+            self._session.run(None, self._feed)
+        except BapqError:
+            raise
+        except Exception as error:  # ONNX Runtime raises classes without a common base
+            reason = str(error).splitlines()[0]
+            raise ExecutionError(f"{self._subject.name}: ONNX Runtime: {reason}") from None
+        self._runs += 1
+        return (time.perf_counter() - started_s) * 1e3
+
+    def forget_reads(self) -> None:
+        self._runs = 0
+        if self._subject.level is not None:
+            self._read_before_bytes = self._session.stats().streamed_bytes
+
+    def report(self) -> dict[str, Any]:
+        growth_bytes = peak_rss_bytes() - self._before_bytes
+        if self._subject.level is None:
+            return {
+                "peak_growth_bytes": growth_bytes,
+                "weight_bytes": self._subject.path.stat().st_size,
+            }
+        stats = self._session.stats()
+        return {
+            "peak_growth_bytes": growth_bytes,
+            "weight_bytes": stats.resident_bytes,
+            "streamed_bytes_per_run": (stats.streamed_bytes - self._read_before_bytes) / self._runs,
+            "bits_per_weight": stats.bits_per_weight,
+        }
+
+
+def _open_bank(subject: Subject) -> Any:
+    from ..session import Session
+
+    assert subject.level is not None
+    return Session(
+        subject.path, level=subject.level, memory_budget=subject.budget, threads=subject.threads
+    )
+
+
+def _open_model(subject: Subject) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if subject.threads is not None:
+        options.intra_op_num_threads = subject.threads
+    try:
+        return onnxruntime.InferenceSession(
+            str(subject.path), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # ONNX Runtime raises classes of its own, without a common base
+        reason = str(error).splitlines()[0]
+        raise ModelFormatError(f"{subject.path}: ONNX Runtime refuses it: {reason}") from None

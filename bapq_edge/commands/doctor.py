@@ -1,0 +1,36 @@
+"""`bapq doctor`: what works on this board, and the fix for what does not."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from ..doctor import examine
+from ..errors import PlatformError
+
+__all__ = ["add_doctor"]
+
+
+def add_doctor(commands: Any) -> None:
+    """Add `doctor`."""
+    command = commands.add_parser("doctor", help="say what works on this board, and how to fix it")
+    command.add_argument("bank", type=Path, nargs="?", help="checks its storage as well")
+    command.add_argument("--json", action="store_true", help="print the findings as JSON")
+    command.set_defaults(command=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    findings = examine(arguments.bank)
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+    else:
+        width = max(len(finding.item) for finding in findings)
+        for finding in findings:
+            fix = f" -> {finding.fix}" if finding.fix else ""
+            print(f"{finding.state:4}  {finding.item:{width}}  {finding.found}{fix}")
+    broken = [finding.item for finding in findings if finding.state == "BAD"]
+    if broken:
+        raise PlatformError(f"{', '.join(broken)}: bapq cannot run before that is fixed")

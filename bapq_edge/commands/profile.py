@@ -1,0 +1,99 @@
+"""`bapq profile`: run a bank for some seconds, and write what it did as a trace."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError, StorageError
+from ..profiling.trace import Recorder, Summary
+from ..session import Session
+from ..units import format_size
+from .feeds import add_feed, load_feed, parse_shapes, zero_feed
+from .run import add_precision
+
+__all__ = ["add_profile"]
+
+_LAYERS_SHOWN = 5
+
+
+def add_profile(commands: Any) -> None:
+    """Add `profile`."""
+    command = commands.add_parser("profile", help="write a trace of reads, waits and runs")
+    command.add_argument("bank", type=Path)
+    command.add_argument("-o", "--output", required=True, type=Path, help="trace.json to write")
+    command.add_argument("--seconds", type=float, default=5.0, help="to run for (default: 5)")
+    command.add_argument(
+        "--budget", metavar="SIZE", help="what the process may grow by, such as 64MiB, or auto"
+    )
+    add_precision(command)
+    add_feed(command)
+    command.add_argument("--threads", type=int)
+    command.add_argument(
+        "--controller", action="store_true", help="let memory, power and heat change the plan"
+    )
+    command.add_argument("--direct", action="store_true", help="read around the page cache")
+    command.add_argument("--json", action="store_true", help="print the summary as JSON")
+    command.set_defaults(command=_profile)
+
+
+def _profile(arguments: argparse.Namespace) -> None:
+    if not arguments.seconds > 0:
+        raise RequestError(f"--seconds is {arguments.seconds}, it must be more than 0")
+    shapes = parse_shapes(arguments.shape)
+    feed = load_feed(arguments.input) if arguments.input else None
+    try:
+        arguments.output.write_text("")  # a place that cannot be written is known at once
+    except OSError as error:
+        raise StorageError(f"{arguments.output} cannot be written: {error}") from error
+    with Session(
+        arguments.bank,
+        memory_budget=arguments.budget,
+        level=arguments.level,
+        bits=arguments.bits,
+        threads=arguments.threads,
+        controller="auto" if arguments.controller else None,
+        direct_io=arguments.direct,
+    ) as session:
+        if feed is None:
+            feed = zero_feed(session.get_inputs(), shapes)
+        session.run(None, feed)  # the first run brings in what is pinned
+        with Recorder(session) as recorder:
+            end_s = time.monotonic() + arguments.seconds
+            while time.monotonic() < end_s:
+                recorder.run(feed)
+        stats = session.stats()
+    try:
+        summary = recorder.write(arguments.output)
+    except OSError as error:
+        raise StorageError(f"{arguments.output} cannot be written: {error}") from error
+    if arguments.json:
+        report = {**dataclasses.asdict(summary), "session": dataclasses.asdict(stats)}
+        print(json.dumps(report))
+        return
+    _print(summary)
+    print(
+        f"{stats.bits_per_weight:.2f} bits per weight, {format_size(stats.resident_bytes)} of "
+        f"weights in memory, process grew by {format_size(stats.peak_bytes)} at its peak"
+    )
+    print(f"{arguments.output}: open it on https://ui.perfetto.dev (it stays on this machine)")
+
+
+def _print(summary: Summary) -> None:
+    print(
+        f"{summary.runs} runs, median {summary.median_run_ms:.2f} ms, "
+        f"{summary.wait_share:.1%} of that waiting for weights"
+    )
+    print(
+        f"read {summary.read_bytes / 1e6:.1f} MB ({summary.read_bytes_per_run / 1e6:.2f} MB a run) "
+        f"at {summary.read_bytes_s / 1e6:.1f} MB/s, "
+        f"while reading {summary.read_bytes_s_while_reading / 1e6:.1f} MB/s"
+    )
+    for name, wait_ms in list(summary.waits_by_layer_ms.items())[:_LAYERS_SHOWN]:
+        print(f"  waited {wait_ms / max(1, summary.runs):8.3f} ms a run for {name}")
+    if summary.lost_events:
+        print(f"{summary.lost_events} events found no room: the trace has holes")

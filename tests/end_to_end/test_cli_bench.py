@@ -1,0 +1,159 @@
+"""`bapq bench`, `profile` and `doctor`: what they print can be read, and adds up."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bapq_edge import errors
+from bapq_tools.build import build
+from bapq_tools.zoo import make_model
+from bapq_tools.zoo.digits import calibration_npz, load_digits_split
+
+BAPQ = Path(sys.executable).with_name("bapq")
+
+
+def bapq(*arguments: object, code: int = 0, **environment: str) -> tuple[str, str]:
+    result = subprocess.run(
+        [BAPQ, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    assert result.returncode == code, result.stderr
+    return result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the digits CNN, an input, and its bank."""
+    folder = tmp_path_factory.mktemp("bench")
+    make_model("digits_cnn", folder / "digits.onnx")
+    calibration_npz(folder / "calibration.npz", "cnn")
+    np.savez(folder / "input.npz", image=load_digits_split().x_test[:1])
+    build(
+        folder / "digits.onnx",
+        folder / "digits.bank",
+        folder / "calibration.npz",
+        (32, 8, 4),
+        progress=False,
+    )
+    return folder
+
+
+def test_bench_measures_every_level_beside_the_models(place):
+    out, err = bapq(
+        *("bench", place / "digits.bank", "--against", place / "digits.onnx", "-r", 3),
+        *("--input", place / "input.npz", "--threads", 1, "-o", "json"),
+    )
+    rows = json.loads(out)
+    assert err == "" and [row["name"] for row in rows] == ["digits.onnx", "level 8", "level 4"]
+    model, *levels = rows
+    assert model["ratio"] == 1 and model["weight_bytes"] == os.path.getsize(place / "digits.onnx")
+    assert model["streamed_bytes_per_run"] is model["bits_per_weight"] is None
+    assert [row["bits_per_weight"] for row in levels] == [8, 4]
+    assert levels[0]["weight_bytes"] > levels[1]["weight_bytes"] > 0
+    for row in rows:
+        assert row["error"] is None and row["peak_growth_bytes"] > 1 << 20
+        assert row["load_ms"] > 0 and row["run_ms"] > 0 and row["run_sd_ms"] >= 0
+    for row in levels:
+        assert row["ratio"] > 0 and row["streamed_bytes_per_run"] == 0  # all of it is in memory
+
+
+def test_bench_tables(place):
+    bench = ("bench", place / "digits.bank", "-r", 2, "--levels", "32,auto", "--shape")
+    markdown, _ = bapq(*bench, "image=2,1,8,8", "-o", "md")
+    lines = markdown.splitlines()
+    assert len(lines) == 4 and len({len(line) for line in lines}) == 1
+    assert "level 32" in lines[2] and "auto" in lines[3]
+    table, _ = bapq(*bench, "image=2,1,8,8", "-o", "csv")
+    assert [row["name"] for row in csv.DictReader(table.splitlines())] == ["level 32", "auto"]
+    lines, _ = bapq(*bench, "image=2,1,8,8", "-o", "jsonl")
+    assert [json.loads(line)["ratio"] for line in lines.splitlines()] == [None, None]
+
+
+def test_a_row_that_fails_leaves_the_others_and_its_error(place):
+    (place / "text.onnx").write_text("this is no model\n")
+    out, err = bapq(
+        *("bench", place / "digits.bank", "--against", place / "text.onnx", "-r", 2),
+        *("--levels", "8", "-o", "json"),
+        code=errors.ModelFormatError.exit_code,
+    )
+    broken, level = json.loads(out)
+    assert "text.onnx" in broken["error"] and broken["run_ms"] is None
+    assert level["error"] is None and level["ratio"] is None and level["run_ms"] > 0
+    assert err.startswith("bapq: ") and err.count("\n") == 1
+    out, err = bapq(
+        *("bench", place / "digits.bank", "-r", 2, "--levels", "4", "--budget", "1MiB"),
+        code=errors.BudgetTooSmallError.exit_code,
+    )
+    assert "failed" in out and "smallest that works" in err
+
+
+def test_wishes_that_cannot_be_are_refused_in_a_line(place):
+    bench = ("bench", place / "digits.bank")
+    for arguments, error in [
+        (("--levels", "2"), errors.UnknownLevelError),
+        (("--shape", "image"), errors.RunInputError),
+        (("--levels", "8", "--shape", "picture=1,2"), errors.RunInputError),
+        (("--runs", "0"), errors.RequestError),
+        (("--input", place / "absent.npz", "--levels", "8"), errors.RunInputError),
+    ]:
+        _, err = bapq(*bench, *arguments, code=error.exit_code)
+        assert err.startswith("bapq: ") and err.count("\n") == 1
+    profile = ("profile", place / "digits.bank", "-o")
+    bapq(*profile, place / "no" / "a.json", code=errors.StorageError.exit_code)
+    bapq(*profile, place / "a.json", "--seconds", 0, code=errors.RequestError.exit_code)
+
+
+def test_profile_writes_a_trace_and_its_summary(place, tmp_path):
+    profile = ("profile", place / "digits.bank", "--seconds", 0.2, "--budget", "24MiB")
+    out, err = bapq(*profile, "--level", 4, "-o", tmp_path / "a.json", "--json")
+    summary = json.loads(out)
+    entries = json.loads((tmp_path / "a.json").read_text())["traceEvents"]
+    assert err == "" and summary["lost_events"] == 0 and summary["session"]["level"] == 4
+    runs = [entry for entry in entries if entry["name"].startswith("run ")]
+    assert len(runs) == summary["runs"] > 0
+    for before, after in itertools.pairwise(runs):
+        assert before["ts"] + before["dur"] <= after["ts"]
+    read_bytes = sum(entry.get("args", {}).get("bytes", 0) for entry in entries)
+    assert read_bytes == summary["read_bytes"]
+    assert summary["session"]["peak_bytes"] <= 24 << 20
+    out, _ = bapq(*profile, "-o", tmp_path / "b.json", "--input", place / "input.npz")
+    assert "runs, median" in out and "perfetto" in out
+
+
+def test_a_controller_s_decision_is_in_the_trace_with_its_reading(place, tmp_path):
+    (tmp_path / "hot.csv").write_text("time_s,temperature_c\n0,40\n0.5,95\n")
+    bapq(
+        *("profile", place / "digits.bank", "--seconds", 2, "--controller"),
+        *("-o", tmp_path / "a.json"),
+        BAPQ_SENSORS=f"mock:{tmp_path / 'hot.csv'}",
+    )
+    entries = json.loads((tmp_path / "a.json").read_text())["traceEvents"]
+    told = {entry["args"]["C"] for entry in entries if entry["name"] == "temperature C"}
+    assert told == {40, 95}
+    assert any("95" in entry["args"]["reason"] for entry in entries if entry["ph"] == "i")
+
+
+def test_doctor_tells_what_runs_and_fails_only_where_nothing_does(place):
+    text, _ = bapq("doctor")
+    assert "kernels" in text and "read speed" not in text
+    found = json.loads(bapq("doctor", place / "digits.bank", "--json")[0])
+    items = {finding["item"]: finding for finding in found}
+    assert {"python", "onnxruntime", "kernels", "power", "bank", "read speed"} <= set(items)
+    assert all(finding["state"] in ("OK", "note") for finding in found)
+    assert all((finding["state"] == "OK") == (finding["fix"] == "") for finding in found)
+    code = errors.PlatformError.exit_code
+    out, err = bapq("doctor", place / "no.bank", code=code)
+    assert "BAD   bank" in out and "bank" in err and err.count("\n") == 1
+    out, _ = bapq("doctor", code=code, BAPQ_ISA="mmx")
+    assert "unset BAPQ_ISA" in out

@@ -18,13 +18,36 @@ from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, Plane
 from bapq_edge.bank.reader import Bank
 from bapq_edge.errors import BapqError
 
-__all__ = ["RunReport", "Store", "StoreStats", "kernels_name", "library_path"]
+__all__ = [
+    "PLANE_ORDER",
+    "TRACE_EVENT",
+    "TRACE_KINDS",
+    "RunReport",
+    "Store",
+    "StoreStats",
+    "kernels_name",
+    "library_path",
+]
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _NO_LIMIT = 2**62
 _ROW_CACHE_SLOTS = 64
 _STORAGE_STATUSES = (3, 4, 5)
-_PLANE_ORDER: tuple[Plane, ...] = ("f32", "r8", "p4", "m1", "s1")
+PLANE_ORDER: tuple[Plane, ...] = ("f32", "r8", "p4", "m1", "s1")
+
+TRACE_KINDS = ("read", "rows", "wait")
+"""the reader thread read a chunk, an operator read rows of one, an operator waited"""
+TRACE_EVENT = np.dtype(
+    [
+        ("kind", np.int32),  # index into TRACE_KINDS
+        ("chunk", np.int32),
+        ("plane", np.int32),  # index into PLANE_ORDER, -1: a wait
+        ("status", np.int32),  # 0: the read succeeded
+        ("start_ns", np.int64),  # as time.monotonic_ns()
+        ("end_ns", np.int64),
+        ("bytes", np.int64),
+    ]
+)
 
 _STATUS_ERRORS: dict[int, type[errors.BapqError]] = {
     1: errors.RunInputError,
@@ -187,6 +210,11 @@ def _library() -> ctypes.CDLL:
         "bapq_store_close": (ctypes.c_int32, [store, error]),
         "bapq_store_publish": (ctypes.c_int32, [store, ctypes.POINTER(_PlanRequest), error]),
         "bapq_store_read_stats": (None, [store, ctypes.POINTER(_StoreStats)]),
+        "bapq_store_trace": (ctypes.c_int32, [store, ctypes.c_int64, error]),
+        "bapq_store_trace_read": (
+            ctypes.c_int64,
+            [store, ctypes.c_void_p, ctypes.c_int64, number],
+        ),
         "bapq_run_begin": (ctypes.c_int32, [store, number, error]),
         "bapq_run_end": (ctypes.c_int32, [ctypes.c_int64, ctypes.POINTER(_RunReport), error]),
         "bapq_kernels_name": (ctypes.c_char_p, []),
@@ -230,6 +258,7 @@ class Store:
         self._bank = bank
         self._library = _library()
         self._handle = ctypes.c_void_p()
+        self._trace = np.empty(0, TRACE_EVENT)
         native, keep_alive = self._describe(bank, direct)
         error = _Error()
         self._library.bapq_store_open(
@@ -251,7 +280,7 @@ class Store:
             entry.has_bias = layer.has_bias
             entry.gathered = "Gather" in layer.operators
             entry.read_by_row = layer.operators == ("Gather",)
-            for index, plane in enumerate(_PLANE_ORDER):
+            for index, plane in enumerate(PLANE_ORDER):
                 if plane in SCALED_PLANES:
                     entry.scale_columns[index] = layer.scale_columns.get(SCALED_PLANES[plane], 0)
         native = _Bank(
@@ -262,7 +291,7 @@ class Store:
             row_cache_slots=_ROW_CACHE_SLOTS,
         )
         keep_alive: list[object] = [table]
-        for index, plane in enumerate(_PLANE_ORDER):
+        for index, plane in enumerate(PLANE_ORDER):
             if plane not in bank.planes:
                 continue
             native.plane_path[index] = os.fsencode(bank.plane_path(plane))
@@ -332,6 +361,28 @@ class Store:
         self._library.bapq_store_read_stats(self._handle, ctypes.byref(native))
         return StoreStats(*(getattr(native, name) for name, _ in _StoreStats._fields_))
 
+    def trace_start(self, capacity: int) -> None:
+        """Record reads and waits from now on; what was recorded and not read is forgotten.
+
+        `capacity` is the number of events that are kept until they are read; 0 ends the recording.
+        """
+        error = _Error()
+        self._library.bapq_store_trace(self._handle, capacity, ctypes.byref(error))
+        self._check(error)
+        self._trace = np.empty(capacity, TRACE_EVENT)
+
+    def trace_read(self) -> tuple[NDArray[np.void], int]:
+        """What was recorded since the last call, and how many events were lost since the start.
+
+        The events are (count,) TRACE_EVENT in the order in which they ended, valid until the next
+        call. An event is lost when `capacity` of them wait to be read.
+        """
+        lost = ctypes.c_int64()
+        count = self._library.bapq_store_trace_read(
+            self._handle, self._trace.ctypes.data, len(self._trace), ctypes.byref(lost)
+        )
+        return self._trace[:count], lost.value
+
     def close(self) -> None:
         """Give all memory back."""
         error = _Error()
@@ -355,4 +406,4 @@ class Store:
         return exception
 
 
-assert set(_PLANE_ORDER) == set(PLANES) and len(LEVELS) == len(PLANES)
+assert set(PLANE_ORDER) == set(PLANES) and len(LEVELS) == len(PLANES)

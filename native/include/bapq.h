@@ -11,7 +11,7 @@
 #define BAPQ_API __attribute__((visibility("default")))
 
 /* Raised by one whenever a struct or a function below changes; Python refuses another. */
-enum { BAPQ_ABI_VERSION = 2 };
+enum { BAPQ_ABI_VERSION = 3 };
 
 typedef enum {
     BAPQ_OK = 0,
@@ -93,6 +93,22 @@ typedef struct {
     bapq_error degraded_by;
 } bapq_run_report;
 
+enum {
+    BAPQ_TRACE_READ, /* the reader thread read a chunk of a plane */
+    BAPQ_TRACE_ROWS, /* an operator did, for a few of its rows */
+    BAPQ_TRACE_WAIT, /* an operator waited for a chunk */
+};
+
+typedef struct {
+    int32_t kind;
+    int32_t chunk;
+    int32_t plane;    /* of a wait -1 */
+    int32_t status;   /* of the read */
+    int64_t start_ns; /* CLOCK_MONOTONIC */
+    int64_t end_ns;
+    int64_t bytes; /* that read_bytes grew by */
+} bapq_trace_event;
+
 typedef struct bapq_store bapq_store;
 
 BAPQ_API int32_t bapq_abi_version(void);
@@ -105,6 +121,12 @@ BAPQ_API int32_t bapq_store_close(bapq_store *store, bapq_error *error);
 BAPQ_API int32_t bapq_store_publish(bapq_store *store, const bapq_plan_request *request,
                                     bapq_error *error);
 BAPQ_API void bapq_store_read_stats(bapq_store *store, bapq_store_stats *out);
+/* Records from now on, into a buffer of so many events; 0 ends it and frees the buffer. */
+BAPQ_API int32_t bapq_store_trace(bapq_store *store, int64_t capacity, bapq_error *error);
+/* Moves the recorded events to `out`, in the order in which they ended, `capacity` at most; returns
+ * how many. `lost`: events since the recording began that found the buffer full. */
+BAPQ_API int64_t bapq_store_trace_read(bapq_store *store, bapq_trace_event *out, int64_t capacity,
+                                       int64_t *lost);
 /* Begins a run on the published plan. The ticket is the value of the graph input "bapq.run". */
 BAPQ_API int32_t bapq_run_begin(bapq_store *store, int64_t *ticket, bapq_error *error);
 /* Ends the run. Returns the status of the first operator that failed in it, and its error. */

@@ -166,6 +166,7 @@ static void free_store(bapq_store *store) {
     if (store->stream.plan != store->published) free(store->stream.plan);
     if (store->statm_fd >= 0) close(store->statm_fd);
     bapq_scratch_free(store);
+    bapq_trace_free(store);
     free(store->published);
     free(store->layer);
     free(store->layer_of);

@@ -3,6 +3,7 @@
 #define BAPQ_STORE_INTERNAL_H
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 
 #include "store.h"
@@ -71,6 +72,13 @@ typedef struct {
     uint8_t *bounce;
 } row_cache;
 
+/* What is recorded while someone profiles. */
+typedef struct {
+    atomic_bool on;          /* written with the lock held */
+    bapq_trace_event *event; /* (capacity,) */
+    int64_t capacity, count, lost;
+} trace_buffer;
+
 enum { ROW_NONE = -1, ROW_NEVER = -2 /* never was any */ };
 
 struct bapq_store {
@@ -101,6 +109,7 @@ struct bapq_store {
     int32_t open_runs;
     stream stream;
     row_cache rows;
+    trace_buffer trace;
 };
 
 struct bapq_run {
@@ -153,5 +162,15 @@ void bapq_stream_stop(bapq_store *store);
 void bapq_stream_follow(bapq_store *store);
 /* Called with the lock held, when the run ends. The order it noted is taken over. */
 void bapq_stream_leave(bapq_store *store, const bapq_run *run);
+
+/* ---- trace.c ---- */
+
+int64_t bapq_now_ns(void);
+/* The time, or 0 when nothing is recorded. Called with the lock or without it. */
+int64_t bapq_trace_start(const bapq_store *store);
+/* Called with the lock held. Records the event, with all but its end, unless start_ns is 0. */
+void bapq_trace_end(bapq_store *store, bapq_trace_event event);
+/* Called without the lock, when nobody else uses the store. */
+void bapq_trace_free(bapq_store *store);
 
 #endif

@@ -2,16 +2,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 
 #include "error.h"
 #include "store_internal.h"
-
-static int64_t now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
 
 static ring_entry *entry_at(stream *s, int32_t i) {
     return &s->entry[(s->first + i) % RING_ENTRIES];
@@ -139,9 +132,14 @@ static void bring_in(bapq_store *store, ring_entry *e, bool to_home) {
         s->busy = true;
         pthread_mutex_unlock(&store->lock);
         bapq_error error = {0};
+        bapq_trace_event event = {BAPQ_TRACE_READ, chunk, planes[i],
+                                  .start_ns = bapq_trace_start(store)};
         int32_t status = bapq_read_chunk(store, planes[i], chunk, target, s->bounce, &error);
         pthread_mutex_lock(&store->lock);
         s->busy = false;
+        event.status = status;
+        event.bytes = status == BAPQ_OK ? extent->bytes : 0;
+        bapq_trace_end(store, event);
         if (status == BAPQ_OK) {
             store->read_bytes += extent->bytes;
             if (to_home) {
@@ -362,13 +360,15 @@ int32_t bapq_run_acquire(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_vie
         }
         if (s->leader == NULL) s->leader = run;
         if (s->leader == run && take_from_ring(run, layer, i, view, &status, error)) break;
-        if (waited_since == 0) waited_since = now_ns();
+        if (waited_since == 0) waited_since = bapq_now_ns();
         pthread_cond_wait(&store->changed, &store->lock);
     }
     if (waited_since != 0) {
-        int64_t waited = now_ns() - waited_since;
+        int64_t waited = bapq_now_ns() - waited_since;
         run->wait_ns += waited;
         store->wait_ns += waited;
+        bapq_trace_end(store, (bapq_trace_event){BAPQ_TRACE_WAIT, chunk, -1, status,
+                                                 .start_ns = waited_since});
     }
     pthread_mutex_unlock(&store->lock);
     return status;
@@ -416,8 +416,16 @@ int32_t bapq_run_acquire_rows(bapq_run *run, int32_t layer, int32_t i, bapq_chun
         view->records[p] = data + used;
         view->record_bytes[p] = bapq_record_bytes(view->layer, planes[p]);
         if (!cached) {
+            bapq_trace_event event = {BAPQ_TRACE_ROWS, chunk, planes[p],
+                                      .start_ns = bapq_trace_start(store)};
             int32_t status =
                 bapq_read_chunk(store, planes[p], chunk, data + used, rows->bounce, error);
+            event.status = status;
+            event.bytes = status == BAPQ_OK ? bytes : 0;
+            pthread_mutex_lock(&store->lock);
+            store->read_bytes += event.bytes;
+            bapq_trace_end(store, event);
+            pthread_mutex_unlock(&store->lock);
             if (status != BAPQ_OK) {
                 pthread_mutex_unlock(&rows->lock);
                 return status;
@@ -428,7 +436,6 @@ int32_t bapq_run_acquire_rows(bapq_run *run, int32_t layer, int32_t i, bapq_chun
     if (!cached) {
         rows->key[slot] = key;
         pthread_mutex_lock(&store->lock);
-        store->read_bytes += used;
         rows->slots_used += fresh;
         pthread_mutex_unlock(&store->lock);
     }

@@ -284,6 +284,26 @@ static void publish(bapq_store *store, uint64_t *state, bool settled) {
           (long long)stats.scratch_bytes);
 }
 
+/* Recording goes on and off under the runs, and its buffer is often full. */
+static void record(bapq_store *store, uint64_t *state) {
+    bapq_trace_event events[100];
+    bapq_error error = {0};
+    int64_t lost;
+    if (draw(state, 8) == 0)
+        check(bapq_store_trace(store, draw(state, 200), &error) == BAPQ_OK, "%s", error.message);
+    int64_t count = bapq_store_trace_read(store, events, draw(state, 101), &lost);
+    bool sound = lost >= 0;
+    for (int64_t i = 0; i < count; i++) {
+        const bapq_trace_event *e = &events[i];
+        int64_t bytes = e->kind == BAPQ_TRACE_WAIT || e->status != BAPQ_OK
+                            ? 0
+                            : extents[e->plane][e->chunk].bytes;
+        sound = sound && e->start_ns <= e->end_ns && e->bytes == bytes &&
+                (i == 0 || events[i - 1].end_ns <= e->end_ns);
+    }
+    check(sound, "a recorded event is not what happened");
+}
+
 static void play_round(uint64_t *state, bool direct, bool faults) {
     bapq_bank bank = {.layers = layers,
                       .layer_count = LAYERS,
@@ -319,6 +339,7 @@ static void play_round(uint64_t *state, bool direct, bool faults) {
     }
     for (int64_t end = now_ms() + ROUND_MS; now_ms() < end && plan_count < PLANS_MOST - 2;) {
         publish(store, state, false);
+        record(store, state);
         usleep(draw(state, 4) == 0 ? 20000 : draw(state, 1500));
     }
     atomic_store(&stopping, true);

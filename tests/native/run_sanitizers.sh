@@ -19,7 +19,8 @@ for sanitizers in thread address,undefined; do
     echo "== $sanitizers"
     objects=""
     for file in "$src"/error.c "$src"/crc32.c "$src"/layout.c "$src"/store.c "$src"/residency.c \
-                "$src"/stream.c "$src"/run.c "$src"/kernels/*.c "$root/native/tests/store_stress.c"; do
+                "$src"/stream.c "$src"/run.c "$src"/trace.c "$src"/kernels/*.c \
+                "$root/native/tests/store_stress.c"; do
         case $(uname -m)-$(basename "$file" .c) in
         x86_64-avx2) extra="-mavx2 -mfma" ;;
         x86_64-avx512vnni) extra="-mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512vnni" ;;

@@ -59,7 +59,10 @@ bapq_run *bapq_run_of(int64_t ticket) {
     int64_t slot = (ticket & 0xFFFFFFFF) - 1;
     if (slot < 0 || slot >= MAX_RUNS) return NULL;
     bapq_run *run = &runs[slot];
-    return run->plan && (int64_t)run->generation == ticket >> 32 ? run : NULL;
+    pthread_mutex_lock(&runs_lock); /* the slot of an old ticket may be about to serve another */
+    bool open = run->store != NULL && run->ticket == ticket;
+    pthread_mutex_unlock(&runs_lock);
+    return open ? run : NULL;
 }
 
 /* Leaves the larger buffer with the store. */

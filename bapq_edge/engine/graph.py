@@ -45,7 +45,7 @@ def open_graph(model: bytes, threads: int) -> Any:
     # Measured: the arena without memory patterns has the lowest peak, and it does not grow from run
     # to run (docs/design.md).
     options.enable_mem_pattern = False
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised, with its own words, not logged as well
     # Idle threads that spin would take the core that a prefetch thread or another program needs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.register_custom_ops_library(str(library_path()))

@@ -28,6 +28,7 @@ test-full: $(VENV)/.ready $(OLDEST)/.ready $(MINILM) lint  ## run the tests, the
 
 bench: $(VENV)/.ready $(MINILM)  ## measure speed, memory and accuracy
 	$(BIN)/python -m bapq_tools.experiments.models
+	$(BIN)/python -m bapq_tools.experiments.streaming
 
 lint: $(VENV)/.ready  ## check style and types
 	$(BIN)/ruff check --quiet .

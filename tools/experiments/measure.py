@@ -29,7 +29,7 @@ from bapq_edge.bank.layout import LEVELS
 from bapq_edge.bank.reader import Bank
 from bapq_edge.telemetry import peak_rss_bytes, rss_bytes
 
-__all__ = ["runtimes_of"]
+__all__ = ["open_runtime", "run_s", "runtimes_of", "single_input"]
 
 LATENCY_S = 5.0
 """Time to measure each runtime for, together with the float32 runs between"""
@@ -88,12 +88,12 @@ def errors(folder: Path) -> dict[str, dict[str, Any]]:
     from .cases import judge, load_case, relative_error
 
     case = load_case(folder.name, folder / "model.onnx")
-    session = _open(folder, "fp32", threads=len(os.sched_getaffinity(0)))
+    session = open_runtime(folder, "fp32", threads=len(os.sched_getaffinity(0)))
     names = [value.name for value in session.get_outputs() if value.type == "tensor(float)"]
     reference: dict[str, list[np.ndarray]] = {}
     results = {}
     for runtime in runtimes_of(folder):
-        session = _open(folder, runtime, threads=len(os.sched_getaffinity(0)))
+        session = open_runtime(folder, runtime, threads=len(os.sched_getaffinity(0)))
         runs = [session.run(names, feed) for feed in case.held_out]
         outputs = dict(zip(names, map(list, zip(*runs, strict=True)), strict=True))
         reference = reference or outputs
@@ -106,10 +106,10 @@ def errors(folder: Path) -> dict[str, dict[str, Any]]:
 
 def memory(folder: Path, runtime: str) -> int:
     """Growth of this process's peak memory by opening a session and running it once, in bytes."""
-    feed = _single(folder)
+    feed = single_input(folder)
     gc.collect()
     before_bytes = rss_bytes()
-    session = _open(folder, runtime, threads=1)
+    session = open_runtime(folder, runtime, threads=1)
     session.run(None, feed)
     return peak_rss_bytes() - before_bytes
 
@@ -117,37 +117,40 @@ def memory(folder: Path, runtime: str) -> int:
 def latency(folder: Path) -> dict[str, float]:
     """Per runtime: median time of a run over that of fp32, run in turns on one core."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    feed = _single(folder)
-    reference = _open(folder, "fp32", threads=1)
+    feed = single_input(folder)
+    reference = open_runtime(folder, "fp32", threads=1)
     ratios = {}
     for runtime in runtimes_of(folder)[1:]:
-        session = _open(folder, runtime, threads=1)
+        session = open_runtime(folder, runtime, threads=1)
         for _ in range(2):  # warm up
-            pair_s = _run_s(session, feed) + _run_s(reference, feed)
+            pair_s = run_s(session, feed) + run_s(reference, feed)
         rounds = min(max(int(LATENCY_S / pair_s), LATENCY_ROUNDS.start), LATENCY_ROUNDS.stop - 1)
-        pairs = [(_run_s(session, feed), _run_s(reference, feed)) for _ in range(rounds)]
+        pairs = [(run_s(session, feed), run_s(reference, feed)) for _ in range(rounds)]
         ours_s, fp32_s = map(statistics.median, zip(*pairs, strict=True))
         ratios[runtime] = ours_s / fp32_s
     return ratios
 
 
-def _single(folder: Path) -> dict[str, np.ndarray]:
+def single_input(folder: Path) -> dict[str, np.ndarray]:
+    """Input of one run, as `build` wrote it."""
     with np.load(folder / "single.npz") as arrays:
         return {name: arrays[name] for name in arrays.files}
 
 
-def _open(folder: Path, runtime: str, threads: int) -> Any:
+def open_runtime(folder: Path, runtime: str, threads: int, **options: Any) -> Any:
+    """A session of the runtime; the options are those of `bapq_edge.Session`."""
     if runtime.isdecimal():
-        return Session(folder / "model.bank", level=int(runtime), threads=threads)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+        return Session(folder / "model.bank", level=int(runtime), threads=threads, **options)
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
     file = "model.onnx" if runtime == "fp32" else f"{runtime}.onnx"
     return onnxruntime.InferenceSession(
-        str(folder / file), options, providers=["CPUExecutionProvider"]
+        str(folder / file), settings, providers=["CPUExecutionProvider"]
     )
 
 
-def _run_s(session: Any, feed: dict[str, np.ndarray]) -> float:
+def run_s(session: Any, feed: dict[str, np.ndarray]) -> float:
+    """Time of one run, in seconds."""
     started_s = time.perf_counter()
     session.run(None, feed)
     return time.perf_counter() - started_s

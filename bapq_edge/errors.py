@@ -27,6 +27,7 @@
     ├── ExecutionError                  the graph engine failed during a run
     ├── StorageError                    the disk: full, unreadable, not writable
     ├── PlatformError                   this machine cannot run BAPQ-Edge
+    ├── ClusterError                    the Dask cluster of a build does not answer
     └── MissingExtraError               an optional package is not installed
 
     BapqWarning
@@ -57,6 +58,7 @@ __all__ = [
     "CalibrationError",
     "CalibrationShapeError",
     "CalibrationValueError",
+    "ClusterError",
     "DegradedWarning",
     "ExecutionError",
     "MissingExtraError",
@@ -244,6 +246,12 @@ class MissingExtraError(BapqError, ImportError):
     """An optional package is not installed; the message names the extra that brings it."""
 
     exit_code = 61
+
+
+class ClusterError(BapqError, ConnectionError):
+    """The Dask cluster that a build was to use does not answer."""
+
+    exit_code = 62
 
 
 class BapqWarning(UserWarning):

@@ -35,13 +35,16 @@ from bapq_edge.errors import (
 )
 
 from .importers.onnx_file import load_model
-from .passes.assemble import assemble
-from .passes.calibrate import CalibrationSource, calibrate, load_calibration
+from .passes.assemble import assemble, drop_replaced
+from .passes.calibration import CalibrationSource, load_calibration
 from .passes.fold import fold
-from .passes.ir import ColumnStats, HeavyLayer, LayerPlan
+from .passes.ir import HeavyLayer, LayerPlan
 from .passes.layers import find_layers
-from .passes.quantize import SCALE_COLUMNS, quantize_layer
+from .passes.partial import PartialBank
+from .passes.quantize import SCALE_COLUMNS, QuantizedLayer
+from .passes.sequential import quantize_layers
 from .progress import Progress
+from .workers import Workers
 
 __all__ = ["BuildReport", "build", "build_bank"]
 
@@ -72,6 +75,7 @@ def build_bank(
     levels: Iterable[int] = (8, 4, 2, 1),
     workers: int | None = None,
     progress: bool = True,
+    dask: str | None = None,
 ) -> Path:
     """Compile a model into a bank and return the bank's path.
 
@@ -85,7 +89,7 @@ def build_bank(
         BankFormatError: something else than a bank stands at `out`.
         StorageError: the disk.
     """
-    return Path(build(model, out, calibration, levels, workers, progress).bank)
+    return Path(build(model, out, calibration, levels, workers, progress, dask).bank)
 
 
 def build(
@@ -95,6 +99,7 @@ def build(
     levels: Iterable[int] = (8, 4, 2, 1),
     workers: int | None = None,
     progress: bool = True,
+    dask: str | None = None,
 ) -> BuildReport:
     """`build_bank` with a report of what it did."""
     wanted = _checked_levels(levels)
@@ -123,22 +128,23 @@ def build(
         plan = find_layers(folded)
         advance()
     _check_space(out, folded, plan, wanted)
-    stats: dict[str, ColumnStats] = {}
-    seen = None
-    if data is not None:
-        with stages.stage("calibrate", data.samples) as advance:
-            stats = calibrate(folded, plan, data, workers, advance)
-        seen = Calibration(data.samples, data.blake2b)
-        del data
+    drop_replaced(folded, plan)
     weights = sum(layer.weight.size for layer in plan.layers)
-    with BankWriter(out, levels=wanted, source=source, calibration=seen) as writer:
-        with stages.stage("quantize", len(plan.layers)) as advance:
-            for layer in plan.layers:
-                _write_layer(writer, layer, stats.get(layer.name), wanted, workers)
+    seen = None if data is None else Calibration(data.samples, data.blake2b)
+    key = {"model": source.blake2b, "levels": wanted, "version": __version__}
+    key |= {"calibration": None if data is None else data.blake2b}
+    with PartialBank(out, key) as partial, Workers(workers, dask, partial.scratch) as pool:
+        with stages.stage("quantize") as advance:
+            quantize_layers(folded, plan, data, wanted, pool, partial, advance)
+        del data
+        with (
+            stages.stage("write", len(plan.layers)) as advance,
+            BankWriter(out, levels=wanted, source=source, calibration=seen) as writer,
+        ):
+            for index, layer in enumerate(plan.layers):
+                _write_layer(writer, layer, partial.get(index, layer.weight), wanted)
                 advance()
-        with stages.stage("assemble", 1) as advance:
             manifest = writer.finish(assemble(folded, plan), plan.kept_in_float)
-            advance()
     return _report(out, manifest, weights, stages)
 
 
@@ -211,41 +217,45 @@ def _check_space(
 def _write_layer(
     writer: BankWriter,
     layer: HeavyLayer,
-    stats: ColumnStats | None,
+    quantized: QuantizedLayer,
     levels: tuple[Level, ...],
-    workers: int,
 ) -> None:
-    """Quantize and write one layer, then let go of its weights."""
+    """Write one layer, then let go of its weights."""
     rows, columns = layer.weight.shape
     operators = tuple(dict.fromkeys(use.operator for use in layer.uses))
     chunk_rows = chunk_rows_for(rows, columns, operators)
-    codes, info = quantize_layer(layer, stats, levels, workers)
     writer.add_layer(
         layer.name,
         operators,
-        codes,
+        quantized.codes,
         rows=rows,
         columns=columns,
         chunk_rows=chunk_rows,
-        residual_steps=info.residual_steps,
-        scale_columns=info.scale_columns,
-        has_bias=bool(codes.bias),
-        relative_error=info.relative_error,
-        sensitivity=_by_chunk(info.row_error, levels, chunk_rows),
+        residual_steps=quantized.residual_steps,
+        scale_columns=quantized.scale_columns,
+        has_bias=bool(quantized.codes.bias),
+        relative_error=quantized.relative_error,
+        sensitivity=_sensitivity(quantized, levels, chunk_rows),
     )
-    if codes.bias and layer.bias is None:
+    if quantized.codes.bias and layer.bias is None:
         layer.bias = np.zeros(rows, np.float32)  # tells the graph that the operator adds one
     layer.weight = np.empty((0, columns), np.float32)
 
 
-def _by_chunk(
-    row_error: dict[Level, np.ndarray], levels: tuple[Level, ...], chunk_rows: int
+def _sensitivity(
+    quantized: QuantizedLayer, levels: tuple[Level, ...], chunk_rows: int
 ) -> np.ndarray:
-    """Sums over the rows of each chunk, (chunks, levels) float32."""
-    rows = np.stack([row_error[level] for level in levels], axis=1)
-    chunks = np.add.reduceat(rows, np.arange(0, len(rows), chunk_rows))
+    """(chunks, levels) float32: the layer's output error, shared out by the errors of the rows."""
+    columns = []
+    for level in levels:
+        rows = quantized.row_error[level]
+        chunks = np.add.reduceat(rows, np.arange(0, len(rows), chunk_rows))
+        error = quantized.output_error.get(level)
+        if error is not None and chunks.sum() > 0:
+            chunks = chunks / chunks.sum() * error
+        columns.append(chunks)
     # An error that dwarfs the output may leave float32's range; it need only stay the largest.
-    return np.minimum(chunks, np.finfo(np.float32).max).astype(np.float32)
+    return np.minimum(np.stack(columns, axis=1), np.finfo(np.float32).max).astype(np.float32)
 
 
 def _report(out: Path, manifest: Manifest, weights: int, stages: Progress) -> BuildReport:

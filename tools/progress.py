@@ -22,30 +22,32 @@ class Progress:
         self._enabled = enabled
 
     @contextlib.contextmanager
-    def stage(self, name: str, steps: int) -> Iterator[Callable[[], None]]:
-        """Context of one stage; call what it yields after each of its steps."""
+    def stage(self, name: str, steps: float = 1) -> Iterator[Callable[..., None]]:
+        """Context of one stage; call what it yields after each step, or with how much was done."""
         started_s = time.perf_counter()
         with contextlib.ExitStack() as stack:
             if self._enabled and sys.stderr.isatty():
                 yield stack.enter_context(_bar(name, steps))
             else:
-                yield lambda: None
+                yield lambda done=1: None
         self.seconds[name] = time.perf_counter() - started_s
         if self._enabled and not sys.stderr.isatty():
             print(f"{name}: {self.seconds[name]:.1f} s", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def _bar(name: str, steps: int) -> Iterator[Callable[[], None]]:
+def _bar(name: str, steps: float) -> Iterator[Callable[..., None]]:
     import rich.progress  # only needed, and only loaded, on a terminal
     from rich.console import Console
 
     columns = (
         rich.progress.TextColumn("{task.description:10}"),
         rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
+        rich.progress.TaskProgressColumn(),
         rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("left:"),
+        rich.progress.TimeRemainingColumn(),
     )
     with rich.progress.Progress(*columns, console=Console(stderr=True)) as bars:
         task = bars.add_task(name, total=steps)
-        yield lambda: bars.advance(task)
+        yield lambda done=1: bars.advance(task, done)

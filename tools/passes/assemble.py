@@ -44,7 +44,7 @@ def assemble(model: onnx.ModelProto, plan: LayerPlan) -> bytes:
     result.metadata_props.extend(model.metadata_props)
     result.opset_import.extend(model.opset_import)
     result.opset_import.add(domain=DOMAIN, version=DOMAIN_VERSION)
-    result.graph.CopyFrom(_rebuild(model.graph, operators))
+    result.graph.CopyFrom(rebuild(model.graph, operators))
     if operators:
         raise ValueError("the plan was made for another model")
     result.graph.input.append(helper.make_tensor_value_info(RUN_INPUT, TensorProto.INT64, []))
@@ -57,6 +57,17 @@ def assemble(model: onnx.ModelProto, plan: LayerPlan) -> bytes:
         raise UnsupportedModelError(
             f"{left // _MIB} MiB of weights stay in float; one graph file holds at most 2048 MiB"
         ) from error
+
+
+def drop_replaced(model: onnx.ModelProto, plan: LayerPlan) -> None:
+    """Remove the weights that only the layers' nodes read: the plan holds them."""
+    replaced = {
+        id(node): [] for layer in plan.layers for use in layer.uses for node in use.replaced
+    }
+    read = graphs.uses(rebuild(model.graph, replaced))
+    dropped = {name for layer in plan.layers for name in layer.initializers if not read[name]}
+    for part in graphs.walk(model.graph):
+        graphs.delete_where(part.initializer, lambda tensor: tensor.name in dropped)
 
 
 def _operators(
@@ -115,8 +126,11 @@ def _operator(
     return [*before, node]
 
 
-def _rebuild(graph: onnx.GraphProto, operators: dict[int, list[onnx.NodeProto]]) -> onnx.GraphProto:
-    """The graph with operators in place, without initializers; used operators are taken out."""
+def rebuild(graph: onnx.GraphProto, operators: dict[int, list[onnx.NodeProto]]) -> onnx.GraphProto:
+    """The graph with other nodes in place of some, by their identity, without initializers.
+
+    What was put in place is taken out of `operators`.
+    """
     result = onnx.GraphProto(name=graph.name, doc_string=graph.doc_string)
     for field in ("input", "output", "value_info", "sparse_initializer"):
         getattr(result, field).extend(getattr(graph, field))
@@ -131,7 +145,7 @@ def _rebuild(graph: onnx.GraphProto, operators: dict[int, list[onnx.NodeProto]])
         copy.output.extend(node.output)
         for item in node.attribute:
             if item.type == onnx.AttributeProto.GRAPH:
-                body = _rebuild(item.g, operators)
+                body = rebuild(item.g, operators)
                 copy.attribute.add(name=item.name, type=item.type, g=body)
             else:
                 copy.attribute.append(item)

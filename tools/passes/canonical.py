@@ -204,6 +204,7 @@ def _geometry(
         dilations=tuple(dilations),
         group=group,
         auto_pad=auto_pad,
+        dimensions=dimensions,
     )
 
 

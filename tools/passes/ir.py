@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import onnx
 
+from bapq_edge.bank.layout import Level
 from bapq_edge.bank.manifest import KeptNode
 
 Operator = Literal["MatMul", "Gemm", "Conv", "Gather"]
@@ -32,6 +33,7 @@ class ConvGeometry:
     dilations: tuple[int, int] = (1, 1)
     group: int = 1
     auto_pad: Literal["NOTSET", "SAME_UPPER", "SAME_LOWER"] = "NOTSET"
+    dimensions: Literal[1, 2] = 2
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,29 @@ class LayerPlan:
     kept_in_float: list[KeptNode]
 
 
-@dataclass
-class ColumnStats:
-    """What calibration saw of a layer's input, per column of its weight matrix.
+@dataclass(frozen=True)
+class LevelStats:
+    """What a layer meets where the layers before it run at a level; inputs are centred."""
 
-    The groups of a grouped Conv read different channels; any other layer has one group.
-    """
-
+    grams: tuple[np.ndarray, ...]
+    """per block of columns, (c, c) float32: mean of x xᵀ"""
+    drift: np.ndarray
+    """(rows, columns) float32: mean of W (x_float - x) xᵀ, how earlier errors show in the output"""
     mean: np.ndarray
-    """(groups, columns) float32: mean of x"""
-    mean_square: np.ndarray
-    """(groups, columns) float32: mean of x squared"""
-    rows: int
-    """activation rows seen"""
+    """(columns,) float32: mean of x before centring"""
+    held_out: np.ndarray
+    """(samples, columns) float32: inputs that nothing is fitted to"""
+
+
+@dataclass(frozen=True)
+class MatrixStats:
+    """What calibration saw of the input of a matrix: a layer, or one group of a grouped Conv."""
+
+    blocks: tuple[slice, ...]
+    """runs of columns; correlations between them are not known"""
+    mean: np.ndarray
+    """(columns,) float32: mean of the float model's input"""
+    held_out: np.ndarray
+    """(samples, columns) float32: the float model's inputs, centred, of `LevelStats.held_out`"""
+    levels: dict[Level, LevelStats]
+    """of levels 4 and 2, as far as the bank has them"""

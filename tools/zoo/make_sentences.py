@@ -73,7 +73,7 @@ def main() -> None:
     """Collect, cut to the number needed, write."""
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else SENTENCES_PATH
     found = collect(Path(sysconfig.get_path("stdlib")))
-    count = CALIBRATION + HELD_OUT
+    count = CALIBRATION + HELD_OUT.stop - HELD_OUT.start
     if len(found) < count:
         raise SystemExit(f"found {len(found)} sentences, need {count}: use a full CPython 3.11")
     out.write_text(NOTICE + "\n".join(found[:count]) + "\n", encoding="utf-8")

@@ -7,12 +7,13 @@ from pathlib import Path
 __all__ = ["load_sentences"]
 
 SENTENCES_PATH = Path(__file__).with_name("sentences.txt")
-CALIBRATION = 128
-HELD_OUT = 600
+CALIBRATION = 512
+HELD_OUT = slice(128, 728)
 
 
 def load_sentences() -> tuple[list[str], list[str]]:
-    """(128 to calibrate with, 600 held out), all different."""
+    """(512 to calibrate with, 600 held out), all different."""
     lines = SENTENCES_PATH.read_text(encoding="utf-8").splitlines()
     sentences = [line for line in lines if not line.startswith("#")]
-    return sentences[:CALIBRATION], sentences[CALIBRATION : CALIBRATION + HELD_OUT]
+    calibration = sentences[: HELD_OUT.start] + sentences[HELD_OUT.stop :]
+    return calibration, sentences[HELD_OUT]

@@ -1,0 +1,153 @@
+"""Quantizes a model layer by layer, each on what the quantized layers before it leave behind."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from bapq_edge.bank.layout import Level
+
+from ..workers import Workers
+from .calibration import CalibrationData
+from .chains import FLOAT, Chains
+from .ir import HeavyLayer, LayerPlan, MatrixStats
+from .moments import CHAIN_LEVELS, Moments
+from .partial import PartialBank
+from .quantize import FAMILIES, QuantizedLayer, join_layer, quantize_family, row_runs
+from .reference import Reference, observed, weight_feeds
+from .sensitivity import OutputErrors
+
+Advance = Callable[[float], None]
+
+
+def quantize_layers(
+    model: onnx.ModelProto,
+    plan: LayerPlan,
+    data: CalibrationData | None,
+    levels: tuple[Level, ...],
+    workers: Workers,
+    partial: PartialBank,
+    advance: Advance = lambda work: None,
+) -> None:
+    """Quantize every layer of the plan into `partial`, under its index.
+
+    `advance` is told the share of the whole work done since the last call.
+
+    Raises:
+        CalibrationError: the model fails on a sample, or a layer's input is not finite there.
+    """
+    index = {layer.name: number for number, layer in enumerate(plan.layers)}
+    total = sum(map(work_of, plan.layers))
+    if data is None or levels == (32,):
+        for number, layer in enumerate(plan.layers):
+            if partial.get(number) is None:
+                partial.put(number, *_quantize([_Seen(layer)], levels, workers))
+            advance(work_of(layer) / total)
+        return
+
+    def feeds(chain: int, layer: HeavyLayer) -> dict[str, np.ndarray]:
+        if chain == FLOAT:
+            return weight_feeds(layer, layer.weight, layer.bias)
+        found = partial.get(index[layer.name])
+        if found is None:
+            raise ValueError(f"layer {layer.name} is read before it is quantized")
+        return weight_feeds(layer, found.weight(chain), found.bias(chain))
+
+    reference = Reference(model, plan)
+    chain_levels = [level for level in CHAIN_LEVELS if level in levels] or [min(levels)]
+    chains = Chains(reference, data, chain_levels, feeds, workers.count, partial.scratch)
+    stages = list(reference.stages())
+    for number, stage in enumerate(stages):
+        chains.run(stage)
+        missing = [layer for layer in stage.layers if partial.get(index[layer.name]) is None]
+        if missing:
+            rest = [node for later in stages[number + 1 :] for node in later.nodes]
+            errors = OutputErrors(reference, chains, rest, workers.count)
+            seen = _look(missing, Moments(chains))
+            for layer, found in zip(missing, _quantize(seen, levels, workers), strict=True):
+                measured = errors.of(layer, found, levels)
+                found = dataclasses.replace(found, output_error=measured)
+                partial.put(index[layer.name], found)
+        advance(sum(map(work_of, stage.layers)) / total)
+
+
+def work_of(layer: HeavyLayer) -> float:
+    """About how many multiplications it takes to quantize a layer."""
+    rows, columns = layer.weight.shape
+    if any(use.operator == "Gather" for use in layer.uses):
+        return 64.0 * rows * columns
+    return float(rows + 8192) * columns * columns + 1e4 * columns
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A layer and what calibration saw of it."""
+
+    layer: HeavyLayer
+    stats: list[MatrixStats] | None = None
+    row_weight: np.ndarray | None = None
+
+
+def _look(layers: Sequence[HeavyLayer], moments: Moments) -> list[_Seen]:
+    seen = []
+    for layer in layers:
+        if not observed(layer):
+            seen.append(_Seen(layer))
+        elif any(use.operator == "Gather" for use in layer.uses):
+            often = good_turing(moments.gather_counts(layer))
+            seen.append(_Seen(layer, row_weight=often))
+        else:
+            seen.append(_Seen(layer, moments.of(layer)))
+    return seen
+
+
+def _quantize(
+    seen: Sequence[_Seen], levels: tuple[Level, ...], workers: Workers
+) -> Iterator[QuantizedLayer]:
+    """Quantize layers that are independent of each other; runs of rows and families as well."""
+    families = [family for family in FAMILIES if any(level in levels for level in family)]
+    tasks, counts = [], []
+    for each in seen:
+        rows, columns = each.layer.weight.shape
+        runs = row_runs(rows, columns, 1 if each.stats is None else len(each.stats))
+        counts.append(len(runs))
+        for run in runs:
+            stats = None if each.stats is None else _rows_of(each.stats, run, rows)
+            tasks += [(each.layer.weight[run], stats, family, levels) for family in families]
+    work = sum(work_of(each.layer) for each in seen)
+    results = workers.map(quantize_family, tasks, work)
+    for each, count in zip(seen, counts, strict=True):
+        parts = [{family: next(results) for family in families} for _ in range(count)]
+        yield join_layer(each.layer, levels, parts, each.stats is not None, each.row_weight)
+
+
+def _rows_of(stats: Sequence[MatrixStats], run: slice, rows: int) -> MatrixStats:
+    """Statistics for a run of a layer's rows, which lies in one group."""
+    group_rows = rows // len(stats)
+    group = run.start // group_rows
+    inside = slice(run.start - group * group_rows, run.stop - group * group_rows)
+    seen = stats[group]
+    levels = {
+        level: dataclasses.replace(part, drift=part.drift[inside])
+        for level, part in seen.levels.items()
+    }
+    return dataclasses.replace(seen, levels=levels)
+
+
+def good_turing(counts: np.ndarray) -> np.ndarray:
+    """Probability of each item, those never seen included.
+
+    The unseen ones together get the share of the items seen once (Good, 1953), half a count at
+    least.
+    """
+    total = max(float(counts.sum()), 1.0)
+    unseen = counts == 0
+    if not unseen.any():
+        return counts / total
+    share = max(float((counts == 1).sum()), 0.5) / total
+    share = min(share, 0.5)
+    return np.where(unseen, share / unseen.sum(), counts / total * (1 - share))

@@ -15,11 +15,17 @@ from bapq_edge.bank.exchange import pack, unpack
 from bapq_edge.bank.layout import LEVELS
 from bapq_edge.bank.verify import verify
 from bapq_tools.zoo import make_model
-from bapq_tools.zoo.digits import INPUT_NAMES, calibration_npz, load_digits_split
+from bapq_tools.zoo.digits import INPUT_NAMES, calibration_npz, split_of
 from bapq_tools.zoo.light_cnns import LIGHT_CNNS
 from bapq_tools.zoo.minilm import encode, minilm_dir
 from bapq_tools.zoo.sentences import load_sentences
 
+SCORES = {"cnn": 0, "mlp": 1, "resnet": 0}  # which output of each digits model
+MOST_LOST = {  # right answers of 600 that a level may lose; of the resnet the coarse lose many
+    "cnn": {8: 0, 4: 2, 2: 98, 1: 298},
+    "mlp": {8: 0, 4: 2, 2: 94, 1: 294},
+    "resnet": {8: 1, 4: 6},
+}
 LARGE = {"bvlc_alexnet", "vgg19", "zfnet512"}  # 240 to 575 MB of weights each
 
 
@@ -53,7 +59,7 @@ def file_digests(root: Path) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="module", params=["digits_cnn", "digits_mlp"])
+@pytest.fixture(scope="module", params=["digits_cnn", "digits_mlp", "digits_resnet"])
 def digits(request, tmp_path_factory):
     """Model, bank, input name and test split of one bundled model."""
     kind = request.param.removeprefix("digits_")
@@ -68,11 +74,11 @@ def digits(request, tmp_path_factory):
         levels=LEVELS,
         progress=False,
     )
-    return kind, model, bank, load_digits_split(flat=kind == "mlp")
+    return kind, model, bank, split_of(kind)
 
 
 def classes(kind: str, outputs: list[np.ndarray]) -> np.ndarray:
-    return outputs[0].argmax(axis=1) if kind == "cnn" else outputs[1].argmax(axis=1)
+    return outputs[SCORES[kind]].argmax(axis=1)
 
 
 def test_digits_keep_their_accuracy(digits):
@@ -83,13 +89,10 @@ def test_digits_keep_their_accuracy(digits):
     outputs = outputs_by_level(bank, feed)
     for level, found in outputs.items():
         right[level] = int((classes(kind, found) == split.y_test).sum())
-    score = 0 if kind == "cnn" else 1
-    assert relative_error(outputs[32][score], reference[score]) < 1e-4
+    assert relative_error(outputs[32][SCORES[kind]], reference[SCORES[kind]]) < 1e-4
     assert len(split.y_test) == 600
     assert right[32] == right["fp32"]
-    assert right[8] >= right["fp32"]
-    assert right[4] >= right["fp32"] - 2
-    assert right[2] >= 500 and right[1] >= 300
+    assert all(right["fp32"] - right[level] <= most for level, most in MOST_LOST[kind].items())
 
 
 def test_unpack_then_pack_gives_back_the_same_bank(digits, tmp_path):

@@ -14,16 +14,20 @@ import onnxruntime as ort
 import pytest
 
 from bapq_edge.errors import ModelFormatError
-from bapq_tools.zoo import MODELS
+from bapq_tools.zoo import MODELS, make_model
 from bapq_tools.zoo.digits import (
     INPUT_NAMES,
+    DigitsModel,
     calibration_npz,
     digits_cnn_path,
     digits_mlp_path,
     load_digits_split,
+    split_of,
 )
+from bapq_tools.zoo.digits_resnet import digits_resnet_path
 from bapq_tools.zoo.light_cnns import build_light_cnn
 from bapq_tools.zoo.minilm import build_minilm, encode, minilm_dir
+from bapq_tools.zoo.packed_weights import read_packed, round_weights, write_packed
 from bapq_tools.zoo.safetensors import read_safetensors
 from bapq_tools.zoo.sentences import load_sentences
 
@@ -42,11 +46,11 @@ def run(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     return session.run(None, feeds)
 
 
-@pytest.mark.parametrize("model", ["cnn", "mlp"])
-def test_bundled_digits_model_is_accurate(model: str) -> None:
-    split = load_digits_split(flat=model == "mlp")
-    path = digits_cnn_path() if model == "cnn" else digits_mlp_path()
-    scores = run(path, {INPUT_NAMES[model]: split.x_test})[-1]
+@pytest.mark.parametrize("model", ["cnn", "mlp", "resnet"])
+def test_bundled_digits_model_is_accurate(model: DigitsModel, tmp_path: Path) -> None:
+    split = split_of(model)
+    make_model(f"digits_{model}", tmp_path / "model.onnx")
+    scores = run(tmp_path / "model.onnx", {INPUT_NAMES[model]: split.x_test})[-1]
     assert scores.shape == (600, 10)
     assert np.mean(scores.argmax(1) == split.y_test) >= 0.989
 
@@ -54,7 +58,24 @@ def test_bundled_digits_model_is_accurate(model: str) -> None:
 def test_cnn_keeps_batch_norm_and_bundle_is_small() -> None:
     operators = [node.op_type for node in onnx.load(digits_cnn_path()).graph.node]
     assert operators.count("BatchNormalization") == operators.count("Conv") == 4
-    assert digits_cnn_path().stat().st_size + digits_mlp_path().stat().st_size < 1_000_000
+    bundle = (digits_cnn_path(), digits_mlp_path(), digits_resnet_path())
+    assert sum(path.stat().st_size for path in bundle) < 1_700_000
+
+
+def test_resnet_has_a_million_weights_in_layers_of_all_kinds(tmp_path: Path) -> None:
+    make_model("digits_resnet", tmp_path / "a.onnx")
+    make_model("digits_resnet", tmp_path / "b.onnx")
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    graph = onnx.load(tmp_path / "a.onnx").graph
+    operators = [node.op_type for node in graph.node]
+    assert operators.count("BatchNormalization") == operators.count("Conv") == 22
+    assert operators.count("Add") == 6
+    weights = {x.name: onnx.numpy_helper.to_array(x) for x in graph.initializer}
+    convolutions = [weights[node.input[1]] for node in graph.node if node.op_type == "Conv"]
+    assert sum(weight.size for weight in convolutions) > 1_000_000
+    assert sum(weight.shape[1:] == (1, 3, 3) for weight in convolutions) == 6  # the stem, and 5
+    for weight in weights.values():
+        np.testing.assert_array_equal(weight, round_weights(weight))
 
 
 def test_digits_split_is_disjoint_and_scaled() -> None:
@@ -75,6 +96,57 @@ def test_calibration_file_feeds_the_model(tmp_path: Path) -> None:
     with np.load(tmp_path / "calibration") as data:
         logits = run(digits_cnn_path(), dict(data))[0]
     assert logits.shape == (200, 10)
+
+
+def test_scaled_digits_are_what_resize_makes(tmp_path: Path) -> None:
+    small, large = load_digits_split().x_test, split_of("resnet").x_test
+    assert (large.shape, large.dtype) == ((600, 1, 32, 32), np.float32)
+    text = """<ir_version: 8, opset_import: ["": 17]>
+    g (float[n, 1, 8, 8] x) => (float[n, 1, 32, 32] y) <float[4] scales = {1, 1, 4, 4}> {
+        y = Resize <mode = "linear"> (x, , scales)
+    }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "resize.onnx")
+    (expected,) = run(tmp_path / "resize.onnx", {"x": small})
+    np.testing.assert_allclose(large, expected, atol=1e-6)
+
+
+PACKED_SHAPES: dict[str, tuple[int, ...]] = {"a": (3, 4, 5), "b": (6,), "c": (0, 2)}
+
+
+def packed_samples() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0).standard_normal((3, 4, 5), np.float32)
+    edges = np.array([0, -0.0, 1e-40, -1e30, 1 + 1 / 64, 1 + 3 / 64], np.float32)
+    return {"a": random, "b": edges, "c": np.empty((0, 2), np.float32)}
+
+
+def test_packed_weights_round_trip(tmp_path: Path) -> None:
+    weights = packed_samples()
+    write_packed(tmp_path / "x.xz", weights)
+    read = read_packed(tmp_path / "x.xz", PACKED_SHAPES)
+    assert list(read) == ["a", "b", "c"]
+    for name, weight in weights.items():
+        assert read[name].dtype == np.float32
+        np.testing.assert_array_equal(read[name], round_weights(weight))
+        np.testing.assert_allclose(read[name], weight, rtol=1 / 64, atol=1e-38)
+    assert list(read["b"][-2:]) == [1, 1 + 2 / 32]  # ties to even
+    assert np.signbit(read["b"][1])
+
+
+@pytest.mark.parametrize("change", ["cut", "empty", "flipped", "longer", "fewer", "more"])
+def test_damaged_packed_weights_are_refused(change: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.xz"
+    weights = packed_samples()
+    if change == "fewer":
+        weights.pop("b")
+    if change == "more":
+        weights["d"] = weights["b"]
+    write_packed(path, weights)
+    raw = bytearray(path.read_bytes())
+    raw[40] ^= change == "flipped"
+    end = {"cut": len(raw) - 4, "empty": 0}.get(change, len(raw))
+    path.write_bytes(raw[:end] + b"1234" * (change == "longer"))
+    with pytest.raises(ModelFormatError, match=r"x\.xz does not hold the weights: "):
+        read_packed(path, PACKED_SHAPES)
 
 
 @pytest.mark.parametrize("name", ["squeezenet", "shufflenet"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from bapq_tools.zoo.digits import INPUT_NAMES, DigitsModel, load_digits_split
+from bapq_tools.zoo.digits import INPUT_NAMES, DigitsModel, split_of
 from bapq_tools.zoo.minilm import encode, minilm_dir
 from bapq_tools.zoo.sentences import load_sentences
 
@@ -43,13 +43,15 @@ def load_case(name: str, model_path: Path) -> Case:
         return _digits("cnn", "logits")
     if name == "digits_mlp":
         return _digits("mlp", "probabilities")
+    if name == "digits_resnet":
+        return _digits("resnet", "logits")
     if name == "minilm":
         return _sentences()
     return _random_images(model_path)
 
 
 def _digits(kind: DigitsModel, output: str) -> Case:
-    split = load_digits_split(flat=kind == "mlp")
+    split = split_of(kind)
     x = INPUT_NAMES[kind]
     held_out = {x: split.x_test}
     return Case(

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,11 @@ from bapq_edge.bank.layout import (
     Level,
     Plane,
     TileGeometry,
+    level_within,
     planes_for,
     tiles_of,
 )
-from bapq_edge.bank.manifest import Calibration, Manifest, SourceModel
+from bapq_edge.bank.manifest import Calibration, KeptNode, Manifest, SourceModel
 from bapq_edge.bank.writer import BankWriter, check_is_bank, chunk_rows_for
 from bapq_edge.errors import (
     StorageError,
@@ -38,10 +39,12 @@ from .importers.onnx_file import load_model
 from .passes.assemble import assemble
 from .passes.calibrate import CalibrationSource, calibrate, load_calibration
 from .passes.fold import fold
-from .passes.ir import ColumnStats, HeavyLayer, LayerPlan
+from .passes.ir import ColumnStats, HeavyLayer, LayerOptions, LayerPlan
 from .passes.layers import find_layers
-from .passes.quantize import SCALE_COLUMNS, quantize_layer
+from .passes.prune import PruneReport, prune_layers
+from .passes.quantize import quantize_layer, scale_columns_of
 from .progress import Progress
+from .recipe import RecipeSource, load_recipe
 
 __all__ = ["BuildReport", "build", "build_bank"]
 
@@ -63,15 +66,23 @@ class BuildReport:
     relative_error: dict[Level, float]
     """per level, the layers' relative errors averaged by their weights"""
     stage_seconds: dict[str, float]
+    remaining_ratio: dict[str, float] = field(default_factory=dict)
+    """per layer that was pruned, the share of its weights that are not zero"""
+    remaining_ratio_in_all: float = 1.0
+    """the share of all weights that pruning left"""
+    pruned_rows: int = 0
+    """rows of pruned layers that are zero as a whole: their output is their bias"""
 
 
 def build_bank(
     model: str | os.PathLike[str] | onnx.ModelProto,
     out: str | os.PathLike[str],
     calibration: CalibrationSource | None = None,
-    levels: Iterable[int] = (8, 4, 2, 1),
+    levels: Iterable[int] | None = None,
     workers: int | None = None,
     progress: bool = True,
+    recipe: RecipeSource | None = None,
+    prune_tau: float | None = None,
 ) -> Path:
     """Compile a model into a bank and return the bank's path.
 
@@ -79,25 +90,35 @@ def build_bank(
     axis. `workers` is the number of threads, by default that of the usable cores; the bank does not
     depend on it. A bank that stands at `out` is replaced once the new one is whole.
 
+    `recipe` is a YAML file or what it would hold: what is done otherwise for some layers. `levels`,
+    by default 8, 4, 2 and 1, and `prune_tau` stand in for its settings of all layers. With
+    `prune_tau` T, weights smaller than T times the largest of their layer become zero.
+
     Raises:
+        RecipeError: the recipe, or `prune_tau`.
         ModelError, CalibrationError: the source model or the calibration data.
         UnknownLevelError: a level that is none of 32, 8, 4, 2, 1, or no level at all.
         BankFormatError: something else than a bank stands at `out`.
         StorageError: the disk.
     """
-    return Path(build(model, out, calibration, levels, workers, progress).bank)
+    return Path(build(model, out, calibration, levels, workers, progress, recipe, prune_tau).bank)
 
 
 def build(
     model: str | os.PathLike[str] | onnx.ModelProto,
     out: str | os.PathLike[str],
     calibration: CalibrationSource | None = None,
-    levels: Iterable[int] = (8, 4, 2, 1),
+    levels: Iterable[int] | None = None,
     workers: int | None = None,
     progress: bool = True,
+    recipe: RecipeSource | None = None,
+    prune_tau: float | None = None,
 ) -> BuildReport:
     """`build_bank` with a report of what it did."""
-    wanted = _checked_levels(levels)
+    wishes = load_recipe(recipe).with_settings(
+        None if levels is None else _checked_levels(levels), prune_tau
+    )
+    wanted = wishes.levels
     out = Path(out)
     _check_target(out)
     if workers is None:
@@ -122,7 +143,12 @@ def build(
     with stages.stage("layers", 1) as advance:
         plan = find_layers(folded)
         advance()
-    _check_space(out, folded, plan, wanted)
+    options = _take_out_kept(plan, wishes.resolve(layer.name for layer in plan.layers))
+    _check_space(out, folded, plan, options)
+    pruned: dict[str, PruneReport] = {}
+    if any(entry.prune_tau for entry in options.values()):
+        with stages.stage("prune", len(plan.layers)) as advance:
+            pruned = prune_layers(folded, plan, options, advance)
     stats: dict[str, ColumnStats] = {}
     seen = None
     if data is not None:
@@ -134,12 +160,14 @@ def build(
     with BankWriter(out, levels=wanted, source=source, calibration=seen) as writer:
         with stages.stage("quantize", len(plan.layers)) as advance:
             for layer in plan.layers:
-                _write_layer(writer, layer, stats.get(layer.name), wanted, workers)
+                _write_layer(
+                    writer, layer, stats.get(layer.name), wanted, options[layer.name], workers
+                )
                 advance()
         with stages.stage("assemble", 1) as advance:
             manifest = writer.finish(assemble(folded, plan), plan.kept_in_float)
             advance()
-    return _report(out, manifest, weights, stages)
+    return _report(out, manifest, weights, stages, pruned)
 
 
 def _checked_levels(levels: Iterable[int]) -> tuple[Level, ...]:
@@ -151,6 +179,21 @@ def _checked_levels(levels: Iterable[int]) -> tuple[Level, ...]:
             f"{found} was asked for; choose one or more of {', '.join(map(str, LEVELS))}"
         )
     return tuple(level for level in LEVELS if level in given)
+
+
+def _take_out_kept(
+    plan: LayerPlan, resolved: dict[str, LayerOptions | None]
+) -> dict[str, LayerOptions]:
+    """Leave the layers that the recipe keeps in float to the graph; options of the others."""
+    options = {name: entry for name, entry in resolved.items() if entry is not None}
+    kept = [layer for layer in plan.layers if layer.name not in options]
+    plan.layers[:] = [layer for layer in plan.layers if layer.name in options]
+    for layer in kept:
+        for use in layer.uses:
+            name = use.node.name or use.node.output[0]
+            reason = "the recipe keeps it in float"
+            plan.kept_in_float.append(KeptNode(name, use.operator, layer.weight.size, reason))
+    return options
 
 
 def _check_target(out: Path) -> None:
@@ -187,7 +230,7 @@ def _source(path: Path, name: str) -> SourceModel:
 
 
 def _check_space(
-    out: Path, model: onnx.ModelProto, plan: LayerPlan, levels: tuple[Level, ...]
+    out: Path, model: onnx.ModelProto, plan: LayerPlan, options: dict[str, LayerOptions]
 ) -> None:
     """Refuse early what would fill the disk; the old bank, if any, stays until the end."""
     replaced = {name for layer in plan.layers for name in layer.initializers}
@@ -195,10 +238,11 @@ def _check_space(
     needed += sum(len(t.raw_data) for t in model.graph.initializer if t.name not in replaced)
     for layer in plan.layers:
         rows, columns = layer.weight.shape
-        for plane in planes_for(levels):
+        scale_columns = scale_columns_of(options[layer.name])
+        for plane in planes_for(options[layer.name].levels):
             scaled = SCALED_PLANES.get(plane)
-            scale_columns = 0 if scaled is None else SCALE_COLUMNS[scaled]
-            geometry = TileGeometry(plane, columns, scale_columns, has_bias=True)
+            group = 0 if scaled is None else scale_columns[scaled]
+            geometry = TileGeometry(plane, columns, group, has_bias=True)
             needed += tiles_of(rows) * geometry.record_bytes + LAYER_ALIGNMENT
     free = shutil.disk_usage(Path(os.path.realpath(out)).parent).free
     if free < needed:
@@ -213,13 +257,17 @@ def _write_layer(
     layer: HeavyLayer,
     stats: ColumnStats | None,
     levels: tuple[Level, ...],
+    options: LayerOptions,
     workers: int,
 ) -> None:
-    """Quantize and write one layer, then let go of its weights."""
+    """Quantize and write one layer, then let go of its weights.
+
+    `levels` are the bank's, of which the layer may have some.
+    """
     rows, columns = layer.weight.shape
     operators = tuple(dict.fromkeys(use.operator for use in layer.uses))
     chunk_rows = chunk_rows_for(rows, columns, operators)
-    codes, info = quantize_layer(layer, stats, levels, workers)
+    codes, info = quantize_layer(layer, stats, options, workers)
     writer.add_layer(
         layer.name,
         operators,
@@ -241,20 +289,29 @@ def _write_layer(
 def _by_chunk(
     row_error: dict[Level, np.ndarray], levels: tuple[Level, ...], chunk_rows: int
 ) -> np.ndarray:
-    """Sums over the rows of each chunk, (chunks, levels) float32."""
-    rows = np.stack([row_error[level] for level in levels], axis=1)
+    """Sums over the rows of each chunk, (chunks, levels) float32; 0 where a level is not there."""
+    nothing = np.zeros_like(next(iter(row_error.values())))
+    rows = np.stack([row_error.get(level, nothing) for level in levels], axis=1)
     chunks = np.add.reduceat(rows, np.arange(0, len(rows), chunk_rows))
     # An error that dwarfs the output may leave float32's range; it need only stay the largest.
     return np.minimum(chunks, np.finfo(np.float32).max).astype(np.float32)
 
 
-def _report(out: Path, manifest: Manifest, weights: int, stages: Progress) -> BuildReport:
+def _report(
+    out: Path,
+    manifest: Manifest,
+    weights: int,
+    stages: Progress,
+    pruned: dict[str, PruneReport],
+) -> BuildReport:
     def average(level: Level) -> float:
         errors = (
-            layer.relative_error[level] * layer.rows * layer.columns for layer in manifest.layers
+            layer.relative_error[level_within(layer.levels, level)] * layer.rows * layer.columns
+            for layer in manifest.layers
         )
         return sum(errors) / weights
 
+    zeroed = sum(report.weights - report.remaining for report in pruned.values())
     return BuildReport(
         bank=str(out),
         layers=len(manifest.layers),
@@ -264,4 +321,7 @@ def _report(out: Path, manifest: Manifest, weights: int, stages: Progress) -> Bu
         calibration_samples=manifest.calibration.samples if manifest.calibration else 0,
         relative_error={level: average(level) for level in manifest.levels},
         stage_seconds=stages.seconds,
+        remaining_ratio={name: report.remaining_ratio for name, report in pruned.items()},
+        remaining_ratio_in_all=1 - zeroed / weights,
+        pruned_rows=sum(int(report.zero_rows.sum()) for report in pruned.values()),
     )

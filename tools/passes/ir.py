@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import onnx
 
+from bapq_edge.bank.layout import Level
 from bapq_edge.bank.manifest import KeptNode
 
 Operator = Literal["MatMul", "Gemm", "Conv", "Gather"]
@@ -69,6 +71,18 @@ class HeavyLayer:
     uses: tuple[LayerUse, ...]
     initializers: tuple[str, ...]
     """Names of the initializers that the bank replaces (weight and fused bias)."""
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """What was asked for one layer, by the build or by its recipe."""
+
+    levels: tuple[Level, ...]
+    """Levels that the layer gets, highest first: those of the bank or some of them"""
+    scale_columns: Mapping[Level, int] = field(default_factory=dict)
+    """Columns per scale, where the quantizer is not to choose"""
+    prune_tau: float = 0.0
+    """Weights smaller than this share of the layer's largest are zeroed"""
 
 
 @dataclass

@@ -20,7 +20,7 @@ import numpy as np
 from bapq_edge.bank.codes import LayerCodes, dequantize, from_bf16, to_bf16
 from bapq_edge.bank.layout import PLANES, SCALED_PLANES, Level, Plane, planes_for
 
-from .ir import ColumnStats, HeavyLayer
+from .ir import ColumnStats, HeavyLayer, LayerOptions
 
 SCALE_COLUMNS: dict[Level, int] = {4: 32, 2: 64, 1: 128}
 """Columns per scale. A bf16 scale then costs 0.5, 0.25 and 0.125 bits per weight: an eighth of the
@@ -63,6 +63,9 @@ per row and plane, and the sampling error of the mean must not outweigh it."""
 _SMALLEST_PEAK = np.float32(2.0**-116)
 """Groups below this are stored as zero: scale and scale/16 must be normal float32 values."""
 
+_TINY = np.float32(2.0**-125)
+"""Stands for zero: less than `_SMALLEST_PEAK`, and normal."""
+
 _LARGEST_SCALE = np.float32(2.0**125)
 """An eighth of float32's range: no code times its scale overflows, whatever the weights."""
 
@@ -86,20 +89,26 @@ class QuantizedInfo:
         return {level: float(np.sqrt(rows.sum())) for level, rows in self.row_error.items()}
 
 
+def scale_columns_of(options: LayerOptions) -> dict[Level, int]:
+    """Columns per scale of levels 4, 2 and 1 for these options."""
+    return {**SCALE_COLUMNS, **options.scale_columns}
+
+
 def quantize_layer(
-    layer: HeavyLayer, stats: ColumnStats | None, levels: tuple[Level, ...], workers: int = 1
+    layer: HeavyLayer, stats: ColumnStats | None, options: LayerOptions, workers: int = 1
 ) -> tuple[LayerCodes, QuantizedInfo]:
-    """Codes, scales and biases of every plane that the levels need; rows keep their order.
+    """Codes, scales and biases of every plane that the options' levels need; rows keep their order.
 
     Without stats all columns weigh the same. The result does not depend on `workers`.
     """
-    planes = planes_for(levels)
+    planes = planes_for(options.levels)
     plane_levels: list[Level] = [PLANES[plane] for plane in planes]
-    result = _empty_codes(layer, planes)
+    scale_columns = scale_columns_of(options)
+    result = _empty_codes(layer, planes, scale_columns)
     blocks = _row_blocks(layer, stats)
 
     def run(block: _RowBlock) -> dict[Level, _RowErrors]:
-        return _quantize_block(layer, block, plane_levels, result)
+        return _quantize_block(layer, block, plane_levels, scale_columns, result)
 
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
         errors = list(pool.map(run, blocks))
@@ -114,9 +123,11 @@ def quantize_layer(
         bias = np.zeros(len(layer.weight), np.float32) if layer.bias is None else layer.bias
         for level in plane_levels:
             result.bias[level] = (bias + shift[level]).astype(np.float32)
-    row_error = {level: squares[level] / norm if norm else 0 * squares[level] for level in levels}
-    scale_columns = {level: SCALE_COLUMNS[level] for level in result.scales}
-    return result, QuantizedInfo(RESIDUAL_STEPS, scale_columns, row_error)
+    row_error = {
+        level: squares[level] / norm if norm else 0 * squares[level] for level in options.levels
+    }
+    stored = {level: scale_columns[level] for level in result.scales}
+    return result, QuantizedInfo(RESIDUAL_STEPS, stored, row_error)
 
 
 def fit_scale4(w: np.ndarray, h: np.ndarray) -> np.ndarray:
@@ -201,7 +212,9 @@ class _RowErrors:
     """weighted sum of w^2"""
 
 
-def _empty_codes(layer: HeavyLayer, planes: Iterable[Plane]) -> LayerCodes:
+def _empty_codes(
+    layer: HeavyLayer, planes: Iterable[Plane], scale_columns: dict[Level, int]
+) -> LayerCodes:
     result = LayerCodes()
     rows, columns = layer.weight.shape
     for plane in planes:
@@ -211,7 +224,7 @@ def _empty_codes(layer: HeavyLayer, planes: Iterable[Plane]) -> LayerCodes:
             result.codes[plane] = np.empty((rows, columns), np.uint8)
         level = SCALED_PLANES.get(plane)
         if level is not None:
-            groups = -(-columns // SCALE_COLUMNS[level])
+            groups = -(-columns // scale_columns[level])
             result.scales[level] = np.empty((rows, groups), np.float32)
     return result
 
@@ -239,24 +252,31 @@ def _row_blocks(layer: HeavyLayer, stats: ColumnStats | None) -> list[_RowBlock]
 
 
 def _quantize_block(
-    layer: HeavyLayer, block: _RowBlock, levels: list[Level], result: LayerCodes
+    layer: HeavyLayer,
+    block: _RowBlock,
+    levels: list[Level],
+    scale_columns: dict[Level, int],
+    result: LayerCodes,
 ) -> dict[Level, _RowErrors]:
     w = np.ascontiguousarray(layer.weight[block.rows], np.float32)
+    w = np.copysign(np.maximum(np.abs(w), _TINY), w)  # the sign of a pruned zero decides its code
     part = LayerCodes(weight=w)
     if 4 in levels:
-        _fit_levels_8_and_4(w, block.weighting, part)
+        _fit_levels_8_and_4(w, block.weighting, scale_columns, part)
     if 1 in levels:
-        _fit_levels_2_and_1(w, block.weighting, part)
+        _fit_levels_2_and_1(w, block.weighting, scale_columns, part)
     for plane, code in result.codes.items():
         code[block.rows] = part.codes[plane]
     for level, scale in result.scales.items():
         scale[block.rows] = part.scales[level]
-    return {level: _row_errors(w, part, level, block) for level in levels}
+    return {level: _row_errors(w, part, level, block, scale_columns) for level in levels}
 
 
-def _fit_levels_8_and_4(w: np.ndarray, h: np.ndarray, part: LayerCodes) -> None:
-    grouped = _grouped(w, SCALE_COLUMNS[4])
-    scale = fit_scale4(grouped, _grouped(h[None], SCALE_COLUMNS[4]))
+def _fit_levels_8_and_4(
+    w: np.ndarray, h: np.ndarray, scale_columns: dict[Level, int], part: LayerCodes
+) -> None:
+    grouped = _grouped(w, scale_columns[4])
+    scale = fit_scale4(grouped, _grouped(h[None], scale_columns[4]))
     x = _divided(grouped, scale)
     nearest = _nearest(x, 8)
     residual = np.floor((x - nearest) * np.float32(RESIDUAL_STEPS))
@@ -265,18 +285,26 @@ def _fit_levels_8_and_4(w: np.ndarray, h: np.ndarray, part: LayerCodes) -> None:
     part.scales[4] = scale
 
 
-def _fit_levels_2_and_1(w: np.ndarray, h: np.ndarray, part: LayerCodes) -> None:
-    grouped = _grouped(w, SCALE_COLUMNS[2])
-    part.scales[2] = fit_scale2(grouped, _grouped(h[None], SCALE_COLUMNS[2]))
+def _fit_levels_2_and_1(
+    w: np.ndarray, h: np.ndarray, scale_columns: dict[Level, int], part: LayerCodes
+) -> None:
+    grouped = _grouped(w, scale_columns[2])
+    part.scales[2] = fit_scale2(grouped, _grouped(h[None], scale_columns[2]))
     code = _ungrouped(_nearest(_divided(grouped, part.scales[2]), 2) + np.float32(1.5), w)
     part.codes["s1"], part.codes["m1"] = code >> 1, code & 1
-    size = SCALE_COLUMNS[1]
+    size = scale_columns[1]
     part.scales[1] = fit_scale1(_grouped(w, size), _grouped(h[None], size))
 
 
-def _row_errors(w: np.ndarray, part: LayerCodes, level: Level, block: _RowBlock) -> _RowErrors:
+def _row_errors(
+    w: np.ndarray,
+    part: LayerCodes,
+    level: Level,
+    block: _RowBlock,
+    scale_columns: dict[Level, int],
+) -> _RowErrors:
     """Errors of what the device will really multiply with."""
-    difference = w - dequantize(part, level, RESIDUAL_STEPS, SCALE_COLUMNS)
+    difference = w - dequantize(part, level, RESIDUAL_STEPS, scale_columns)
     mean = np.zeros(len(w), np.float32)
     if block.mean is not None:
         mean = (difference * block.mean).sum(1, dtype=np.float64)

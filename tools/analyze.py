@@ -23,8 +23,9 @@ _EXTRA_SHARE = 0.1
 """Most bytes that the recipe may add to a run at any level: beyond a tenth, running all layers a
 level higher, or letting the planner choose chunk by chunk, is the better use of bytes."""
 
-_OUTSTANDING = 2.0
-"""A layer is sensitive if it loses this many times what the whole model does per byte saved."""
+_OUTSTANDING = 1.2
+"""A layer is sensitive if it loses this many times what the median layer does per byte saved: in a
+model whose layers are much alike none is."""
 
 
 @dataclass(frozen=True)
@@ -162,22 +163,19 @@ class _Table:
 def _outstanding(table: _Table, left: dict[str, tuple[Level, ...]], level: Level) -> list[Finding]:
     """Layers that should run higher where `level` is asked for, the worst first, as bytes allow."""
     total_error = sum(table.error(name, own, level) for name, own in left.items())
-    total_bytes = sum(table.bytes(name, table.layers[name].levels, level) for name in left)
-    spent = sum(table.bytes(name, own, level) for name, own in left.items()) - total_bytes
+    whole = sum(table.bytes(name, table.layers[name].levels, level) for name in left)
+    most = whole * (1 + _EXTRA_SHARE) - sum(table.bytes(n, own, level) for n, own in left.items())
     steps = []
     for name, own in left.items():
         higher = tuple(n for n in own if n > level)
         if level in own and higher:
             error = table.error(name, own, level)
             saved = table.bytes(name, higher, level) - table.bytes(name, own, level)
-            steps.append((error - table.error(name, higher, level), saved, error, name))
-    mean = sum(step[0] for step in steps) / max(sum(step[1] for step in steps), 1)
+            steps.append(((error - table.error(name, higher, level)) / saved, saved, error, name))
+    usual = np.median([step[0] for step in steps]) if steps else 0.0
     findings = []
-    for rise, saved, error, name in sorted(steps, key=lambda step: -step[0] / step[1]):
-        if rise / saved < _OUTSTANDING * mean or rise <= 0:
-            break
-        if spent + saved <= _EXTRA_SHARE * total_bytes:
-            spent += saved
-            share = error / total_error
-            findings.append(Finding(name, level, share, saved, rise / saved * (1 << 20)))
+    for per_byte, saved, error, name in sorted(steps, key=lambda step: -step[0]):
+        if per_byte > max(_OUTSTANDING * usual, 0) and saved <= most:
+            most -= saved
+            findings.append(Finding(name, level, error / total_error, saved, per_byte * (1 << 20)))
     return findings

@@ -162,8 +162,8 @@ class BankWriter:
 
         `relative_error` is given for the levels that the layer has: those of the bank or some.
         `sensitivity` is (chunks of the layer, levels of the bank) float32: what each chunk adds to
-        the square of `relative_error`, 0 for a level that the layer lacks. ValueError when codes or sensitivity do not fit the
-        description, StorageError when the disk does not.
+        the square of `relative_error`, 0 for a level that the layer lacks. ValueError when codes or
+        sensitivity do not fit the description, StorageError when the disk does not.
         """
         layer = Layer(
             name=name,

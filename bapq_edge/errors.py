@@ -21,6 +21,7 @@
     │   ├── BudgetTooSmallError         the smallest budget that works is in the message
     │   ├── RunInputError               a feed is missing, or has a wrong type or shape
     │   ├── SizeError                   not a size such as 64MiB
+    │   ├── RecipeError                 a recipe that is malformed, or does not fit the model
     │   ├── ProfileError                a device profile that is unknown or malformed
     │   └── SensorError                 a malformed mock trace, or a needed reading is absent
     ├── SessionClosedError              the session was closed before
@@ -68,6 +69,7 @@ __all__ = [
     "NoHeavyLayerError",
     "PlatformError",
     "ProfileError",
+    "RecipeError",
     "RequestError",
     "RunInputError",
     "SensorError",
@@ -216,6 +218,12 @@ class SensorError(RequestError):
     """BAPQ_SENSORS or its trace is malformed, or a reading that is needed is absent."""
 
     exit_code = 48
+
+
+class RecipeError(RequestError):
+    """A recipe is malformed, or does not fit the model it is given for."""
+
+    exit_code = 49
 
 
 class SessionClosedError(BapqError, RuntimeError):

@@ -48,6 +48,9 @@ class Problem:
     """(chunks, levels): squared relative error that the chunk adds to the output of its layer"""
     row_read: NDArray[np.bool_]
     """(chunks,): read row by row on demand; such a chunk is never in memory as a whole"""
+    runs_at: NDArray[np.uint8]
+    """(chunks, levels): the level itself, or what a chunk whose layer lacks it runs at instead;
+    bytes and sensitivity are those of that one"""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Request:
     bits: float | None = None
     """Bits per weight, at most, on average over all weights of the bank; needs level "auto"."""
     highest_level: Level = 32
-    """No chunk runs above it, unless even the lowest level is above it."""
+    """No chunk runs above it, unless even its lowest level is above it."""
     weight_bytes_limit: int | None = None
     """Most bytes of pinned chunks and ring; None is no limit."""
     latency_s: float | None = None
@@ -81,7 +84,7 @@ class Plan:
     """The planner's answer."""
 
     levels: NDArray[np.uint8]
-    """(chunks,)"""
+    """(chunks,): what each runs at"""
     pinned: NDArray[np.bool_]
     """(chunks,): always in memory; the others are streamed, or read row by row"""
     ring_bytes: int
@@ -104,18 +107,23 @@ def problem_of(bank: Bank) -> Problem:
     chunk_count = manifest.chunk_count
     weights = np.empty(chunk_count, np.int64)
     row_read = np.empty(chunk_count, np.bool_)
+    runs_at = np.empty((chunk_count, len(bank.levels)), np.uint8)
     for layer in manifest.layers:
-        chunks = slice(layer.first_chunk, layer.first_chunk + layer.chunk_count)
+        chunks = layer.chunk_range
         weights[chunks] = layer.chunk_rows * layer.columns
         last_rows = layer.rows - (layer.chunk_count - 1) * layer.chunk_rows
         weights[chunks.stop - 1] = last_rows * layer.columns
         row_read[chunks] = layer.operators == ("Gather",)
+        runs_at[chunks] = [bank.level_of(layer, level) for level in bank.levels]
     level_bytes = np.zeros((chunk_count, len(bank.levels)), np.int64)
-    for column, level in enumerate(bank.levels):
+    sensitivity = np.zeros((chunk_count, len(bank.levels)), np.float32)
+    table = bank.sensitivity()
+    for level in bank.levels:
+        here = runs_at == level
         for plane in PLANES_OF_LEVEL[level]:
-            level_bytes[:, column] += bank.chunks(plane)["bytes"]
-    built = [manifest.levels.index(level) for level in bank.levels]
-    return Problem(bank.levels, weights, level_bytes, bank.sensitivity()[:, built], row_read)
+            level_bytes += here * bank.chunks(plane)["bytes"][:, None].astype(np.int64)
+        sensitivity += here * table[:, [manifest.levels.index(level)]]
+    return Problem(bank.levels, weights, level_bytes, sensitivity, row_read, runs_at)
 
 
 def smallest_limit(problem: Problem, request: Request) -> int:
@@ -174,14 +182,15 @@ def _column(problem: Problem, level: Level) -> int:
 
 
 def _columns_for_bits(problem: Problem, bits: float, first: int) -> NDArray[np.intp]:
-    lowest, highest = problem.levels[-1], problem.levels[first]
-    if not bits >= lowest:
+    weight_bits = problem.weights[:, None] * problem.runs_at[:, first:].astype(np.int64)
+    weights, least = int(problem.weights.sum()), int(weight_bits[:, -1].sum())
+    if not bits * weights >= least:
+        lowest = -(-1000 * least // weights) / 1000  # rounded up, so that it works
         raise RequestError(
-            f"{bits:g} bits per weight are asked for, the bank's lowest level is {lowest}: "
-            f"ask for {lowest} or more"
+            f"{bits:g} bits per weight are asked for, the bank's lowest level takes {lowest:g}: "
+            f"ask for {lowest:g} or more"
         )
-    weight_bits = problem.weights[:, None] * np.array(problem.levels[first:])
-    most = int(min(bits, highest) * int(problem.weights.sum()))
+    most = int(min(bits * weights, int(weight_bits[:, 0].sum())))
     columns: NDArray[np.intp] = _Ladder(weight_bits, problem.sensitivity[:, first:]).climb(most)
     return columns + first
 
@@ -318,7 +327,7 @@ def _place(
             f"{wish}: {format_size(pinned_bytes)} of {format_size(total)} pinned, "
             f"the rest streamed through {format_size(ring_bytes)}"
         )
-    levels = np.array(problem.levels, np.uint8)[columns]
+    levels = problem.runs_at[rows, columns]
     return Plan(
         levels=levels,
         pinned=pinned,

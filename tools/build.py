@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,11 @@ from bapq_edge.bank.layout import (
     Level,
     Plane,
     TileGeometry,
+    level_within,
     planes_for,
     tiles_of,
 )
-from bapq_edge.bank.manifest import Calibration, Manifest, SourceModel
+from bapq_edge.bank.manifest import Calibration, KeptNode, Manifest, SourceModel
 from bapq_edge.bank.writer import BankWriter, check_is_bank, chunk_rows_for
 from bapq_edge.errors import (
     StorageError,
@@ -38,12 +39,14 @@ from .importers.onnx_file import load_model
 from .passes.assemble import assemble, drop_replaced
 from .passes.calibration import CalibrationSource, load_calibration
 from .passes.fold import fold
-from .passes.ir import HeavyLayer, LayerPlan
+from .passes.ir import HeavyLayer, LayerOptions, LayerPlan
 from .passes.layers import find_layers
 from .passes.partial import PartialBank
-from .passes.quantize import SCALE_COLUMNS, QuantizedLayer
+from .passes.prune import PruneReport, prune_layers
+from .passes.quantize import QuantizedLayer, scale_columns_of
 from .passes.sequential import quantize_layers
 from .progress import Progress
+from .recipe import RecipeSource, load_recipe
 from .workers import Workers
 
 __all__ = ["BuildReport", "build", "build_bank"]
@@ -66,15 +69,23 @@ class BuildReport:
     relative_error: dict[Level, float]
     """per level, the layers' relative errors averaged by their weights"""
     stage_seconds: dict[str, float]
+    remaining_ratio: dict[str, float] = field(default_factory=dict)
+    """per layer that was pruned, the share of its weights that are not zero"""
+    remaining_ratio_in_all: float = 1.0
+    """the share of all weights that pruning left"""
+    pruned_rows: int = 0
+    """rows of pruned layers that are zero as a whole: their output is their bias"""
 
 
 def build_bank(
     model: str | os.PathLike[str] | onnx.ModelProto,
     out: str | os.PathLike[str],
     calibration: CalibrationSource | None = None,
-    levels: Iterable[int] = (8, 4, 2, 1),
+    levels: Iterable[int] | None = None,
     workers: int | None = None,
     progress: bool = True,
+    recipe: RecipeSource | None = None,
+    prune_tau: float | None = None,
     dask: str | None = None,
 ) -> Path:
     """Compile a model into a bank and return the bank's path.
@@ -83,26 +94,37 @@ def build_bank(
     axis. `workers` is the number of threads, by default that of the usable cores; the bank does not
     depend on it. A bank that stands at `out` is replaced once the new one is whole.
 
+    `recipe` is a YAML file or what it would hold: what is done otherwise for some layers. `levels`,
+    by default 8, 4, 2 and 1, and `prune_tau` stand in for its settings of all layers. With
+    `prune_tau` T, weights smaller than T times the largest of their layer become zero.
+
     Raises:
+        RecipeError: the recipe, or `prune_tau`.
         ModelError, CalibrationError: the source model or the calibration data.
         UnknownLevelError: a level that is none of 32, 8, 4, 2, 1, or no level at all.
         BankFormatError: something else than a bank stands at `out`.
         StorageError: the disk.
     """
-    return Path(build(model, out, calibration, levels, workers, progress, dask).bank)
+    report = build(model, out, calibration, levels, workers, progress, recipe, prune_tau, dask)
+    return Path(report.bank)
 
 
 def build(
     model: str | os.PathLike[str] | onnx.ModelProto,
     out: str | os.PathLike[str],
     calibration: CalibrationSource | None = None,
-    levels: Iterable[int] = (8, 4, 2, 1),
+    levels: Iterable[int] | None = None,
     workers: int | None = None,
     progress: bool = True,
+    recipe: RecipeSource | None = None,
+    prune_tau: float | None = None,
     dask: str | None = None,
 ) -> BuildReport:
     """`build_bank` with a report of what it did."""
-    wanted = _checked_levels(levels)
+    wishes = load_recipe(recipe).with_settings(
+        None if levels is None else _checked_levels(levels), prune_tau
+    )
+    wanted = wishes.levels
     out = Path(out)
     _check_target(out)
     if workers is None:
@@ -127,25 +149,32 @@ def build(
     with stages.stage("layers", 1) as advance:
         plan = find_layers(folded)
         advance()
-    _check_space(out, folded, plan, wanted)
+    options = _take_out_kept(plan, wishes.resolve(layer.name for layer in plan.layers))
+    _check_space(out, folded, plan, options)
     drop_replaced(folded, plan)
+    pruned = prune_layers(plan, options)
     weights = sum(layer.weight.size for layer in plan.layers)
     seen = None if data is None else Calibration(data.samples, data.blake2b)
-    key = {"model": source.blake2b, "levels": wanted, "version": __version__}
-    key |= {"calibration": None if data is None else data.blake2b}
+    key = {
+        "model": source.blake2b,
+        "calibration": None if data is None else data.blake2b,
+        "options": {name: repr(entry) for name, entry in options.items()},
+        "version": __version__,
+    }
     with PartialBank(out, key) as partial, Workers(workers, dask, partial.scratch) as pool:
         with stages.stage("quantize") as advance:
-            quantize_layers(folded, plan, data, wanted, pool, partial, advance)
+            quantize_layers(folded, plan, data, wanted, options, pool, partial, advance)
         del data
         with (
             stages.stage("write", len(plan.layers)) as advance,
             BankWriter(out, levels=wanted, source=source, calibration=seen) as writer,
         ):
             for index, layer in enumerate(plan.layers):
-                _write_layer(writer, layer, partial.get(index, layer.weight), wanted)
+                quantized = partial.get(index, layer)
+                _write_layer(writer, layer, quantized, wanted)
                 advance()
             manifest = writer.finish(assemble(folded, plan), plan.kept_in_float)
-    return _report(out, manifest, weights, stages)
+    return _report(out, manifest, weights, stages, pruned)
 
 
 def _checked_levels(levels: Iterable[int]) -> tuple[Level, ...]:
@@ -157,6 +186,21 @@ def _checked_levels(levels: Iterable[int]) -> tuple[Level, ...]:
             f"{found} was asked for; choose one or more of {', '.join(map(str, LEVELS))}"
         )
     return tuple(level for level in LEVELS if level in given)
+
+
+def _take_out_kept(
+    plan: LayerPlan, resolved: dict[str, LayerOptions | None]
+) -> dict[str, LayerOptions]:
+    """Leave the layers that the recipe keeps in float to the graph; options of the others."""
+    options = {name: entry for name, entry in resolved.items() if entry is not None}
+    kept = [layer for layer in plan.layers if layer.name not in options]
+    plan.layers[:] = [layer for layer in plan.layers if layer.name in options]
+    for layer in kept:
+        for use in layer.uses:
+            name = use.node.name or use.node.output[0]
+            reason = "the recipe keeps it in float"
+            plan.kept_in_float.append(KeptNode(name, use.operator, layer.weight.size, reason))
+    return options
 
 
 def _check_target(out: Path) -> None:
@@ -193,7 +237,7 @@ def _source(path: Path, name: str) -> SourceModel:
 
 
 def _check_space(
-    out: Path, model: onnx.ModelProto, plan: LayerPlan, levels: tuple[Level, ...]
+    out: Path, model: onnx.ModelProto, plan: LayerPlan, options: dict[str, LayerOptions]
 ) -> None:
     """Refuse early what would fill the disk; the old bank, if any, stays until the end."""
     replaced = {name for layer in plan.layers for name in layer.initializers}
@@ -201,10 +245,11 @@ def _check_space(
     needed += sum(len(t.raw_data) for t in model.graph.initializer if t.name not in replaced)
     for layer in plan.layers:
         rows, columns = layer.weight.shape
-        for plane in planes_for(levels):
+        scale_columns = scale_columns_of(options[layer.name])
+        for plane in planes_for(options[layer.name].levels):
             scaled = SCALED_PLANES.get(plane)
-            scale_columns = 0 if scaled is None else SCALE_COLUMNS[scaled]
-            geometry = TileGeometry(plane, columns, scale_columns, has_bias=True)
+            group = 0 if scaled is None else scale_columns[scaled]
+            geometry = TileGeometry(plane, columns, group, has_bias=True)
             needed += tiles_of(rows) * geometry.record_bytes + LAYER_ALIGNMENT
     free = shutil.disk_usage(Path(os.path.realpath(out)).parent).free
     if free < needed:
@@ -245,11 +290,15 @@ def _write_layer(
 def _sensitivity(
     quantized: QuantizedLayer, levels: tuple[Level, ...], chunk_rows: int
 ) -> np.ndarray:
-    """(chunks, levels) float32: the layer's output error, shared out by the errors of the rows."""
+    """(chunks, levels) float32: the layer's output error, shared out by the errors of the rows.
+
+    0 where the layer lacks a level.
+    """
+    rows = len(next(iter(quantized.row_error.values())))
+    starts = np.arange(0, rows, chunk_rows)
     columns = []
     for level in levels:
-        rows = quantized.row_error[level]
-        chunks = np.add.reduceat(rows, np.arange(0, len(rows), chunk_rows))
+        chunks = np.add.reduceat(quantized.row_error.get(level, np.zeros(rows)), starts)
         error = quantized.output_error.get(level)
         if error is not None and chunks.sum() > 0:
             chunks = chunks / chunks.sum() * error
@@ -258,13 +307,21 @@ def _sensitivity(
     return np.minimum(np.stack(columns, axis=1), np.finfo(np.float32).max).astype(np.float32)
 
 
-def _report(out: Path, manifest: Manifest, weights: int, stages: Progress) -> BuildReport:
+def _report(
+    out: Path,
+    manifest: Manifest,
+    weights: int,
+    stages: Progress,
+    pruned: dict[str, PruneReport],
+) -> BuildReport:
     def average(level: Level) -> float:
         errors = (
-            layer.relative_error[level] * layer.rows * layer.columns for layer in manifest.layers
+            layer.relative_error[level_within(layer.levels, level)] * layer.rows * layer.columns
+            for layer in manifest.layers
         )
         return sum(errors) / weights
 
+    zeroed = sum(report.weights - report.remaining for report in pruned.values())
     return BuildReport(
         bank=str(out),
         layers=len(manifest.layers),
@@ -274,4 +331,7 @@ def _report(out: Path, manifest: Manifest, weights: int, stages: Progress) -> Bu
         calibration_samples=manifest.calibration.samples if manifest.calibration else 0,
         relative_error={level: average(level) for level in manifest.levels},
         stage_seconds=stages.seconds,
+        remaining_ratio={name: report.remaining_ratio for name, report in pruned.items()},
+        remaining_ratio_in_all=1 - zeroed / weights,
+        pruned_rows=sum(int(report.zero_rows.sum()) for report in pruned.values()),
     )

@@ -6,11 +6,13 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bapq_edge.errors import BapqWarning, UnknownLevelError
+from bapq_edge.bank.reader import Bank
+from bapq_edge.errors import BapqWarning, RequestError, UnknownLevelError
 from bapq_edge.units import format_size
 
 from .extras import host_packages
@@ -25,7 +27,7 @@ def add_build_command(commands: Any) -> None:
     """Add `build` to the subparsers of the `bapq` command."""
     build = commands.add_parser("build", help="compile an ONNX model into a bank")
     build.add_argument("model", type=Path, metavar="MODEL.onnx")
-    build.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.bank")
+    build.add_argument("-o", "--output", type=Path, metavar="OUT.bank")
     build.add_argument(
         "--calibration",
         type=Path,
@@ -34,36 +36,76 @@ def add_build_command(commands: Any) -> None:
     )
     build.add_argument(
         "--levels",
-        default="8,4,2,1",
-        help="levels to store, of 32, 8, 4, 2, 1 (default: 8,4,2,1)",
+        help="levels to store, of 32, 8, 4, 2, 1 (default: the recipe's, or else 8,4,2,1)",
+    )
+    build.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="FILE.yaml",
+        help="per layer, by name or pattern: levels, scale_columns, keep_in_float, prune_tau",
+    )
+    build.add_argument(
+        "--prune-tau",
+        type=float,
+        metavar="T",
+        help="make weights zero that are below T times the largest of their layer",
+    )
+    build.add_argument(
+        "--analyze",
+        action="store_true",
+        help="print the sensitive layers as a recipe; without -o no bank is left",
     )
     build.add_argument(
         "--workers", type=_positive, metavar="N", help="threads (default: all cores)"
     )
     build.add_argument("--quiet", action="store_true", help="show no progress and no summary")
-    build.add_argument("--json", action="store_true", help="print the summary as JSON")
+    build.add_argument(
+        "--json", action="store_true", help="print the summary, or the analysis, as JSON"
+    )
     build.set_defaults(command=run_build)
 
 
 def run_build(arguments: argparse.Namespace) -> None:
-    """Build a bank and print the summary."""
+    """Build a bank and print the summary, or the analysis."""
+    if arguments.output is None and not arguments.analyze:
+        raise RequestError("a build needs a name for its bank: give -o OUT.bank, or --analyze")
+    with tempfile.TemporaryDirectory(prefix="bapq-analyze-") as folder:
+        out = arguments.output or Path(folder) / f"{arguments.model.stem}.bank"
+        report = _build(arguments, out)
+        if arguments.analyze:
+            _print_analysis(arguments, out)
+        elif arguments.json:
+            print(json.dumps(dataclasses.asdict(report)))
+        elif not arguments.quiet:
+            print(_summary(report))
+
+
+def _build(arguments: argparse.Namespace, out: Path) -> BuildReport:
     with host_packages():
         from .build import build
     with warnings.catch_warnings():
         warnings.simplefilter("always", BapqWarning)
         warnings.showwarning = _show_warning
-        report = build(
+        return build(
             arguments.model,
-            arguments.output,
+            out,
             arguments.calibration,
-            _levels(arguments.levels),
+            None if arguments.levels is None else _levels(arguments.levels),
             arguments.workers,
             progress=not arguments.quiet,
+            recipe=arguments.recipe,
+            prune_tau=arguments.prune_tau,
         )
+
+
+def _print_analysis(arguments: argparse.Namespace, bank: Path) -> None:
+    from .analyze import analyze, to_yaml
+
+    analysis = analyze(Bank.open(bank))
     if arguments.json:
-        print(json.dumps(dataclasses.asdict(report)))
-    elif not arguments.quiet:
-        print(_summary(report))
+        print(json.dumps(dataclasses.asdict(analysis)))
+    else:
+        print(to_yaml(analysis, arguments.model.name), end="")
 
 
 def _levels(text: str) -> list[int]:
@@ -100,7 +142,18 @@ def _summary(report: BuildReport) -> str:
             for level, error in report.relative_error.items()
             if level != 32
         ),
+        _pruning(report),
         "seconds: "
         + ", ".join(f"{name} {value:.1f}" for name, value in report.stage_seconds.items()),
     ]
-    return "\n".join(line for line in lines if not line.endswith(": "))
+    return "\n".join(line for line in lines if line and not line.endswith(": "))
+
+
+def _pruning(report: BuildReport) -> str:
+    if not report.remaining_ratio:
+        return ""
+    layers = ", ".join(f"{name} {ratio:.3f}" for name, ratio in report.remaining_ratio.items())
+    return (
+        f"weights left by pruning: {report.remaining_ratio_in_all:.3f} of all, "
+        f"{report.pruned_rows} rows are zero; per layer: {layers}"
+    )

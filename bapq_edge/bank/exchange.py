@@ -85,7 +85,7 @@ def pack(directory: str | os.PathLike[str], bank_path: str | os.PathLike[str]) -
             writer.add_layer(
                 layer.name,
                 layer.operators,
-                _read_layer(folder, manifest, layer),
+                _read_layer(folder, layer),
                 rows=layer.rows,
                 columns=layer.columns,
                 chunk_rows=layer.chunk_rows,
@@ -120,7 +120,7 @@ def _files_of(bank: Bank) -> Iterator[tuple[str, bytes]]:
     yield bank.manifest.graph.file, bank.graph_bytes()
     yield bank.manifest.sensitivity.file, to_npy(bank.sensitivity())
     for layer in bank.manifest.layers:
-        for plane in bank.planes:
+        for plane in layer.planes:
             dtype, level = _dtype(layer.geometry(plane)), PLANES[plane]
             for index in range(layer.chunk_count):
                 codes = bank.chunk_codes(plane, layer.first_chunk + index)
@@ -144,15 +144,15 @@ def _read_sensitivity(folder: Path, manifest: Manifest) -> NDArray[np.float32]:
     data = _read(folder, file, _HEADER_LIMIT + values)
     try:
         table = from_npy(data, SENSITIVITY_DTYPE, shape)
-        check_sensitivity(table, manifest.levels)
+        check_sensitivity(table, manifest.levels, manifest.held())
     except ValueError as error:
         raise BankFormatError(f"{folder / file}: {error}: {_AGAIN}") from None
     return table
 
 
-def _read_layer(folder: Path, manifest: Manifest, layer: Layer) -> LayerCodes:
+def _read_layer(folder: Path, layer: Layer) -> LayerCodes:
     parts = []
-    for plane in manifest.planes:
+    for plane in layer.planes:
         dtype, level = _dtype(layer.geometry(plane)), PLANES[plane]
         for index in range(layer.chunk_count):
             file = _chunk_file(layer, index, plane)
@@ -211,7 +211,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
     expected = {MANIFEST_FILE, manifest.graph.file, manifest.sensitivity.file} | {
         _chunk_file(layer, index, plane)
         for layer in manifest.layers
-        for plane in manifest.planes
+        for plane in layer.planes
         for index in range(layer.chunk_count)
     }
     found = {

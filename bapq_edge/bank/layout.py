@@ -22,6 +22,7 @@ __all__ = [
     "Plane",
     "TileGeometry",
     "blocks_of",
+    "level_within",
     "planes_for",
     "tiles_of",
 ]
@@ -66,6 +67,14 @@ def planes_for(levels: tuple[Level, ...]) -> tuple[Plane, ...]:
     """Planes that a bank of these levels stores, in the order of `PLANES`."""
     wanted = {plane for level in levels for plane in PLANES_OF_LEVEL[level]}
     return tuple(plane for plane in PLANES if plane in wanted)
+
+
+def level_within(own: tuple[Level, ...], level: Level) -> Level:
+    """What runs where `level` is asked for and only `own` are there, highest first.
+
+    The next higher of them, or else the highest.
+    """
+    return min((candidate for candidate in own if candidate >= level), default=own[0])
 
 
 def tiles_of(rows: int) -> int:

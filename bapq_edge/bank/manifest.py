@@ -160,14 +160,30 @@ class Layer:
     residual_steps: Steps
     """Level-8 steps in one level-4 step, 8 to 16."""
     scale_columns: dict[Level, ScaleColumns]
-    """Columns per scale of levels 4, 2 and 1, as far as the bank holds their planes."""
+    """Columns per scale of levels 4, 2 and 1, as far as their planes hold the layer."""
     relative_error: dict[Level, Fraction]
-    """||(w - w_level) x|| / ||w x|| on the calibration data, per level (uncalibrated: x = 1s)."""
+    """||(w - w_level) x|| / ||w x|| on the calibration data (uncalibrated: x = 1s), for the levels
+    that the layer has: those of the bank, or some of them."""
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """Levels that the layer has, highest first."""
+        return tuple(level for level in LEVELS if level in self.relative_error)
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        """Planes that hold the layer, in the order of `PLANES`."""
+        return planes_for(self.levels)
 
     @property
     def chunk_count(self) -> int:
         """Number of chunks, numbered from `first_chunk` through the whole bank."""
         return -(-self.rows // self.chunk_rows)
+
+    @property
+    def chunk_range(self) -> slice:
+        """Its chunks, in a table of all chunks of the bank."""
+        return slice(self.first_chunk, self.first_chunk + self.chunk_count)
 
     def check(self, where: str) -> None:
         """Raise BankFormatError when a field breaks its rule."""
@@ -179,7 +195,7 @@ class Layer:
         return slice(start, min(start + self.chunk_rows, self.rows))
 
     def geometry(self, plane: Plane) -> TileGeometry:
-        """Tile records of this layer in a plane."""
+        """Tile records of this layer in a plane that holds it."""
         scaled = SCALED_PLANES.get(plane)
         scale_columns = 0 if scaled is None else self.scale_columns[scaled]
         return TileGeometry(plane, self.columns, scale_columns, self.has_bias)
@@ -255,13 +271,23 @@ class Manifest:
         """Chunks of every plane."""
         return sum(layer.chunk_count for layer in self.layers)
 
+    def held(self) -> NDArray[np.bool_]:
+        """(chunk_count, levels): whether the chunk's layer has the level."""
+        rows = [[level in layer.levels for level in self.levels] for layer in self.layers]
+        return np.repeat(np.array(rows), [layer.chunk_count for layer in self.layers], axis=0)
+
     def chunk_layout(self, plane: Plane) -> NDArray[np.void]:
-        """Where every chunk must stand: (chunk_count,) of `CHUNK_DTYPE`, with crc32 left 0."""
+        """Where every chunk must stand: (chunk_count,) of `CHUNK_DTYPE`, with crc32 left 0.
+
+        Chunks of a layer that the plane does not hold have 0 bytes.
+        """
         layout = np.zeros(self.chunk_count, CHUNK_DTYPE)
         end = 0
         for layer in self.layers:
-            record_bytes = layer.geometry(plane).record_bytes
-            start = -(-end // LAYER_ALIGNMENT) * LAYER_ALIGNMENT
+            record_bytes, start = 0, end
+            if plane in layer.planes:
+                record_bytes = layer.geometry(plane).record_bytes
+                start = -(-end // LAYER_ALIGNMENT) * LAYER_ALIGNMENT
             part = layout[layer.first_chunk : layer.first_chunk + layer.chunk_count]
             chunk_bytes = layer.chunk_rows // TILE_ROWS * record_bytes
             part["offset"] = start + chunk_bytes * np.arange(len(part), dtype=np.uint64)
@@ -329,7 +355,6 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
         f"{sorted(planes)} for levels {list(levels)}",
     )
     check(bool(manifest.layers), "layers", "empty", "at least one layer")
-    scaled = {level for plane, level in SCALED_PLANES.items() if plane in planes}
     names: dict[str, int] = {}
     next_chunk = 0
     for i, layer in enumerate(manifest.layers):
@@ -345,13 +370,21 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
         check(layer.first_chunk == next_chunk, f"{at}.first_chunk", layer.first_chunk, next_chunk)
         next_chunk += layer.chunk_count
         check(next_chunk <= MAX_CHUNKS, f"{at}.rows", layer.rows, f"within {MAX_CHUNKS} chunks")
-        for key, given, keys in (
-            ("scale_columns", set(layer.scale_columns), scaled),
-            ("relative_error", set(layer.relative_error), set(levels)),
-        ):
-            check(given == keys, f"{at}.{key}", f"for levels {sorted(given)}", sorted(keys))
+        check(
+            bool(layer.levels) and set(layer.levels) <= set(levels),
+            f"{at}.relative_error",
+            f"for levels {sorted(layer.levels)}",
+            f"for one or more of {sorted(levels)}",
+        )
+        scaled = {level for plane, level in SCALED_PLANES.items() if plane in layer.planes}
+        check(
+            set(layer.scale_columns) == scaled,
+            f"{at}.scale_columns",
+            f"for levels {sorted(layer.scale_columns)}",
+            sorted(scaled),
+        )
         tiles = tiles_of(min(layer.rows, layer.chunk_rows))
-        chunk_bytes = tiles * max(layer.geometry(plane).record_bytes for plane in planes)
+        chunk_bytes = tiles * max(layer.geometry(plane).record_bytes for plane in layer.planes)
         check(
             chunk_bytes <= MAX_CHUNK_BYTES,
             f"{at}.chunk_rows",
@@ -359,6 +392,8 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
             f"fewer: a chunk would have {chunk_bytes} bytes, allowed are {MAX_CHUNK_BYTES}",
         )
 
+    held = {level for layer in manifest.layers for level in layer.levels}
+    check(held == set(levels), "levels", list(levels), f"{sorted(held)}, those of the layers")
     sensitivity = manifest.sensitivity
     for key, found, expected in (
         ("graph.file", manifest.graph.file, GRAPH_FILE),

@@ -53,15 +53,21 @@ def sensitivity_table_bytes(chunk_count: int, level_count: int) -> int:
     return _TABLE_HEADER_BYTES + chunk_count * level_count * SENSITIVITY_DTYPE.itemsize
 
 
-def check_sensitivity(table: NDArray[np.float32], levels: Sequence[int]) -> None:
-    """Raise ValueError unless all of (chunks, levels) is finite, 0 or more, and 0 at level 32."""
+def check_sensitivity(
+    table: NDArray[np.float32], levels: Sequence[int], held: NDArray[np.bool_]
+) -> None:
+    """Raise ValueError unless all of (chunks, levels) is finite and 0 or more.
+
+    It must be 0 at level 32, and where the chunk's layer lacks the level: `held` is (chunks,
+    levels), or (levels,) for the chunks of one layer.
+    """
     # Without the sign bit, positive floats are ordered as their bits are, infinity the next one.
     wrong = table.view("<u4") >= np.float32(np.inf).view(np.uint32)
-    if 32 in levels:
-        wrong = wrong | ((table != 0) & (np.asarray(levels) == 32))
+    silent = ~held | (np.asarray(levels) == 32)
+    wrong = wrong | ((table != 0) & silent)
     if wrong.any():
         chunk, column = (int(i) for i in np.argwhere(wrong)[0])
-        rule = "0" if levels[column] == 32 else "finite, 0 or more"
+        rule = "0" if np.broadcast_to(silent, table.shape)[chunk, column] else "finite, 0 or more"
         raise ValueError(
             f"chunk {chunk} has the sensitivity {float(table[chunk, column])!r} at level "
             f"{levels[column]}, must be {rule}"

@@ -22,7 +22,7 @@ from ..errors import (
 )
 from .codes import LayerCodes, join_rows, unpack_chunk
 from .files import REPAIR, digest_of, file_size, inside, read_at
-from .layout import PLANES, PLANES_OF_LEVEL, Level, Plane
+from .layout import PLANES, PLANES_OF_LEVEL, Level, Plane, level_within
 from .manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Layer, Manifest
 from .npy import CHUNK_DTYPE, DIGEST_BYTES, SENSITIVITY_DTYPE, check_sensitivity, from_npy
 
@@ -66,11 +66,7 @@ class Bank:
         }
         self._chunks = {p: table for p, table in tables.items() if p in self._plane_files}
         self.planes = tuple(self._chunks)
-        self.levels = tuple(
-            level
-            for level in manifest.levels
-            if all(plane in self.planes for plane in PLANES_OF_LEVEL[level])
-        )
+        self.levels = self._runnable(manifest.levels)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bank:
@@ -93,8 +89,11 @@ class Bank:
         absent = set(bank.manifest.planes) - set(bank.planes)
         if absent:
             files = ", ".join(sorted(bank.manifest.planes[plane].file for plane in absent))
-            if not bank.levels:
-                raise BankFormatError(f"{path}: without {files} no level can run: {REPAIR}")
+            for layer in bank.manifest.layers:
+                if not bank._runnable(layer.levels):
+                    raise BankFormatError(
+                        f"{path}: without {files} layer {layer.name} cannot run: {REPAIR}"
+                    )
             left = ", ".join(map(str, bank.levels))
             warnings.warn(
                 f"{path}: without {files} only these levels can run: {left}",
@@ -102,6 +101,13 @@ class Bank:
                 stacklevel=2,
             )
         return bank
+
+    def level_of(self, layer: Layer, level: Level) -> Level:
+        """What the layer runs at where `level` is asked for, of its levels whose planes are there.
+
+        See `level_within`.
+        """
+        return level_within(self._runnable(layer.levels), level)
 
     @property
     def weights(self) -> int:
@@ -139,7 +145,7 @@ class Bank:
             entry,
             SENSITIVITY_DTYPE,
             (self.manifest.chunk_count, len(levels)),
-            lambda table: check_sensitivity(table, levels),
+            lambda table: check_sensitivity(table, levels, self.manifest.held()),
         )
 
     def graph_bytes(self) -> bytes:
@@ -167,10 +173,15 @@ class Bank:
         return read_at(self._plane_files[plane], end, int(self._chunks[plane][chunk][0]) - end)
 
     def chunk_codes(self, plane: Plane, chunk: int) -> LayerCodes:
-        """Codes, scales and bias of a chunk of one plane, checked down to the padding."""
+        """Codes, scales and bias of a chunk of one plane, checked down to the padding.
+
+        None of them if the plane does not hold the layer.
+        """
         layer = self.layer_of(chunk)
-        rows = layer.chunk_slice(chunk)
         data = self.read_chunk(plane, chunk)
+        if plane not in layer.planes:
+            return LayerCodes()
+        rows = layer.chunk_slice(chunk)
         try:
             return unpack_chunk(layer.geometry(plane), rows.stop - rows.start, data)
         except ValueError as error:
@@ -183,11 +194,19 @@ class Bank:
 
     def weight_bytes(self, level: Level) -> int:
         """Bytes of all chunks that a run at this level reads."""
-        return sum(int(self._chunks[plane]["bytes"].sum()) for plane in PLANES_OF_LEVEL[level])
+        return sum(
+            int(self._chunks[plane]["bytes"][layer.chunk_range].sum())
+            for layer in self.manifest.layers
+            for plane in PLANES_OF_LEVEL[self.level_of(layer, level)]
+        )
 
     def bits_per_weight(self, level: Level) -> float:
         """Bits that a run at this level reads per weight: codes, scales, bias and padding."""
         return 8 * self.weight_bytes(level) / self.weights
+
+    def _runnable(self, levels: tuple[Level, ...]) -> tuple[Level, ...]:
+        """Those whose planes are there."""
+        return tuple(level for level in levels if set(PLANES_OF_LEVEL[level]) <= set(self.planes))
 
     def _read_table(self, plane: Plane) -> NDArray[np.void]:
         """Chunk table of a plane, checked; its digest table is checked along with it.

@@ -86,6 +86,10 @@ class _PlaneFile:
         self.file.write(bytes(padding))
         self.end += padding
 
+    def skip_layer(self, chunks: int) -> None:
+        for _ in range(chunks):
+            self.append(b"")
+
     def append(self, data: bytes) -> None:
         self.file.write(data)
         self.rows.append((self.end, len(data), zlib.crc32(data)))
@@ -156,9 +160,10 @@ class BankWriter:
     ) -> Layer:
         """Write the chunks of one layer.
 
+        `relative_error` is given for the levels that the layer has: those of the bank or some.
         `sensitivity` is (chunks of the layer, levels of the bank) float32: what each chunk adds to
-        the square of `relative_error`. ValueError when codes or sensitivity do not fit the
-        description, StorageError when the disk does not.
+        the square of `relative_error`, 0 for a level that the layer lacks. ValueError when codes or
+        sensitivity do not fit the description, StorageError when the disk does not.
         """
         layer = Layer(
             name=name,
@@ -179,9 +184,13 @@ class BankWriter:
                 f"expected {(layer.chunk_count, len(self._levels))}"
             )
         sensitivity = np.ascontiguousarray(sensitivity, SENSITIVITY_DTYPE)
-        check_sensitivity(sensitivity, self._levels)
+        held = np.array([level in layer.levels for level in self._levels])
+        check_sensitivity(sensitivity, self._levels, held)
         with storage_errors(self.path):
             for plane, output in self._planes.items():
+                if plane not in layer.planes:
+                    output.skip_layer(layer.chunk_count)
+                    continue
                 geometry = layer.geometry(plane)
                 source = codes.weight if plane == "f32" else codes.codes.get(plane)
                 if source is None or len(source) != rows:

@@ -44,7 +44,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     for layer in manifest.layers:
         shape = f"{layer.rows} x {layer.columns}"
         values = "".join(
-            f"  {layer.relative_error.get(level, float('nan')):{len(f'error@{level}')}.4f}"
+            f"  {_error(layer.relative_error.get(level)):>{len(f'error@{level}')}}"
             for level in levels
         )
         operators = "+".join(layer.operators)
@@ -54,6 +54,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
         width = max(len(node.name) for node in manifest.kept_in_float)
         for node in manifest.kept_in_float:
             print(f"  {node.name:{width}}  {node.operator:14} {node.weights:>10,}  {node.reason}")
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def add_verify(commands: Any) -> None:

@@ -38,6 +38,7 @@ static int64_t scale_bytes(const bapq_layer *layer, int32_t plane) {
 }
 
 int64_t bapq_record_bytes(const bapq_layer *layer, int32_t plane) {
+    if (!bapq_has_plane(layer, plane)) return 0;
     int64_t used = bapq_code_bytes(layer, plane) + scale_bytes(layer, plane);
     if (layer->has_bias) used += BAPQ_TILE_ROWS * (int64_t)sizeof(float);
     return bapq_ceil_div(used, RECORD_ALIGNMENT) * (int64_t)RECORD_ALIGNMENT;

@@ -9,6 +9,10 @@
 
 static inline int32_t bapq_ceil_div(int64_t a, int64_t b) { return (int32_t)((a + b - 1) / b); }
 
+static inline int bapq_has_plane(const bapq_layer *layer, int32_t plane) {
+    return layer->planes >> plane & 1;
+}
+
 /* Level index of a precision in bits, -1 for none. */
 int32_t bapq_level_index(int32_t bits);
 /* Planes that a level reads, in the order of bapq_tile.code. Returns how many. */
@@ -16,7 +20,8 @@ int32_t bapq_level_planes(int32_t level, int32_t planes[2]);
 int32_t bapq_chunk_count(const bapq_layer *layer);
 /* Bytes of the codes of one tile record (level 32: of its weights). */
 int64_t bapq_code_bytes(const bapq_layer *layer, int32_t plane);
-/* Bytes of one tile record: codes, scales, bias, zeros up to a multiple of 64. */
+/* Bytes of one tile record: codes, scales, bias, zeros up to a multiple of 64. None in a plane that
+ * does not hold the layer. */
 int64_t bapq_record_bytes(const bapq_layer *layer, int32_t plane);
 
 /* Where a borrowed chunk stands, and so what letting go of it means. */

@@ -155,8 +155,11 @@ plan *bapq_plan_new(const bapq_store *store, const bapq_plan_request *request, b
         int32_t level = bapq_level_index(request->levels[chunk]);
         int32_t planes[2];
         int32_t n = level < 0 ? 0 : bapq_level_planes(level, planes);
+        const bapq_layer *layer = &store->layer[store->layer_of[chunk]];
         bool sound = n > 0;
-        for (int32_t i = 0; i < n; i++) sound = sound && store->plane[planes[i]].base != NULL;
+        for (int32_t i = 0; i < n; i++)
+            sound =
+                sound && store->plane[planes[i]].base != NULL && bapq_has_plane(layer, planes[i]);
         if (!sound) {
             free(p);
             bapq_fail(error, BAPQ_NO_PLANE,
@@ -164,7 +167,6 @@ plan *bapq_plan_new(const bapq_store *store, const bapq_plan_request *request, b
                       request->levels[chunk]);
             return NULL;
         }
-        const bapq_layer *layer = &store->layer[store->layer_of[chunk]];
         p->level[chunk] = (uint8_t)level;
         p->pinned[chunk] = request->pinned[chunk] != 0 && !layer->read_by_row;
         if (layer->read_by_row) continue;

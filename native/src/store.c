@@ -28,7 +28,8 @@ static int32_t check_bank(const bapq_bank *bank, bapq_error *error) {
         const bapq_layer *layer = &bank->layers[l];
         int sound = layer->rows > 0 && layer->columns > 0 && layer->chunk_rows > 0 &&
                     layer->chunk_rows % BAPQ_TILE_ROWS == 0 && layer->first_chunk == next &&
-                    layer->residual_steps >= 8 && layer->residual_steps <= 16;
+                    layer->residual_steps >= 8 && layer->residual_steps <= 16 &&
+                    layer->planes > 0 && layer->planes < 1 << BAPQ_PLANES;
         for (int32_t p = 0; p < BAPQ_PLANES; p++)
             sound =
                 sound && layer->scale_columns[p] >= 0 && layer->scale_columns[p] % BAPQ_BLOCK == 0;

@@ -24,11 +24,15 @@ enum { RUNNERS = 3, CHUNKS_MOST = 64, PLANS_MOST = 4000, ROUND_MS = 2500, SCRATC
 static const char *const PLANE_NAMES[BAPQ_PLANES] = {"f32", "r8", "p4", "m1", "s1"};
 static const uint8_t LEVEL_BITS[BAPQ_LEVELS] = {32, 8, 4, 2, 1};
 
-/* rows, columns, chunk_rows, first_chunk, residual_steps, has_bias, gathered, read_by_row */
-static bapq_layer layers[] = {
-    {256, 96, 32, 0, 15, 1, 0, 0, {0, 0, 32, 0, 128}}, {100, 64, 16, 0, 12, 0, 0, 0, {0, 0, 64}},
-    {70, 200, 48, 0, 16, 1, 0, 0, {0, 0, 32}},         {128, 32, 16, 0, 15, 0, 1, 0, {0, 0, 32}},
-    {96, 64, 16, 0, 15, 0, 1, 1, {0, 0, 64}},          {16, 512, 16, 0, 8, 1, 0, 0, {0, 0, 32}}};
+enum { ALL = (1 << BAPQ_PLANES) - 1 };
+/* rows, columns, chunk_rows, first_chunk, residual_steps, has_bias, gathered, read_by_row, planes
+ */
+static bapq_layer layers[] = {{256, 96, 32, 0, 15, 1, 0, 0, ALL, {0, 0, 32, 0, 128}},
+                              {100, 64, 16, 0, 12, 0, 0, 0, ALL, {0, 0, 64}},
+                              {70, 200, 48, 0, 16, 1, 0, 0, ALL, {0, 0, 32}},
+                              {128, 32, 16, 0, 15, 0, 1, 0, ALL, {0, 0, 32}},
+                              {96, 64, 16, 0, 15, 0, 1, 1, ALL, {0, 0, 64}},
+                              {16, 512, 16, 0, 8, 1, 0, 0, ALL, {0, 0, 32}}};
 enum { LAYERS = sizeof layers / sizeof *layers };
 
 static int32_t chunk_count;

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from bapq_edge.bank.codes import LayerCodes, from_bf16, to_bf16
-from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES
+from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, planes_for
 from bapq_edge.bank.manifest import Calibration, KeptNode, SourceModel
 from bapq_edge.bank.writer import BankWriter
 
@@ -18,7 +18,7 @@ GOLDEN = Path(__file__).parent / "bank_v1"
 GRAPH = b"not a graph, but its digest is checked all the same\n"
 
 # Ragged in rows, columns and scale groups; two chunks; shared by two operators; with and without
-# bias.
+# bias; all levels, and some.
 LAYERS = {
     "dense.1": {
         "operators": ("Gemm", "MatMul"),
@@ -38,6 +38,26 @@ LAYERS = {
         "scale_columns": {4: 32, 2: 32, 1: 32},
         "has_bias": False,
     },
+    "head": {
+        "operators": ("MatMul",),
+        "rows": 18,
+        "columns": 33,
+        "chunk_rows": 16,
+        "residual_steps": 16,
+        "scale_columns": {4: 64},
+        "has_bias": True,
+        "levels": (8, 4),
+    },
+    "last": {
+        "operators": ("Conv",),
+        "rows": 4,
+        "columns": 40,
+        "chunk_rows": 16,
+        "residual_steps": 9,
+        "scale_columns": {2: 32, 1: 64},
+        "has_bias": False,
+        "levels": (32, 2),
+    },
 }
 
 
@@ -46,8 +66,12 @@ def golden_codes(name: str) -> LayerCodes:
     layer = LAYERS[name]
     random = np.random.RandomState(len(name))
     shape = layer["rows"], layer["columns"]
-    codes = LayerCodes(weight=random.uniform(-1, 1, shape).astype(np.float32))
+    planes = planes_for(layer.get("levels", LEVELS))
+    weight = random.uniform(-1, 1, shape).astype(np.float32)
+    codes = LayerCodes(weight=weight if "f32" in planes else None)
     for plane, level in PLANES.items():
+        if plane not in planes:
+            continue
         if plane != "f32":
             top = 16 if plane in ("p4", "r8") else 2
             codes.codes[plane] = random.randint(0, top, shape).astype(np.uint8)
@@ -67,6 +91,7 @@ def golden_sensitivity(name: str) -> np.ndarray:
     shape = -(-layer["rows"] // layer["chunk_rows"]), len(LEVELS)
     table = random.uniform(0, 1, shape).astype(np.float32)
     table[:, LEVELS.index(32)] = 0
+    table[:, ~np.isin(LEVELS, layer.get("levels", LEVELS))] = 0
     return table
 
 
@@ -79,13 +104,13 @@ def write_golden(path: Path) -> None:
         calibration=Calibration(7, "fedcba9876543210" * 2),
     ) as writer:
         for name, layer in LAYERS.items():
-            errors = {level: 0.5 / level for level in LEVELS}
+            errors = {level: 0.5 / level for level in layer.get("levels", LEVELS)}
             writer.add_layer(
                 name,
                 codes=golden_codes(name),
                 relative_error=errors,
                 sensitivity=golden_sensitivity(name),
-                **layer,
+                **{key: value for key, value in layer.items() if key != "levels"},
             )
         writer.finish(GRAPH, [KeptNode("/stem/Conv", "Conv", 27, "fewer than 1024 weights")])
 

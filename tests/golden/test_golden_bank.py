@@ -28,7 +28,10 @@ def test_todays_writer_gives_the_golden_bytes(tmp_path):
 def test_todays_reader_reads_the_golden_codes(name):
     bank = Bank.open(make_golden.GOLDEN)
     found, expected = bank.layer_codes(bank.layer(name)), make_golden.golden_codes(name)
-    np.testing.assert_array_equal(found.weight, expected.weight)
+    if expected.weight is None:
+        assert found.weight is None
+    else:
+        np.testing.assert_array_equal(found.weight, expected.weight)
     for field in ("codes", "scales", "bias"):
         arrays = getattr(expected, field)
         assert getattr(found, field).keys() == arrays.keys()

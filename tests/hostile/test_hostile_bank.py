@@ -33,6 +33,9 @@ pytestmark = pytest.mark.usefixtures("no_descriptor_left")
 
 FILES = sorted(str(p.relative_to(GOLDEN)) for p in GOLDEN.rglob("*") if p.is_file())
 SIZES = {name: (GOLDEN / name).stat().st_size for name in FILES}
+TABLE_BYTES = SIZES["tables/p4_chunks.npy"]
+SENSITIVITY_BYTES = SIZES["tables/sensitivity.npy"]
+CHUNKS = (TABLE_BYTES - 128) // 16
 SEEDED = random.Random(1)
 PLACES = [(name, SEEDED.randrange(SIZES[name])) for name in SEEDED.choices(FILES, k=100)]
 
@@ -155,7 +158,7 @@ def test_chunk_that_lies_elsewhere(victim, field, value):
 
 def test_chunks_in_another_order(victim):
     table = np.load(victim.file("tables/p4_chunks.npy"))
-    victim.replace_table("p4", "chunks", to_npy(table[[1, 0, 2]]))
+    victim.replace_table("p4", "chunks", to_npy(table[[1, 0, *range(2, CHUNKS)]]))
     victim.refused(Bank.open, BankFormatError, "chunk 0 (layer dense.1)", "must have")
 
 
@@ -174,14 +177,15 @@ def npy(header, values=b""):
 
 
 def padded_to_size(data):
-    return data.ljust(176, b"\0")[:176]
+    return data.ljust(TABLE_BYTES, b"\0")[:TABLE_BYTES]
 
 
 HEADER = b"{'descr': [('offset', '<u8'), ('bytes', '<u4'), ('crc32', '<u4')], "
 HOSTILE_TABLES = {
     "pickle": pickle.dumps([Bomb()]),
     "pickled objects": npy(
-        b"{'descr': '|O', 'fortran_order': False, 'shape': (3,), }\n", pickle.dumps([Bomb()])
+        b"{'descr': '|O', 'fortran_order': False, 'shape': (%d,), }\n" % CHUNKS,
+        pickle.dumps([Bomb()]),
     ),
     "giant shape": npy(HEADER + b"'fortran_order': False, 'shape': (1152921504606846976,), }\n"),
     "negative shape": npy(HEADER + b"'fortran_order': False, 'shape': (-1,), }\n"),
@@ -189,9 +193,11 @@ HOSTILE_TABLES = {
     "deep header": npy(b"(" * 120),
     "header longer than the file": b"\x93NUMPY\x01\x00\xff\xff{",
     "version 2 with a huge header": b"\x93NUMPY\x02\x00\xff\xff\xff\xff{",
-    "other fields": to_npy(np.zeros(3, [("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])),
+    "other fields": to_npy(
+        np.zeros(CHUNKS, [("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
+    ),
     "other byte order": to_npy(
-        np.zeros(3, [("offset", ">u8"), ("bytes", "<u4"), ("crc32", "<u4")])
+        np.zeros(CHUNKS, [("offset", ">u8"), ("bytes", "<u4"), ("crc32", "<u4")])
     ),
     "not .npy": b"PK\x03\x04",
     "zeros": b"",
@@ -209,7 +215,9 @@ def test_hostile_table(victim, name):
 @pytest.mark.usefixtures("in_tmp")
 @pytest.mark.parametrize("name", HOSTILE_TABLES)
 def test_hostile_sensitivity(victim, name):
-    victim.replace_sensitivity(HOSTILE_TABLES[name].ljust(188, b"\0")[:188])
+    victim.replace_sensitivity(
+        HOSTILE_TABLES[name].ljust(SENSITIVITY_BYTES, b"\0")[:SENSITIVITY_BYTES]
+    )
     victim.refused(Bank.open, BankFormatError, "sensitivity.npy", "the bank again")
     assert not os.path.exists("exploded")
 
@@ -246,7 +254,8 @@ def test_flipped_bit_in_the_sensitivity(victim):
 def test_table_with_a_header_of_megabytes(victim):
     data = npy(b"{" + b" " * 65000 + b"}\n")
     victim.replace_table("p4", "chunks", data)
-    victim.refused(Bank.open, BankFormatError, "planes.p4.chunks.bytes is 65013, must be 176")
+    words = f"planes.p4.chunks.bytes is 65013, must be {TABLE_BYTES}"
+    victim.refused(Bank.open, BankFormatError, words)
 
 
 @pytest.mark.parametrize("key", ["bytes", "rows", "columns", "chunk_rows"])

@@ -78,19 +78,25 @@ def write_bank(
     levels: tuple[Level, ...] = LEVELS,
 ) -> Path:
     """A bank of (name, operators, codes, description) layers; the higher the level, the smaller
-    the errors that it states.
+    the errors that it states. A description's `levels` are those of its layer, else all.
     """
     shares = np.array([0 if level == 32 else level**-2.0 for level in levels])
     with BankWriter(path, levels=levels, source=SOURCE) as writer:
         for name, operators, codes, description in layers:
+            own = description.get("levels", levels)
             chunks = -(-description["rows"] // description["chunk_rows"])
+            heard = np.where(np.isin(levels, own), shares, 0)
             writer.add_layer(
                 name,
                 (operators,) if isinstance(operators, str) else operators,
                 codes,
-                relative_error=dict(zip(levels, np.sqrt(shares), strict=True)),
-                sensitivity=np.tile(shares / chunks, (chunks, 1)).astype(np.float32),
-                **description,
+                relative_error={
+                    level: float(np.sqrt(share))
+                    for level, share in zip(levels, shares, strict=True)
+                    if level in own
+                },
+                sensitivity=np.tile(heard / chunks, (chunks, 1)).astype(np.float32),
+                **{key: value for key, value in description.items() if key != "levels"},
             )
         writer.finish(graph)
     return path

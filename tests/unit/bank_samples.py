@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bapq_edge.bank.codes import LayerCodes, from_bf16, to_bf16
-from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, planes_for
+from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, Level, planes_for
 from bapq_edge.bank.manifest import SourceModel
 from bapq_edge.bank.writer import BankWriter
 
@@ -22,6 +22,8 @@ class Shape:
     scale_columns: int = 32
     has_bias: bool = True
     residual_steps: int = 8
+    own_levels: tuple[Level, ...] | None = None
+    """levels of the layer, where they are not all of the bank's"""
 
 
 RAGGED = (
@@ -36,7 +38,7 @@ RAGGED = (
 def random_codes(shape: Shape, levels=LEVELS, seed=0) -> LayerCodes:
     random = np.random.default_rng([seed, shape.rows, shape.columns])
     codes = LayerCodes()
-    for plane in planes_for(levels):
+    for plane in planes_for(shape.own_levels or levels):
         level = PLANES[plane]
         if plane == "f32":
             codes.weight = random.standard_normal((shape.rows, shape.columns), np.float32)
@@ -59,11 +61,13 @@ def random_sensitivity(shape: Shape, levels=LEVELS) -> np.ndarray:
     """(chunks, levels) float32"""
     random = np.random.default_rng([1, shape.rows, shape.columns])
     chunks = -(-shape.rows // shape.chunk_rows)
-    return random.random((chunks, len(levels)), np.float32) * (np.array(levels) != 32)
+    heard = [level != 32 and level in (shape.own_levels or levels) for level in levels]
+    return random.random((chunks, len(levels)), np.float32) * np.array(heard)
 
 
 def add(writer: BankWriter, name: str, shape: Shape, codes: LayerCodes, levels=LEVELS):
-    scaled = {SCALED_PLANES[plane] for plane in planes_for(levels) if plane in SCALED_PLANES}
+    own = shape.own_levels or levels
+    scaled = {SCALED_PLANES[plane] for plane in planes_for(own) if plane in SCALED_PLANES}
     return writer.add_layer(
         name,
         ("Gemm",),
@@ -74,7 +78,7 @@ def add(writer: BankWriter, name: str, shape: Shape, codes: LayerCodes, levels=L
         residual_steps=shape.residual_steps,
         scale_columns={level: shape.scale_columns for level in scaled},
         has_bias=shape.has_bias,
-        relative_error={level: 1 / level for level in levels},
+        relative_error={level: 1 / level for level in own},
         sensitivity=random_sensitivity(shape, levels),
     )
 

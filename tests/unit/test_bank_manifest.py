@@ -89,7 +89,17 @@ def test_calibration_is_optional_and_kept(document):
         ("layers/0/scale_columns/4", ..., "scale_columns is for levels [1, 2], must be [1, 2, 4]"),
         ("layers/0/relative_error/8", -0.5, "relative_error.8 is -0.5, must be a finite number"),
         ("layers/0/relative_error/8", "0", 'relative_error.8 is "0", must be a number'),
-        ("layers/0/relative_error/8", ..., "layers[0].relative_error is for levels [1, 2, 4, 32]"),
+        ("layers/0/relative_error/8", ..., "planes.r8.bytes is"),
+        (
+            "layers/0/relative_error",
+            {},
+            "layers[0].relative_error is for levels [], must be for one",
+        ),
+        (
+            "levels",
+            [32, 8, 4, 2],
+            "layers[0].relative_error is for levels [1, 2, 4, 8, 32], must be",
+        ),
         ("layers/0/name", "a/b", 'layers[0].name is "a/b", must be 1 to 200 letters'),
         ("layers/0/name", "..", 'layers[0].name is "..", must be 1 to 200 letters'),
         ("layers/0/name", "manifest.json", "layers[0].name is"),

@@ -59,7 +59,7 @@ def test_a_plane_that_comes_back_brings_its_level(path):
 def test_without_any_level_there_is_no_bank(path):
     for file in (path / "planes").iterdir():
         file.unlink()
-    with pytest.raises(BankFormatError, match="no level can run"):
+    with pytest.raises(BankFormatError, match="layer layer0 cannot run"):
         Bank.open(path)
 
 

@@ -34,7 +34,14 @@ def random_problem(seed, chunks=60, levels=LEVELS, row_read=0.2, unusual=False):
         scale = 10 ** rng.uniform(-4, 0, (chunks, 1))
         error = scale * 3.0 ** -np.array(levels) * rng.uniform(0.5, 2, (chunks, len(levels)))
     error[:, np.array(levels) == 32] = 0
-    return Problem(levels, weights, sizes, error.astype(np.float32), rng.random(chunks) < row_read)
+    return Problem(
+        levels,
+        weights,
+        sizes,
+        error.astype(np.float32),
+        rng.random(chunks) < row_read,
+        np.tile(np.array(levels, np.uint8), (chunks, 1)),
+    )
 
 
 def columns_of(problem, found):
@@ -184,6 +191,7 @@ def test_the_example_of_the_documentation(limit_kib, levels, error):
             [[0, 0.010, 0.250], [0.001, 0.012, 0.110], [0, 0.002, 0.030]], np.float32
         ),
         row_read=np.zeros(3, bool),
+        runs_at=np.tile(np.array([8, 4, 2], np.uint8), (3, 1)),
     )
     found = made(problem, Request(weight_bytes_limit=limit_kib << 10))
     assert tuple(found.levels) == levels
@@ -300,7 +308,7 @@ def test_requests_that_cannot_be_met():
     with pytest.raises(UnknownLevelError):
         smallest_limit(problem, Request(level=32))
     for bits in (3.9, 0, -1, float("nan")):
-        with pytest.raises(RequestError, match="lowest level is 4: ask for 4 or more"):
+        with pytest.raises(RequestError, match="lowest level takes 4: ask for 4 or more"):
             plan(problem, Request(bits=bits))
     with pytest.raises(RequestError, match=r"level 8 and 3\.5 bits are both asked for"):
         Request(level=8, bits=3.5)

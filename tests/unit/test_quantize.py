@@ -10,7 +10,8 @@ from onnx import GraphProto, NodeProto
 
 from bapq_edge.bank.codes import check_values, dequantize
 from bapq_edge.bank.layout import LEVELS, PLANES, PLANES_OF_LEVEL, planes_for
-from bapq_tools.passes.ir import ColumnStats, HeavyLayer, LayerUse
+from bapq_tools.passes.ir import HeavyLayer, LayerOptions, LayerUse
+from bapq_tools.passes.moments import Centred
 from bapq_tools.passes.quantize import SCALE_COLUMNS, quantize_layer
 
 LOW = (8, 4, 2, 1)
@@ -29,11 +30,24 @@ def normal(*shape, seed=0):
 
 
 def stats_of(x, groups=1):
-    """Stats of activations (rows, groups * columns)."""
-    x = x.astype(np.float64).reshape(len(x), groups, -1)
-    return ColumnStats(
-        x.mean(0).astype(np.float32), np.square(x).mean(0).astype(np.float32), len(x)
-    )
+    """Activations (rows, groups * columns) that calibration sees; every eighth row is held out."""
+    return x, groups
+
+
+def quantize(layer, seen, options):
+    """Codes of the layer and all that is known of it; no level drifts from the float model."""
+    stats = None
+    if seen is not None:
+        x, groups = seen
+        held = np.arange(len(x)) % 8 == 7
+        rows = len(layer.weight) // groups
+        stats = []
+        for group, part in enumerate(np.split(x, groups, axis=1)):
+            weight = layer.weight[group * rows : (group + 1) * rows]
+            inputs = Centred.of(*(dict.fromkeys((32, 4, 2), part[pick]) for pick in (~held, held)))
+            stats.append(inputs.stats(weight))
+    found = quantize_layer(layer, stats, options)
+    return found.codes, found
 
 
 def weights_at(codes, info, level):
@@ -46,7 +60,7 @@ def relative(found, expected):
 
 def test_each_level_is_as_near_as_its_bits_allow():
     w = normal(70, 200)
-    codes, info = quantize_layer(layer(w), None, LEVELS)
+    codes, info = quantize(layer(w), None, LayerOptions(LEVELS))
     errors = {level: relative(weights_at(codes, info, level), w) for level in LEVELS}
     assert errors[32] == 0
     # Optimal scalar quantizers of a normal distribution reach 0.115, 0.343, 0.603 at 4, 2, 1 bits.
@@ -56,20 +70,20 @@ def test_each_level_is_as_near_as_its_bits_allow():
 
 
 def test_row_errors_are_shares_of_the_layer_s_output():
-    w, x = normal(24, 64), normal(300, 128) * np.linspace(0.1, 2, 128).astype(np.float32)
-    stats = stats_of(x, groups=2)
-    codes, info = quantize_layer(layer(w), stats, LOW)
-    h = np.repeat(stats.mean_square, 12, axis=0).astype(np.float64)
+    w, x = normal(24, 64), normal(3000, 64) * np.linspace(0.1, 2, 64).astype(np.float32)
+    codes, info = quantize(layer(w), stats_of(x), LayerOptions(LOW))
+    wanted = x @ w.T
     for level in LOW:
-        square = (h * np.square(weights_at(codes, info, level) - w)).sum(1)
-        expected = square / (h * np.square(w)).sum()
-        np.testing.assert_allclose(info.row_error[level], expected, rtol=1e-5)
+        missed = x @ (weights_at(codes, info, level) - w).T
+        expected = np.square(missed).sum(0) / np.square(wanted).sum()
+        # the damping of H and the rows held out make the difference
+        np.testing.assert_allclose(info.row_error[level], expected, rtol=0.3)
         assert info.relative_error[level] ** 2 == pytest.approx(info.row_error[level].sum())
 
 
 def test_level_8_is_within_half_a_step_everywhere():
     w = normal(64, 96) ** 3  # heavy tails: the largest weight of a group stands far out
-    codes, info = quantize_layer(layer(w), None, (8,))
+    codes, info = quantize(layer(w), None, LayerOptions((8,)))
     step = np.repeat(codes.scales[4], 32, axis=1) / info.residual_steps
     assert (np.abs(weights_at(codes, info, 8) - w) <= step * 0.5001).all()
     # ... and the step is that of 256 values over the group's range, to bf16's precision.
@@ -79,7 +93,7 @@ def test_level_8_is_within_half_a_step_everywhere():
 
 def test_level_4_codes_are_the_nearest():
     w = normal(32, 64)
-    codes, info = quantize_layer(layer(w), None, (4,))
+    codes, info = quantize(layer(w), None, LayerOptions((4,)))
     scale = np.repeat(codes.scales[4], 32, axis=1)
     grid = (np.arange(16, dtype=np.float32) - 7.5) * scale[..., None]
     nearest = np.abs(grid - w[..., None]).min(-1)
@@ -88,7 +102,7 @@ def test_level_4_codes_are_the_nearest():
 
 def test_level_2_scale_beats_every_other():
     w = normal(8, 64)
-    codes, info = quantize_layer(layer(w), None, (2,))
+    codes, info = quantize(layer(w), None, LayerOptions((2,)))
     found = np.square(weights_at(codes, info, 2) - w).sum(-1)
     best = np.full(8, np.inf)
     for scale in np.linspace(0.5, 2, 301):
@@ -99,7 +113,7 @@ def test_level_2_scale_beats_every_other():
 
 def test_two_valued_weights_are_exact_at_level_1():
     w = np.where(normal(16, 128) < 0, -0.25, 0.25)
-    codes, info = quantize_layer(layer(w), None, LOW)
+    codes, info = quantize(layer(w), None, LayerOptions(LOW))
     np.testing.assert_array_equal(weights_at(codes, info, 1), w)
     assert info.relative_error[1] == 0
 
@@ -107,14 +121,14 @@ def test_two_valued_weights_are_exact_at_level_1():
 @pytest.mark.parametrize("levels", [c for n in (1, 2) for c in itertools.combinations(LEVELS, n)])
 def test_any_set_of_levels_fills_exactly_its_planes(levels):
     w, bias = normal(20, 40), normal(20)
-    codes, info = quantize_layer(layer(w, bias), None, levels)
+    codes, info = quantize(layer(w, bias), None, LayerOptions(levels))
     planes = planes_for(levels)
     assert set(codes.codes) == set(planes) - {"f32"}
     assert (codes.weight is not None) == (32 in levels)
     assert set(codes.bias) == {PLANES[plane] for plane in planes}
     assert set(info.relative_error) == set(levels)
     assert set(info.scale_columns) == set(codes.scales)
-    whole, _ = quantize_layer(layer(w, bias), None, LEVELS)
+    whole, _ = quantize(layer(w, bias), None, LayerOptions(LEVELS))
     for level in levels:
         np.testing.assert_array_equal(
             weights_at(codes, info, level),
@@ -128,12 +142,12 @@ def test_any_set_of_levels_fills_exactly_its_planes(levels):
 def test_columns_past_the_last_do_not_matter(columns):
     """A ragged layer equals the head of one whose rest is smaller and weighs nothing."""
     w = normal(5, columns)
-    codes, info = quantize_layer(layer(w), None, LOW)
+    codes, info = quantize(layer(w), None, LayerOptions(LOW))
     for level, size in SCALE_COLUMNS.items():
         assert codes.scales[level].shape == (5, -(-columns // size))
     tail = slice(columns // 32 * 32, None)
     if columns % 32:
-        alone, _ = quantize_layer(layer(w[:, tail]), None, (8, 4))
+        alone, _ = quantize(layer(w[:, tail]), None, LayerOptions((8, 4)))
         np.testing.assert_array_equal(alone.codes["p4"], codes.codes["p4"][:, tail])
         np.testing.assert_array_equal(alone.scales[4][:, 0], codes.scales[4][:, -1])
     if columns == 1:
@@ -159,7 +173,7 @@ def test_columns_past_the_last_do_not_matter(columns):
 def test_unusual_weights(values, calibrated):
     w = values.astype(np.float32)
     stats = stats_of(normal(50, 70)) if calibrated else None
-    codes, info = quantize_layer(layer(w), stats, LOW)
+    codes, info = quantize(layer(w), stats, LayerOptions(LOW))
     peak = float(np.abs(w).max())
     for level, scale in codes.scales.items():
         assert (scale >= 0).all()
@@ -171,15 +185,15 @@ def test_unusual_weights(values, calibrated):
         assert np.isfinite(info.relative_error[level])
         if level > 1 and not w[:, :64].any():  # level 1 has one scale for all 70 columns
             np.testing.assert_array_equal(found[:, :64], 0)
-    # No scale is below 2^-120, and the finest step is a sixteenth of it.
-    assert np.abs(weights_at(codes, info, 8) - w).max() <= max(peak / 200, 2.0**-116)
+    # No scale is below 2^-120; level 8 has 96 steps on each side of zero, or 128.
+    assert np.abs(weights_at(codes, info, 8) - w).max() <= max(peak / 190, 2.0**-116)
 
 
 def test_calibration_protects_the_columns_that_matter():
     w = normal(64, 128)
     x = normal(500, 128) * np.where(np.arange(128) % 16 == 0, 20, 0.5).astype(np.float32)
-    plain, info = quantize_layer(layer(w), None, LOW)
-    fitted, fitted_info = quantize_layer(layer(w), stats_of(x), LOW)
+    plain, info = quantize(layer(w), None, LayerOptions(LOW))
+    fitted, fitted_info = quantize(layer(w), stats_of(x), LayerOptions(LOW))
     for level in (4, 2, 1):
         before = relative(x @ weights_at(plain, info, level).T, x @ w.T)
         after = relative(x @ weights_at(fitted, fitted_info, level).T, x @ w.T)
@@ -190,14 +204,13 @@ def test_calibration_protects_the_columns_that_matter():
 def test_bias_takes_up_the_mean_of_the_error():
     w, bias = normal(48, 96), normal(48, seed=1)
     x = normal(400, 96) + 1
-    codes, info = quantize_layer(layer(w, bias), stats_of(x), LEVELS)
+    codes, info = quantize(layer(w, bias), stats_of(x), LayerOptions(LEVELS))
     np.testing.assert_array_equal(codes.bias[32], bias)
-    np.testing.assert_array_equal(codes.bias[1], bias)
-    for level in (8, 4, 2):
+    for level in (8, 4, 2, 1):
         product = x @ weights_at(codes, info, level).T
         exact = x @ w.T + bias
         assert relative(product + codes.bias[level], exact) < relative(product + bias, exact)
-    plain, _ = quantize_layer(layer(w, bias), None, LEVELS)
+    plain, _ = quantize(layer(w, bias), None, LayerOptions(LEVELS))
     for level in LEVELS:
         np.testing.assert_array_equal(plain.bias[level], bias)
 
@@ -206,20 +219,20 @@ def test_new_bias_only_where_it_helps():
     w = normal(48, 96)
     shifted, centred = normal(400, 96) + 1, normal(400, 96)
     centred -= centred.mean(0)
-    assert quantize_layer(layer(w), stats_of(shifted), LOW)[0].bias
-    assert not quantize_layer(layer(w), stats_of(centred), LOW)[0].bias
-    assert not quantize_layer(layer(w), None, LOW)[0].bias
+    assert quantize(layer(w), stats_of(shifted), LayerOptions(LOW))[0].bias
+    assert not quantize(layer(w), stats_of(centred), LayerOptions(LOW))[0].bias
+    assert not quantize(layer(w), None, LayerOptions(LOW))[0].bias
     tied = layer(w, operators=("MatMul", "Gather"))
-    assert not quantize_layer(tied, stats_of(shifted), LOW)[0].bias
+    assert not quantize(tied, stats_of(shifted), LayerOptions(LOW))[0].bias
 
 
 def test_groups_of_a_convolution_have_stats_of_their_own():
     w = normal(24, 36)
     x = normal(300, 72) * np.repeat([0.1, 3], 36).astype(np.float32) + 1
-    codes, _ = quantize_layer(layer(w), stats_of(x, groups=2), LOW)
+    codes, _ = quantize(layer(w), stats_of(x, groups=2), LayerOptions(LOW))
     for group, rows in enumerate((slice(0, 12), slice(12, 24))):
         part = stats_of(x[:, group * 36 : (group + 1) * 36])
-        alone, _ = quantize_layer(layer(w[rows]), part, LOW)
+        alone, _ = quantize(layer(w[rows]), part, LayerOptions(LOW))
         for plane, code in alone.codes.items():
             np.testing.assert_array_equal(codes.codes[plane][rows], code)
         for level in LOW:
@@ -228,20 +241,8 @@ def test_groups_of_a_convolution_have_stats_of_their_own():
 
 def test_input_that_calibration_never_saw_active_still_counts():
     w = normal(16, 64)
-    dead = ColumnStats(np.zeros((1, 64), np.float32), np.zeros((1, 64), np.float32), 9)
-    codes, info = quantize_layer(layer(w), dead, LOW)
-    plain, _ = quantize_layer(layer(w), None, LOW)
+    dead = stats_of(np.zeros((9, 64), np.float32))
+    codes, info = quantize(layer(w), dead, LayerOptions(LOW))
+    plain, _ = quantize(layer(w), None, LayerOptions(LOW))
     np.testing.assert_array_equal(codes.codes["p4"], plain.codes["p4"])
     assert all(np.isfinite(list(info.relative_error.values())))
-
-
-def test_workers_do_not_change_the_result():
-    w, stats = normal(700, 500), stats_of(normal(100, 500) + 0.3)
-    one, one_info = quantize_layer(layer(w), stats, LEVELS, workers=1)
-    many, many_info = quantize_layer(layer(w), stats, LEVELS, workers=5)
-    assert one_info.relative_error == many_info.relative_error
-    for level, error in one_info.row_error.items():
-        np.testing.assert_array_equal(error, many_info.row_error[level])
-    for name in ("codes", "scales", "bias"):
-        for key, array in getattr(one, name).items():
-            np.testing.assert_array_equal(array, getattr(many, name)[key])

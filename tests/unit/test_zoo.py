@@ -173,8 +173,8 @@ def test_unknown_light_cnn_is_refused(tmp_path: Path) -> None:
 
 def test_sentences_are_distinct_prose() -> None:
     calibration, held_out = load_sentences()
-    assert (len(calibration), len(held_out)) == (128, 600)
-    assert len({*calibration, *held_out}) == 728
+    assert (len(calibration), len(held_out)) == (512, 600)
+    assert len({*calibration, *held_out}) == 1112
     assert all(6 <= len(sentence.split()) <= 60 for sentence in calibration + held_out)
 
 

@@ -48,7 +48,12 @@ def _random_problem(chunks: int) -> Problem:
     error = 10 ** rng.uniform(-4, 0, (chunks, 1)) * 3.0 ** -np.array(LEVELS)
     error = error * rng.uniform(0.5, 2, error.shape) * (np.array(LEVELS) != 32)
     return Problem(
-        LEVELS, weights, level_bytes, error.astype(np.float32), np.zeros(chunks, np.bool_)
+        LEVELS,
+        weights,
+        level_bytes,
+        error.astype(np.float32),
+        np.zeros(chunks, np.bool_),
+        np.tile(np.array(LEVELS, np.uint8), (chunks, 1)),
     )
 
 

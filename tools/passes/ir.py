@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -73,6 +74,18 @@ class HeavyLayer:
     """Names of the initializers that the bank replaces (weight and fused bias)."""
 
 
+@dataclass(frozen=True)
+class LayerOptions:
+    """What was asked for one layer, by the build or by its recipe."""
+
+    levels: tuple[Level, ...]
+    """Levels that the layer gets, highest first: those of the bank or some of them"""
+    scale_columns: Mapping[Level, int] = field(default_factory=dict)
+    """Columns per scale, where the quantizer is not to choose"""
+    prune_tau: float = 0.0
+    """Weights smaller than this share of the layer's largest are zeroed"""
+
+
 @dataclass
 class LayerPlan:
     """Result of the layers stage, in execution order."""
@@ -107,3 +120,8 @@ class MatrixStats:
     """(samples, columns) float32: the float model's inputs, centred, of `LevelStats.held_out`"""
     levels: dict[Level, LevelStats]
     """of levels 4 and 2, as far as the bank has them"""
+
+    def of_rows(self, rows: slice) -> MatrixStats:
+        """What is known for some rows of the matrix."""
+        levels = {k: replace(seen, drift=seen.drift[rows]) for k, seen in self.levels.items()}
+        return replace(self, levels=levels)

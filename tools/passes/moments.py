@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +15,8 @@ from bapq_edge.errors import CalibrationError
 from .chains import FLOAT, Chains
 from .ir import ConvGeometry, HeavyLayer, LevelStats, MatrixStats
 from .reference import observed_use
+
+T = TypeVar("T")
 
 CHAIN_LEVELS: tuple[Level, ...] = (4, 2)
 """Levels with a chain of their own: 8 is as good as float, and 1 shares the codes of 2."""
@@ -36,44 +40,30 @@ _ROW_WORK = 1 << 36
 _HELD_OUT_ROWS = 1024
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """Inputs of a layer in every chain, rows picked alike; groups side by side."""
-
-    fitted: dict[int, np.ndarray]
-    """(rows, groups * columns) by chain"""
-    held_out: dict[int, np.ndarray]
-
-
 class Moments:
     """Statistics of layers whose inputs are at hand; layers that share an input share the work."""
 
     def __init__(self, chains: Chains) -> None:
         self._chains = chains
-        self._inputs: dict[tuple[str, ConvGeometry | None], _Inputs] = {}
-        self._grams: dict[tuple[str, ConvGeometry | None, int], _Centred] = {}
+        self._inputs: dict[tuple[str, ConvGeometry | None], list[Centred]] = {}
 
-    def of(self, layer: HeavyLayer) -> list[MatrixStats]:
+    def of(self, layer: HeavyLayer) -> list[MatrixStats] | None:
         """Statistics of a layer that multiplies, one entry per group of its convolution.
 
-        Raises CalibrationError where its input is not finite.
+        None where no sample gives it a row. Raises CalibrationError where its input is not finite.
         """
         use = observed_use(layer)
         key = (use.activation_input, use.conv)
         columns = layer.weight.shape[1]
         if key not in self._inputs:
             self._inputs[key] = self._collect(layer, columns)
-        inputs = self._inputs[key]
-        groups = inputs.fitted[FLOAT].shape[1] // columns
-        rows = len(layer.weight) // groups
+        centred = self._inputs[key]
+        if not centred:
+            return None
+        rows = len(layer.weight) // len(centred)
         return [
-            self._matrix(
-                (*key, group),
-                inputs,
-                slice(group * columns, (group + 1) * columns),
-                layer.weight[group * rows : (group + 1) * rows],
-            )
-            for group in range(groups)
+            inputs.stats(layer.weight[group * rows : (group + 1) * rows])
+            for group, inputs in enumerate(centred)
         ]
 
     def gather_counts(self, layer: HeavyLayer) -> np.ndarray:
@@ -85,7 +75,8 @@ class Moments:
             counts += np.bincount(indices.astype(np.int64) % rows, minlength=rows)
         return counts
 
-    def _collect(self, layer: HeavyLayer, columns: int) -> _Inputs:
+    def _collect(self, layer: HeavyLayer, columns: int) -> list[Centred]:
+        """Inputs of a layer in every chain, rows picked alike; one entry per group."""
         samples = self._chains.samples
         held = range(HELD_OUT - 1, samples, HELD_OUT) if samples >= 2 * HELD_OUT else range(0)
         fitted = [sample for sample in range(samples) if sample not in held]
@@ -107,30 +98,21 @@ class Moments:
                         "or infinity; remove the sample or check the model in float32"
                     )
                 target[chain].append(picked)
-        joined = {chain: np.concatenate(parts) for chain, parts in rows.items()}
-        if held:
-            return _Inputs(joined, {c: np.concatenate(parts) for c, parts in held_rows.items()})
-        return _Inputs(joined, {c: x[:0] for c, x in joined.items()})
-
-    def _matrix(
-        self,
-        key: tuple[str, ConvGeometry | None, int],
-        inputs: _Inputs,
-        columns: slice,
-        weight: np.ndarray,
-    ) -> MatrixStats:
-        if key not in self._grams:
-            self._grams[key] = _Centred.of(inputs, columns)
-        seen = self._grams[key]
-        drifts = {
-            chain: _drift(weight, seen.fitted[FLOAT], seen.fitted[chain]) for chain in seen.grams
-        }
-        levels = {chain: seen.mixed(chain, drifts) for chain in seen.grams}
-        return MatrixStats(seen.blocks, seen.means[FLOAT], seen.held_out[FLOAT], levels)
+        fit = {chain: np.concatenate(parts) for chain, parts in rows.items()}
+        apart = {chain: np.concatenate([fit[chain][:0], *p]) for chain, p in held_rows.items()}
+        if not len(fit[FLOAT]):
+            return []
+        return [
+            Centred.of(
+                {chain: x[:, begin : begin + columns] for chain, x in fit.items()},
+                {chain: x[:, begin : begin + columns] for chain, x in apart.items()},
+            )
+            for begin in range(0, fit[FLOAT].shape[1], columns)
+        ]
 
 
 @dataclass(frozen=True)
-class _Centred:
+class Centred:
     """Inputs of one matrix, centred, with their second moments."""
 
     blocks: tuple[slice, ...]
@@ -140,16 +122,27 @@ class _Centred:
     grams: dict[int, tuple[np.ndarray, ...]]
 
     @classmethod
-    def of(cls, inputs: _Inputs, columns: slice) -> _Centred:
-        means = {c: x[:, columns].mean(0, dtype=np.float64) for c, x in inputs.fitted.items()}
-        means = {chain: mean.astype(np.float32) for chain, mean in means.items()}
-        fitted = {c: x[:, columns] - means[c] for c, x in inputs.fitted.items()}
-        held_out = {c: x[:, columns] - means[c] for c, x in inputs.held_out.items()}
-        blocks = _blocks(columns.stop - columns.start)
-        grams = {c: _grams(x, blocks) for c, x in fitted.items() if c != FLOAT}
-        return cls(blocks, means, fitted, held_out, grams)
+    def of(cls, fitted: Mapping[int, np.ndarray], held_out: Mapping[int, np.ndarray]) -> Centred:
+        """Both by chain, (rows, columns) each; rows of all chains belong together."""
+        means = {c: x.mean(0, dtype=np.float64).astype(np.float32) for c, x in fitted.items()}
+        centred = {chain: x - means[chain] for chain, x in fitted.items()}
+        blocks = _blocks(len(means[FLOAT]))
+        return cls(
+            blocks,
+            means,
+            centred,
+            {chain: x - means[chain] for chain, x in held_out.items()},
+            _per_chain(lambda chain: _grams(centred[chain], blocks), set(centred) - {FLOAT}),
+        )
 
-    def mixed(self, level: Level, drifts: Mapping[int, np.ndarray]) -> LevelStats:
+    def stats(self, weight: np.ndarray) -> MatrixStats:
+        """Statistics for a matrix (rows, columns) that multiplies these inputs."""
+        x = self.fitted
+        drifts = _per_chain(lambda chain: _drift(weight, x[FLOAT], x[chain]), self.grams)
+        levels = {chain: self._mixed(chain, drifts) for chain in self.grams}
+        return MatrixStats(self.blocks, self.means[FLOAT], self.held_out[FLOAT], levels)
+
+    def _mixed(self, level: Level, drifts: Mapping[int, np.ndarray]) -> LevelStats:
         """Statistics of a level: mostly its own chain's."""
         others = [chain for chain in self.grams if chain != level]
         shares = dict.fromkeys(others, OTHER_CHAIN / max(len(others), 1))
@@ -163,6 +156,13 @@ class _Centred:
             for index in range(len(self.blocks))
         )
         return LevelStats(grams, mix(drifts), mix(self.means), self.held_out[level])
+
+
+def _per_chain(function: Callable[[int], T], chains: Iterable[int]) -> dict[int, T]:
+    """Results by chain; each has a thread, since BLAS has one."""
+    chains = sorted(chains)
+    with ThreadPoolExecutor(max(1, len(chains))) as pool:
+        return dict(zip(chains, pool.map(function, chains), strict=True))
 
 
 def _blocks(columns: int) -> tuple[slice, ...]:

@@ -19,6 +19,7 @@ import numpy as np
 from bapq_edge.bank.codes import LayerCodes
 from bapq_edge.errors import StorageError
 
+from .ir import HeavyLayer
 from .quantize import QuantizedLayer
 
 _KEY_FILE = "key.json"
@@ -72,8 +73,8 @@ class PartialBank:
             np.savez(fresh, **arrays)
             os.replace(fresh, self._file(index))
 
-    def get(self, index: int, weight: np.ndarray | None = None) -> QuantizedLayer | None:
-        """A layer that is there, None otherwise; `weight` becomes its plane f32."""
+    def get(self, index: int, layer: HeavyLayer) -> QuantizedLayer | None:
+        """What was kept of the plan's layer of that index; None when there is nothing."""
         try:
             with np.load(self._file(index), allow_pickle=False) as file:
                 arrays = dict(file)
@@ -90,6 +91,7 @@ class PartialBank:
         def by_level(prefix: str) -> dict[int, np.ndarray]:
             return {int(level): value for level, value in part(prefix).items()}
 
+        weight = layer.weight if "row_error.32" in arrays else None
         codes = LayerCodes(weight, part("codes"), by_level("scales"), by_level("bias"))
         return QuantizedLayer(
             codes,

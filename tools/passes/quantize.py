@@ -10,7 +10,6 @@ step of level 4; compensated codes may lie further off, and the residual still f
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from bapq_edge.bank.codes import LayerCodes, dequantize, join_rows
 from bapq_edge.bank.layout import PLANES, SCALED_PLANES, Level, planes_for
 
-from .ir import HeavyLayer, LevelStats, MatrixStats
+from .ir import HeavyLayer, LayerOptions, LevelStats, MatrixStats
 from .rounding import (
     Problem,
     absorb_drift,
@@ -60,6 +59,12 @@ _BIAS_GAIN = 0.01
 """A new bias must be worth this share of the squared output error at some level: it costs 4 bytes
 per row and plane."""
 
+_TINY = np.float32(2.0**-125)
+"""Stands for zero: too small for any scale, and normal."""
+
+_LARGEST_WEIGHT = 1e15
+"""Larger ones are rounded to nearest: squares of them leave float32's range."""
+
 _BLOCK_WEIGHTS = 1 << 17
 """Weights rounded to nearest at a time: the temporaries, about ten float32 arrays of this size,
 then stay near a core's cache."""
@@ -67,10 +72,6 @@ then stay near a core's cache."""
 
 _TASK_WEIGHTS = 1 << 25
 """Weights of one task at most."""
-
-
-Fit = Callable[[np.ndarray, np.ndarray, int], LayerCodes]
-"""(weight, h, residual steps) -> nearest codes with searched scales"""
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,11 @@ class QuantizedLayer:
     it was not measured"""
 
     @property
+    def levels(self) -> tuple[Level, ...]:
+        """Levels of the layer, highest first."""
+        return tuple(self.row_error)
+
+    @property
     def relative_error(self) -> dict[Level, float]:
         """Norm of the output's error over norm of the output."""
         return {level: float(np.sqrt(rows.sum())) for level, rows in self.row_error.items()}
@@ -124,6 +130,11 @@ class QuantizedLayer:
         return self.codes.bias.get(level)
 
 
+def scale_columns_of(options: LayerOptions) -> dict[Level, int]:
+    """Columns per scale of levels 4, 2 and 1 for these options."""
+    return {**SCALE_COLUMNS, **options.scale_columns}
+
+
 def residual_steps(levels: tuple[Level, ...], calibrated: bool) -> int:
     """Residual steps of a layer: a bank without level 4 has no use for compensated codes."""
     compensated = calibrated and 4 in levels
@@ -134,7 +145,7 @@ def quantize_family(
     weight: np.ndarray,
     stats: MatrixStats | None,
     family: tuple[Level, ...],
-    levels: tuple[Level, ...],
+    options: LayerOptions,
 ) -> FamilyResult:
     """One family of levels of a matrix (rows, columns), or of some of its rows.
 
@@ -142,54 +153,58 @@ def quantize_family(
     Without stats all columns weigh the same and codes are the nearest.
     """
     weight = np.ascontiguousarray(weight, np.float32)
-    steps = residual_steps(levels, stats is not None)
-    fit = _fit_levels_8_and_4 if 4 in family else _fit_levels_2_and_1
-    if stats is None:
-        return _nearest_in_blocks(weight, fit, steps)
+    # The sign of a zero decides its code: no grid has a zero.
+    weight = np.copysign(np.maximum(np.abs(weight), _TINY), weight)
     lead: Level = 4 if 4 in family else 2
-    seen = stats.levels.get(lead)
-    if seen is None:  # the bank holds level 8 or 1 of this family only
-        seen = next(iter(stats.levels.values()))
+    grid = Grid(lead, residual_steps(options.levels, stats is not None), scale_columns_of(options))
+    if stats is None:
+        return _nearest_in_blocks(weight, grid, family)
+    # A bank with level 8 or 1 of this family only has no chain for its lead.
+    seen = stats.levels.get(lead) or next(iter(stats.levels.values()))
     problem = Problem.damped(stats.blocks, seen.grams, _DAMPING)
-    candidates = [("nearest", fit(weight, problem.diagonal, steps), weight)]
-    if lead in stats.levels:
-        found = _compensated(weight, stats, seen, problem, lead, steps)
+    candidates = [("nearest", grid.nearest(weight, problem.diagonal), weight)]
+    if lead in stats.levels and lead in options.levels:
+        found = _compensated(weight, stats, seen, problem, grid)
         if found is not None:
             candidates.append(("compensated", *found))
 
     def held_out_error(codes: LayerCodes) -> float:
         if not len(stats.held_out):
             return 0.0
-        missed = stats.held_out @ weight.T
-        missed -= seen.held_out @ dequantize(codes, lead, steps, SCALE_COLUMNS).T
-        return float(np.square(missed, dtype=np.float64).sum())
+        with np.errstate(over="ignore", invalid="ignore"):
+            missed = stats.held_out @ weight.T
+            missed -= seen.held_out @ grid.dequantize(codes, lead).T
+            return float(np.nan_to_num(np.square(missed, dtype=np.float64).sum(), nan=np.inf))
 
     # Without held-out samples the last one, compensated, wins.
     method, codes, target = min(reversed(candidates), key=lambda c: held_out_error(c[1]))
-    return FamilyResult(
-        codes,
-        {
-            level: _result(weight, target, codes, level, steps, stats, seen, problem, method)
-            for level in family
-        },
-        problem.row_errors(weight),
-    )
+    results = {}
+    for level in family:
+        found = grid.dequantize(codes, level)
+        # Level 8 holds the weight itself, and meets what the float model would.
+        aim, mean = (weight, stats.mean) if level == 8 else (target, seen.mean)
+        shift = weight.astype(np.float64) @ stats.mean - found.astype(np.float64) @ mean
+        results[level] = LevelResult(
+            problem.row_errors(aim - found), shift, "nearest" if level == 8 else method
+        )
+    return FamilyResult(codes, results, problem.row_errors(weight))
 
 
 def join_layer(
     layer: HeavyLayer,
-    levels: tuple[Level, ...],
-    parts: list[dict[tuple[Level, ...], FamilyResult]],
+    options: LayerOptions,
+    results: list[FamilyResult],
     calibrated: bool,
     row_weight: np.ndarray | None = None,
 ) -> QuantizedLayer:
-    """The layer out of its runs of rows, in order, each with the families that were asked for.
+    """The layer out of the results of its `layer_tasks`, in their order.
 
     `row_weight`, (rows,), is how often each row of a gathered table is read.
 
     The bias of every level makes up for the shift of the mean; where the layer has none, one is
     added if that pays.
     """
+    levels = options.levels
     codes = LayerCodes(weight=layer.weight if 32 in levels else None)
     errors: dict[Level, np.ndarray] = {}
     shifts: dict[Level, np.ndarray] = {}
@@ -200,21 +215,20 @@ def join_layer(
     if 32 in levels:
         errors[32], shifts[32] = np.zeros(rows), np.zeros(rows)
     wanted = planes_for(levels)
-    for family in FAMILIES if parts else ():
-        if family not in parts[0]:
-            continue
-        results = [part[family] for part in parts]
-        for plane in results[0].codes.codes:
+    families = families_of(options)
+    for number, family in enumerate(families):
+        runs = results[number :: len(families)]
+        for plane in runs[0].codes.codes:
             if plane in wanted:
-                codes.codes[plane] = np.concatenate([r.codes.codes[plane] for r in results])
-        for level in results[0].codes.scales:
+                codes.codes[plane] = np.concatenate([run.codes.codes[plane] for run in runs])
+        for level in runs[0].codes.scales:
             if any(SCALED_PLANES.get(plane) == level for plane in wanted):
-                codes.scales[level] = np.concatenate([r.codes.scales[level] for r in results])
+                codes.scales[level] = np.concatenate([run.codes.scales[level] for run in runs])
         for level in family:
-            errors[level] = np.concatenate([r.levels[level].row_error for r in results]) * often
-            shifts[level] = np.concatenate([r.levels[level].shift for r in results])
-            methods[level] = _most([r.levels[level].method for r in results])
-        norm = float((np.concatenate([r.row_norm for r in results]) * often).sum())
+            errors[level] = np.concatenate([run.levels[level].row_error for run in runs]) * often
+            shifts[level] = np.concatenate([run.levels[level].shift for run in runs])
+            methods[level] = _most([run.levels[level].method for run in runs])
+        norm = float((np.concatenate([run.row_norm for run in runs]) * often).sum())
     completed = [PLANES[plane] for plane in wanted]
     pays = any(
         float(np.square(shifts[level]).sum()) > _BIAS_GAIN * errors[level].sum()
@@ -228,113 +242,183 @@ def join_layer(
     return QuantizedLayer(
         codes,
         residual_steps(levels, calibrated),
-        {level: SCALE_COLUMNS[level] for level in codes.scales},
+        {level: scale_columns_of(options)[level] for level in codes.scales},
         {level: errors[level] / norm if norm else 0 * errors[level] for level in levels},
         {level: methods[level] for level in levels if level in methods},
     )
 
 
-def row_runs(rows: int, columns: int, groups: int = 1) -> list[slice]:
+def quantize_layer(
+    layer: HeavyLayer, stats: list[MatrixStats] | None, options: LayerOptions
+) -> QuantizedLayer:
+    """A whole layer, here and now; `stats` has one entry per group of its convolution."""
+    results = [quantize_family(*task) for task in layer_tasks(layer, stats, options)]
+    return join_layer(layer, options, results, stats is not None)
+
+
+def layer_tasks(
+    layer: HeavyLayer, stats: list[MatrixStats] | None, options: LayerOptions
+) -> list[tuple[np.ndarray, MatrixStats | None, tuple[Level, ...], LayerOptions]]:
+    """Arguments of the calls of `quantize_family` that `join_layer` takes the results of."""
+    rows, columns = layer.weight.shape
+    group_rows = rows if stats is None else rows // len(stats)
+    tasks = []
+    for run in _row_runs(rows, columns, group_rows):
+        seen = None
+        if stats is not None:
+            first = run.start // group_rows * group_rows
+            seen = stats[run.start // group_rows].of_rows(
+                slice(run.start - first, run.stop - first)
+            )
+        tasks += [(layer.weight[run], seen, family, options) for family in families_of(options)]
+    return tasks
+
+
+def families_of(options: LayerOptions) -> list[tuple[Level, ...]]:
+    """Families with a level that is wanted."""
+    return [family for family in FAMILIES if any(level in options.levels for level in family)]
+
+
+def _row_runs(rows: int, columns: int, group_rows: int) -> list[slice]:
     """Runs of rows that one task works on, none across two groups of a grouped Conv.
 
     They do not depend on the number of workers, so neither does the bank.
     """
-    group_rows = rows // groups
     step = max(16, _TASK_WEIGHTS // columns // 16 * 16)
     return [
-        slice(begin, min(begin + step, (group + 1) * group_rows))
-        for group in range(groups)
-        for begin in range(group * group_rows, (group + 1) * group_rows, step)
+        slice(begin, min(begin + step, first + group_rows))
+        for first in range(0, rows, group_rows)
+        for begin in range(first, first + group_rows, step)
     ]
 
 
-def _nearest_in_blocks(weight: np.ndarray, fit: Fit, steps: int) -> FamilyResult:
+@dataclass(frozen=True)
+class Grid:
+    """The grids of one family of levels, and the codes that lie nearest on them."""
+
+    lead: Level
+    """4 for levels 8 and 4, 2 for levels 2 and 1"""
+    steps: int
+    """residual steps"""
+    scale_columns: dict[Level, int]
+
+    def spread(self, scale: np.ndarray, columns: int, level: Level) -> np.ndarray:
+        """(rows, groups) -> (rows, columns)."""
+        return np.repeat(scale, self.scale_columns[level], axis=1)[:, :columns]
+
+    def dequantize(self, codes: LayerCodes, level: Level) -> np.ndarray:
+        """(rows, columns) float32 at a level."""
+        return dequantize(codes, level, self.steps, self.scale_columns)
+
+    def nearest(self, w: np.ndarray, h: np.ndarray) -> LayerCodes:
+        """Searched scales and nearest codes; h: (columns,) weighs the columns."""
+        size = self.scale_columns[self.lead]
+        groups = grouped(w, size)
+        fit = fit_scale4 if self.lead == 4 else fit_scale2
+        scale = fit(groups, grouped(h[None], size))
+        code = nearest(divided(groups, scale), 8 if self.lead == 4 else 2)
+        code = code.reshape(len(w), -1)[:, : w.shape[1]]
+        if self.lead == 4:
+            return self.with_residual(w, scale, code)
+        size = self.scale_columns[1]
+        return self.with_signs(scale, code, fit_scale1(grouped(w, size), grouped(h[None], size)))
+
+    def with_residual(self, w: np.ndarray, scale: np.ndarray, code: np.ndarray) -> LayerCodes:
+        """Levels 8 and 4 out of level 4's scale and codes: the nearest residual is added."""
+        residual = np.floor((self.in_steps(w, scale) - code) * np.float32(self.steps))
+        return LayerCodes(
+            codes={
+                "p4": (code + np.float32(7.5)).astype(np.uint8),
+                "r8": (np.clip(residual, -8, 7) + np.float32(8)).astype(np.uint8),
+            },
+            scales={4: scale},
+        )
+
+    def with_signs(self, scale: np.ndarray, code: np.ndarray, scale1: np.ndarray) -> LayerCodes:
+        """Levels 2 and 1 out of level 2's scale and codes and level 1's scale."""
+        both = (code + np.float32(1.5)).astype(np.uint8)
+        return LayerCodes(codes={"s1": both >> 1, "m1": both & 1}, scales={2: scale, 1: scale1})
+
+    def in_steps(self, w: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """Weights in units of the lead's scale; 0 where that is 0."""
+        spread = self.spread(scale, w.shape[1], self.lead)
+        return w * np.divide(1, spread, out=np.zeros_like(spread), where=spread > 0)
+
+    def reachable(self, w: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest level-4 codes from which the residual finds the weight."""
+        x = self.in_steps(w, scale)
+        reach, half = np.float32(8 / self.steps), np.float32(0.5)
+        close = nearest(x, 8)
+        lowest = np.minimum(np.ceil(x - reach - half) + half, close)
+        highest = np.maximum(np.floor(x + reach - half) + half, close)
+        return lowest.clip(-7.5, 7.5), highest.clip(-7.5, 7.5)
+
+
+def _nearest_in_blocks(weight: np.ndarray, grid: Grid, family: tuple[Level, ...]) -> FamilyResult:
+    """Nearest codes where nothing is known of the inputs."""
     ones = np.ones(weight.shape[1], np.float32)
     step = max(1, _BLOCK_WEIGHTS // weight.shape[1])
-    parts, errors = [], []
+    parts: list[LayerCodes] = []
+    errors: dict[Level, list[np.ndarray]] = {level: [] for level in family}
     for begin in range(0, len(weight), step):
         block = weight[begin : begin + step]
-        part = fit(block, ones, steps)
-        parts.append(part)
-        family: tuple[Level, ...] = (8, 4) if "p4" in part.codes else (2, 1)
-        errors.append(
-            {
-                level: np.square(
-                    block - dequantize(part, level, steps, SCALE_COLUMNS), dtype=np.float64
-                ).sum(1)
-                for level in family
-            }
-        )
-    return FamilyResult(
-        join_rows(parts),
-        {
-            level: LevelResult(
-                np.concatenate([e[level] for e in errors]), np.zeros(len(weight)), "nearest"
-            )
-            for level in errors[0]
-        },
-        np.square(weight, dtype=np.float64).sum(1),
-    )
+        parts.append(grid.nearest(block, ones))
+        for level in family:
+            missed = block - grid.dequantize(parts[-1], level)
+            errors[level].append(np.square(missed, dtype=np.float64).sum(1))
+    none = np.zeros(len(weight))
+    results = {
+        level: LevelResult(np.concatenate(e), none, "nearest") for level, e in errors.items()
+    }
+    return FamilyResult(join_rows(parts), results, np.square(weight, dtype=np.float64).sum(1))
 
 
 def _compensated(
-    weight: np.ndarray,
-    stats: MatrixStats,
-    seen: LevelStats,
-    problem: Problem,
-    lead: Level,
-    steps: int,
+    weight: np.ndarray, stats: MatrixStats, seen: LevelStats, problem: Problem, grid: Grid
 ) -> tuple[LayerCodes, np.ndarray] | None:
-    """Compensated codes of level 4 or 2 with what follows from them, and the matrix they aim at.
+    """Compensated codes of one family, and the matrix they aim at.
 
     None where the statistics are too ill-conditioned, or the weights too large, to compute with.
     """
+    if float(np.abs(weight).max()) > _LARGEST_WEIGHT:
+        return None
     try:
-        with np.errstate(over="ignore", invalid="ignore"):
-            target = _target(weight, stats, seen)
-            finite = np.isfinite(problem.row_errors(target)).all()
-            return _compensate(weight, target, problem, lead, steps) if finite else None
+        target = _target(weight, stats, seen)
+        compensate = _compensate4 if grid.lead == 4 else _compensate2
+        return compensate(weight, target, problem, grid), target
     except np.linalg.LinAlgError:
         return None
 
 
-def _compensate(
-    weight: np.ndarray, target: np.ndarray, problem: Problem, lead: Level, steps: int
-) -> tuple[LayerCodes, np.ndarray]:
-    h = problem.diagonal
-    part = LayerCodes()
-    if lead == 4:
-        size = SCALE_COLUMNS[4]
-        scale = fit_scale4(grouped(weight, size), grouped(h[None], size))
-        spread = np.repeat(scale, size, axis=1)[:, : weight.shape[1]]
-        bounds = _reachable(weight, spread, steps)
-        code = round_compensated(target, spread, 8, problem, bounds)
-        for _ in range(_DESCENTS[4]):
-            code = descend_codes(target, spread, code, 8, problem, bounds)
-        part.scales[4] = scale
-        part.codes["p4"] = (code + np.float32(7.5)).astype(np.uint8)
-        part.codes["r8"] = _residual(weight, spread, code, steps)
-        return part, target
-    size = SCALE_COLUMNS[2]
-    scale = fit_scale2(grouped(target, size), grouped(h[None], size))
+def _compensate4(
+    weight: np.ndarray, target: np.ndarray, problem: Problem, grid: Grid
+) -> LayerCodes:
+    size = grid.scale_columns[4]
+    scale = fit_scale4(grouped(weight, size), grouped(problem.diagonal[None], size))
+    spread = grid.spread(scale, weight.shape[1], 4)
+    bounds = grid.reachable(weight, scale)
+    code = round_compensated(target, spread, 8, problem, bounds)
+    for _ in range(_DESCENTS[4]):
+        code = descend_codes(target, spread, code, 8, problem, bounds)
+    return grid.with_residual(weight, scale, code)
 
-    def spread_of(values: np.ndarray) -> np.ndarray:
-        return np.repeat(values, size, axis=1)[:, : weight.shape[1]]
 
-    code = round_compensated(target, spread_of(scale), 2, problem)
+def _compensate2(
+    weight: np.ndarray, target: np.ndarray, problem: Problem, grid: Grid
+) -> LayerCodes:
+    columns, h = weight.shape[1], problem.diagonal[None]
+    size = grid.scale_columns[2]
+    scale = fit_scale2(grouped(target, size), grouped(h, size))
+    code = round_compensated(target, grid.spread(scale, columns, 2), 2, problem)
     for _ in range(_DESCENTS[2]):
         scale = refit_scales(target, scale, code, size, problem)
-        code = descend_codes(target, spread_of(scale), code, 2, problem)
-    part.scales[2] = scale
-    planes = (code + np.float32(1.5)).astype(np.uint8)
-    part.codes["s1"], part.codes["m1"] = planes >> 1, planes & 1
-    size = SCALE_COLUMNS[1]
-    signs = part.codes["s1"].astype(np.float32) - np.float32(0.5)
-    scale = fit_scale1(grouped(target, size), grouped(h[None], size))
+        code = descend_codes(target, grid.spread(scale, columns, 2), code, 2, problem)
+    size = grid.scale_columns[1]
+    signs = np.sign(code) / 2
+    scale1 = fit_scale1(grouped(target, size), grouped(h, size))
     for _ in range(_LEVEL1_REFITS):
-        scale = refit_scales(target, scale, signs, size, problem)
-    part.scales[1] = scale
-    return part, target
+        scale1 = refit_scales(target, scale1, signs, size, problem)
+    return grid.with_signs(scale, code, scale1)
 
 
 def _target(weight: np.ndarray, stats: MatrixStats, seen: LevelStats) -> np.ndarray:
@@ -353,67 +437,6 @@ def _target(weight: np.ndarray, stats: MatrixStats, seen: LevelStats) -> np.ndar
         if error < best_error:
             best, best_error = found, error
     return best
-
-
-def _reachable(weight: np.ndarray, spread: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest level-4 codes from which the residual finds the weight."""
-    x = weight * np.divide(1, spread, out=np.zeros_like(spread), where=spread > 0)
-    reach = np.float32(8 / steps)
-    close = nearest(x, 8)
-    lowest = np.minimum(np.ceil(x - reach - np.float32(0.5)) + np.float32(0.5), close)
-    highest = np.maximum(np.floor(x + reach - np.float32(0.5)) + np.float32(0.5), close)
-    return lowest.clip(-7.5, 7.5), highest.clip(-7.5, 7.5)
-
-
-def _residual(weight: np.ndarray, spread: np.ndarray, code: np.ndarray, steps: int) -> np.ndarray:
-    """Plane r8, (rows, columns): the nearest residual; code in units of level 4."""
-    x = weight * np.divide(1, spread, out=np.zeros_like(spread), where=spread > 0)
-    residual = np.floor((x - code) * np.float32(steps))
-    return (np.clip(residual, -8, 7) + np.float32(8)).astype(np.uint8)
-
-
-def _fit_levels_8_and_4(w: np.ndarray, h: np.ndarray, steps: int) -> LayerCodes:
-    part = LayerCodes()
-    size = SCALE_COLUMNS[4]
-    groups = grouped(w, size)
-    part.scales[4] = fit_scale4(groups, grouped(h[None], size))
-    code = nearest(divided(groups, part.scales[4]), 8).reshape(len(w), -1)[:, : w.shape[1]]
-    spread = np.repeat(part.scales[4], size, axis=1)[:, : w.shape[1]]
-    part.codes["p4"] = (code + np.float32(7.5)).astype(np.uint8)
-    part.codes["r8"] = _residual(w, spread, code, steps)
-    return part
-
-
-def _fit_levels_2_and_1(w: np.ndarray, h: np.ndarray, steps: int) -> LayerCodes:
-    part = LayerCodes()
-    size = SCALE_COLUMNS[2]
-    groups = grouped(w, size)
-    part.scales[2] = fit_scale2(groups, grouped(h[None], size))
-    code = nearest(divided(groups, part.scales[2]), 2).reshape(len(w), -1)[:, : w.shape[1]]
-    planes = (code + np.float32(1.5)).astype(np.uint8)
-    part.codes["s1"], part.codes["m1"] = planes >> 1, planes & 1
-    size = SCALE_COLUMNS[1]
-    part.scales[1] = fit_scale1(grouped(w, size), grouped(h[None], size))
-    return part
-
-
-def _result(
-    weight: np.ndarray,
-    target: np.ndarray,
-    codes: LayerCodes,
-    level: Level,
-    steps: int,
-    stats: MatrixStats,
-    seen: LevelStats,
-    problem: Problem,
-    method: str,
-) -> LevelResult:
-    found = dequantize(codes, level, steps, SCALE_COLUMNS)
-    if level == 8:  # holds the weight itself, and meets what the float model would
-        shift = ((weight - found) * stats.mean).sum(1, dtype=np.float64)
-        return LevelResult(problem.row_errors(weight - found), shift, "nearest")
-    shift = weight.astype(np.float64) @ stats.mean - found.astype(np.float64) @ seen.mean
-    return LevelResult(problem.row_errors(target - found), shift, method)
 
 
 def _most(methods: list[str]) -> str:

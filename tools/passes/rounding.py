@@ -20,6 +20,9 @@ from scipy.linalg import cho_solve, cholesky, solve_triangular
 
 from bapq_edge.bank.codes import from_bf16, to_bf16
 
+SMALLEST_SCALE = np.float32(2.0**-120)
+"""Smaller scales become 0: the scale of level 8, a sixteenth of it, must be a normal float32."""
+
 _STEP_COLUMNS = 128
 """Columns rounded between two updates of all columns behind them: the rest stays in cache."""
 
@@ -51,7 +54,9 @@ class Problem:
 
     def row_errors(self, difference: np.ndarray) -> np.ndarray:
         """(rows,) float64: d H dᵀ of each row."""
-        return (difference * self.times(difference)).sum(1, dtype=np.float64)
+        peak = max(float(np.abs(difference).max(initial=0)), 2.0**-100)
+        unit = difference / np.float32(peak)  # squares of any float32 would overflow
+        return (unit * self.times(unit)).sum(1, dtype=np.float64) * peak**2
 
 
 def absorb_drift(weight: np.ndarray, drift: np.ndarray, problem: Problem) -> np.ndarray:
@@ -118,20 +123,25 @@ def refit_scales(
 ) -> np.ndarray:
     """One round over the scale groups: each becomes the best one given codes and other scales.
 
-    scale: (rows, groups); returns bf16 values as float32, never negative.
+    scale: (rows, groups); returns bf16 values as float32, never negative. A scale of 0 stays,
+    as does that of a group which two blocks cut.
     """
     result = scale.copy()
     for block, gram in zip(problem.blocks, problem.grams, strict=True):
         spread = np.repeat(result, group, axis=1)[:, block]
         gradient = (target[:, block] - codes[:, block] * spread) @ gram
-        for begin in range(0, block.stop - block.start, group):
-            part = slice(begin, min(begin + group, block.stop - block.start))
-            index = (block.start + begin) // group
+        columns = target.shape[1]
+        for index in range(-(-block.start // group), result.shape[1]):
+            begin, end = index * group, min((index + 1) * group, columns)
+            if end > block.stop:
+                break
+            part = slice(begin - block.start, end - block.start)
             code = codes[:, block][:, part]
             slope = (code * gradient[:, part]).sum(1)
             curvature = ((code @ gram[part, part]) * code).sum(1)
             step = np.divide(slope, curvature, out=np.zeros_like(slope), where=curvature > 0)
-            found = from_bf16(to_bf16(np.maximum(result[:, index] + step, 0)))
+            wish = np.where(result[:, index] > 0, result[:, index] + step, 0)
+            found = from_bf16(to_bf16(np.where(wish < SMALLEST_SCALE, 0, wish)))
             gradient -= ((found - result[:, index])[:, None] * code) @ gram[part]
             result[:, index] = found
     return result

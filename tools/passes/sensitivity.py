@@ -47,13 +47,12 @@ class OutputErrors:
             self._feeds = chains.weight_feeds(FLOAT, nodes)
             self._wanted = self._run({})
 
-    def of(
-        self, layer: HeavyLayer, quantized: QuantizedLayer, levels: Sequence[Level]
-    ) -> dict[Level, float]:
+    def of(self, layer: HeavyLayer, quantized: QuantizedLayer) -> dict[Level, float]:
         """Squared relative error of the float outputs per level, mean over outputs and samples.
 
         Level 8 follows from level 4 by the ratio of the layer's own errors, where both are there.
         """
+        levels = quantized.levels
         own = {level: error**2 for level, error in quantized.relative_error.items()}
         if not self._outputs:
             return own

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 
-from bapq_edge.bank.layout import Level
+from bapq_edge.bank.layout import Level, level_within
 
 from ..workers import Workers
 from .calibration import CalibrationData
 from .chains import FLOAT, Chains
-from .ir import HeavyLayer, LayerPlan, MatrixStats
+from .ir import HeavyLayer, LayerOptions, LayerPlan, MatrixStats
 from .moments import CHAIN_LEVELS, Moments
 from .partial import PartialBank
-from .quantize import FAMILIES, QuantizedLayer, join_layer, quantize_family, row_runs
+from .quantize import QuantizedLayer, join_layer, layer_tasks, quantize_family
 from .reference import Reference, observed, weight_feeds
 from .sensitivity import OutputErrors
 
@@ -29,11 +30,14 @@ def quantize_layers(
     plan: LayerPlan,
     data: CalibrationData | None,
     levels: tuple[Level, ...],
+    options: Mapping[str, LayerOptions],
     workers: Workers,
     partial: PartialBank,
     advance: Advance = lambda work: None,
 ) -> None:
     """Quantize every layer of the plan into `partial`, under its index.
+
+    `levels` are the bank's, of which a layer may have some, by its options.
 
     `advance` is told the share of the whole work done since the last call.
 
@@ -44,18 +48,19 @@ def quantize_layers(
     total = sum(map(work_of, plan.layers))
     if data is None or levels == (32,):
         for number, layer in enumerate(plan.layers):
-            if partial.get(number) is None:
-                partial.put(number, *_quantize([_Seen(layer)], levels, workers))
+            if partial.get(number, layer) is None:
+                partial.put(number, *_quantize([_Seen(layer)], options, workers))
             advance(work_of(layer) / total)
         return
 
     def feeds(chain: int, layer: HeavyLayer) -> dict[str, np.ndarray]:
         if chain == FLOAT:
             return weight_feeds(layer, layer.weight, layer.bias)
-        found = partial.get(index[layer.name])
+        found = partial.get(index[layer.name], layer)
         if found is None:
             raise ValueError(f"layer {layer.name} is read before it is quantized")
-        return weight_feeds(layer, found.weight(chain), found.bias(chain))
+        level = level_within(found.levels, chain)
+        return weight_feeds(layer, found.weight(level), found.bias(level))
 
     reference = Reference(model, plan)
     chain_levels = [level for level in CHAIN_LEVELS if level in levels] or [min(levels)]
@@ -63,13 +68,13 @@ def quantize_layers(
     stages = list(reference.stages())
     for number, stage in enumerate(stages):
         chains.run(stage)
-        missing = [layer for layer in stage.layers if partial.get(index[layer.name]) is None]
+        missing = [layer for layer in stage.layers if partial.get(index[layer.name], layer) is None]
         if missing:
             rest = [node for later in stages[number + 1 :] for node in later.nodes]
             errors = OutputErrors(reference, chains, rest, workers.count)
             seen = _look(missing, Moments(chains))
-            for layer, found in zip(missing, _quantize(seen, levels, workers), strict=True):
-                measured = errors.of(layer, found, levels)
+            for layer, found in zip(missing, _quantize(seen, options, workers), strict=True):
+                measured = errors.of(layer, found)
                 found = dataclasses.replace(found, output_error=measured)
                 partial.put(index[layer.name], found)
         advance(sum(map(work_of, stage.layers)) / total)
@@ -106,36 +111,20 @@ def _look(layers: Sequence[HeavyLayer], moments: Moments) -> list[_Seen]:
 
 
 def _quantize(
-    seen: Sequence[_Seen], levels: tuple[Level, ...], workers: Workers
+    seen: Sequence[_Seen], options: Mapping[str, LayerOptions], workers: Workers
 ) -> Iterator[QuantizedLayer]:
-    """Quantize layers that are independent of each other; runs of rows and families as well."""
-    families = [family for family in FAMILIES if any(level in levels for level in family)]
-    tasks, counts = [], []
-    for each in seen:
-        rows, columns = each.layer.weight.shape
-        runs = row_runs(rows, columns, 1 if each.stats is None else len(each.stats))
-        counts.append(len(runs))
-        for run in runs:
-            stats = None if each.stats is None else _rows_of(each.stats, run, rows)
-            tasks += [(each.layer.weight[run], stats, family, levels) for family in families]
+    """Quantize layers that are independent of each other, spread over the workers."""
+    tasks = [layer_tasks(each.layer, each.stats, options[each.layer.name]) for each in seen]
     work = sum(work_of(each.layer) for each in seen)
-    results = workers.map(quantize_family, tasks, work)
-    for each, count in zip(seen, counts, strict=True):
-        parts = [{family: next(results) for family in families} for _ in range(count)]
-        yield join_layer(each.layer, levels, parts, each.stats is not None, each.row_weight)
-
-
-def _rows_of(stats: Sequence[MatrixStats], run: slice, rows: int) -> MatrixStats:
-    """Statistics for a run of a layer's rows, which lies in one group."""
-    group_rows = rows // len(stats)
-    group = run.start // group_rows
-    inside = slice(run.start - group * group_rows, run.stop - group * group_rows)
-    seen = stats[group]
-    levels = {
-        level: dataclasses.replace(part, drift=part.drift[inside])
-        for level, part in seen.levels.items()
-    }
-    return dataclasses.replace(seen, levels=levels)
+    results = workers.map(quantize_family, list(itertools.chain(*tasks)), work)
+    for each, own in zip(seen, tasks, strict=True):
+        yield join_layer(
+            each.layer,
+            options[each.layer.name],
+            list(itertools.islice(results, len(own))),
+            each.stats is not None,
+            each.row_weight,
+        )
 
 
 def good_turing(counts: np.ndarray) -> np.ndarray:

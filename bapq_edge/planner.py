@@ -81,7 +81,7 @@ class Plan:
     """The planner's answer."""
 
     levels: NDArray[np.uint8]
-    """(chunks,)"""
+    """(chunks,); 0: skipped, neither read nor computed"""
     pinned: NDArray[np.bool_]
     """(chunks,): always in memory; the others are streamed, or read row by row"""
     ring_bytes: int
@@ -96,6 +96,11 @@ class Plan:
     """Sum of the chunks' sensitivities."""
     reason: str
     """One line for people."""
+    kept: NDArray[np.uint8] | None = None
+    """(chunks,) bit p: plane p of `native.PLANE_ORDER`, if it is in memory, stays there, for plans
+    to come too; None: what this plan does not pin may go"""
+    region: int | None = None
+    """Number of the region (`Store.add_region`) whose values stand in for skipped rows."""
 
 
 def problem_of(bank: Bank) -> Problem:
@@ -107,8 +112,8 @@ def problem_of(bank: Bank) -> Problem:
     for layer in manifest.layers:
         chunks = slice(layer.first_chunk, layer.first_chunk + layer.chunk_count)
         weights[chunks] = layer.chunk_rows * layer.columns
-        last_rows = layer.rows - (layer.chunk_count - 1) * layer.chunk_rows
-        weights[chunks.stop - 1] = last_rows * layer.columns
+        last_rows = layer.chunk_slice(chunks.stop - 1)
+        weights[chunks.stop - 1] = (last_rows.stop - last_rows.start) * layer.columns
         row_read[chunks] = layer.operators == ("Gather",)
     level_bytes = np.zeros((chunk_count, len(bank.levels)), np.int64)
     for column, level in enumerate(bank.levels):

@@ -33,6 +33,7 @@ from .npy import (
     digest_table_bytes,
     sensitivity_table_bytes,
 )
+from .rows import ROW_TABLES
 from .strict_json import Place, Rule, decode, encode, parse_json, shown
 
 __all__ = [
@@ -68,6 +69,9 @@ MAX_MANIFEST_BYTES = 4 << 20
 
 MAX_CHUNKS = 1 << 20
 """Per bank: chunk tables stay under 16 MiB. At 128 KiB a chunk this is 128 GiB per plane."""
+
+MAX_TABLE_ROWS = 1 << 22
+"""Per bank, of reordered layers, and of dropped rows with a bias: such tables stay under 17 MB."""
 
 MAX_CHUNK_BYTES = (1 << 31) - 1
 """Fits the table's u4 and any signed 32-bit index."""
@@ -152,9 +156,13 @@ class Layer:
     operators: tuple[Operator, ...]
     """What reads it: MatMul, Gemm, Conv, Gather, in execution order, each once."""
     rows: Rows
+    stored_rows: Rows
+    """The other rows are dropped: their weights are all zero. Chunks hold stored rows only."""
+    reordered: bool
+    """Whether tables/row_order.npy says where each row stands in the output."""
     columns: Columns
     chunk_rows: ChunkRows
-    """Rows per chunk, a multiple of 16; the last chunk may have fewer."""
+    """Stored rows per chunk, a multiple of 16; the last chunk may have fewer."""
     first_chunk: Size
     has_bias: bool
     residual_steps: Steps
@@ -167,16 +175,21 @@ class Layer:
     @property
     def chunk_count(self) -> int:
         """Number of chunks, numbered from `first_chunk` through the whole bank."""
-        return -(-self.rows // self.chunk_rows)
+        return -(-self.stored_rows // self.chunk_rows)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights that are stored."""
+        return self.stored_rows * self.columns
 
     def check(self, where: str) -> None:
         """Raise BankFormatError when a field breaks its rule."""
         decode(Layer, encode(self), Place(where, ""))
 
     def chunk_slice(self, chunk: int) -> slice:
-        """Rows of a chunk, which is numbered through the whole bank."""
+        """Stored rows of a chunk, which is numbered through the whole bank."""
         start = (chunk - self.first_chunk) * self.chunk_rows
-        return slice(start, min(start + self.chunk_rows, self.rows))
+        return slice(start, min(start + self.chunk_rows, self.stored_rows))
 
     def geometry(self, plane: Plane) -> TileGeometry:
         """Tile records of this layer in a plane."""
@@ -228,6 +241,11 @@ class Manifest:
     to the squared relative error of its layer."""
     planes: dict[Plane, PlaneEntry]
     layers: tuple[Layer, ...]
+    row_order: FileEntry | None = None
+    """tables/row_order.npy, (rows of all reordered layers,) uint32: output row of every stored row,
+    then of every dropped one."""
+    dropped_bias: FileEntry | None = None
+    """tables/dropped_bias.npy, (dropped rows of all layers with a bias,) float32."""
     kept_in_float: tuple[KeptNode, ...] = ()
     calibration: Calibration | None = None
     format: str = field(default=FORMAT_NAME)
@@ -255,6 +273,12 @@ class Manifest:
         """Chunks of every plane."""
         return sum(layer.chunk_count for layer in self.layers)
 
+    @property
+    def row_tables(self) -> dict[str, FileEntry]:
+        """`row_order` and `dropped_bias`, as far as they are there."""
+        entries = {table.key: getattr(self, table.key) for table in ROW_TABLES}
+        return {key: entry for key, entry in entries.items() if entry is not None}
+
     def chunk_layout(self, plane: Plane) -> NDArray[np.void]:
         """Where every chunk must stand: (chunk_count,) of `CHUNK_DTYPE`, with crc32 left 0."""
         layout = np.zeros(self.chunk_count, CHUNK_DTYPE)
@@ -266,7 +290,7 @@ class Manifest:
             chunk_bytes = layer.chunk_rows // TILE_ROWS * record_bytes
             part["offset"] = start + chunk_bytes * np.arange(len(part), dtype=np.uint64)
             part["bytes"] = min(chunk_bytes, MAX_CHUNK_BYTES)
-            end = start + tiles_of(layer.rows) * record_bytes
+            end = start + tiles_of(layer.stored_rows) * record_bytes
             part["bytes"][-1] = end - int(part["offset"][-1])
         return layout
 
@@ -342,15 +366,26 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
             list(layer.operators),
             "one or more, each once",
         )
+        # A Gather finds rows by their number.
+        fewest = layer.rows if "Gather" in layer.operators else 1
+        check(
+            fewest <= layer.stored_rows <= layer.rows,
+            f"{at}.stored_rows",
+            layer.stored_rows,
+            f"from {fewest} to {layer.rows}",
+        )
+        may_reorder = "Gather" not in layer.operators
+        check(may_reorder or not layer.reordered, f"{at}.reordered", "true", "false with a Gather")
         check(layer.first_chunk == next_chunk, f"{at}.first_chunk", layer.first_chunk, next_chunk)
         next_chunk += layer.chunk_count
-        check(next_chunk <= MAX_CHUNKS, f"{at}.rows", layer.rows, f"within {MAX_CHUNKS} chunks")
+        stored = layer.stored_rows
+        check(next_chunk <= MAX_CHUNKS, f"{at}.stored_rows", stored, f"within {MAX_CHUNKS} chunks")
         for key, given, keys in (
             ("scale_columns", set(layer.scale_columns), scaled),
             ("relative_error", set(layer.relative_error), set(levels)),
         ):
             check(given == keys, f"{at}.{key}", f"for levels {sorted(given)}", sorted(keys))
-        tiles = tiles_of(min(layer.rows, layer.chunk_rows))
+        tiles = tiles_of(min(layer.stored_rows, layer.chunk_rows))
         chunk_bytes = tiles * max(layer.geometry(plane).record_bytes for plane in planes)
         check(
             chunk_bytes <= MAX_CHUNK_BYTES,
@@ -359,6 +394,18 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
             f"fewer: a chunk would have {chunk_bytes} bytes, allowed are {MAX_CHUNK_BYTES}",
         )
 
+    for table in ROW_TABLES:
+        rows, key = table.total(manifest.layers), table.key
+        entry = manifest.row_tables.get(key)
+        check(rows <= MAX_TABLE_ROWS, key, f"for {rows} rows", f"for {MAX_TABLE_ROWS} at most")
+        presence = ("absent", "there")
+        check(
+            (entry is not None) == (rows > 0), key, presence[entry is not None], presence[rows > 0]
+        )
+        if entry is not None:
+            size = table.file_bytes(manifest.layers)
+            check(entry.file == table.file, f"{key}.file", entry.file, table.file)
+            check(entry.bytes == size, f"{key}.bytes", entry.bytes, size)
     sensitivity = manifest.sensitivity
     for key, found, expected in (
         ("graph.file", manifest.graph.file, GRAPH_FILE),
@@ -370,14 +417,15 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
         ),
     ):
         check(found == expected, key, found, expected)
-    for plane, entry in manifest.planes.items():
+    for plane, stored_plane in manifest.planes.items():
         last = manifest.chunk_layout(plane)[-1]
+        chunks, digests = stored_plane.tables
         for key, found, expected in (
-            ("file", entry.file, plane_file(plane)),
-            ("bytes", entry.bytes, int(last["offset"]) + int(last["bytes"])),
-            ("chunks.file", entry.chunks.file, chunks_file(plane)),
-            ("chunks.bytes", entry.chunks.bytes, chunk_table_bytes(next_chunk)),
-            ("digests.file", entry.digests.file, digests_file(plane)),
-            ("digests.bytes", entry.digests.bytes, digest_table_bytes(next_chunk)),
+            ("file", stored_plane.file, plane_file(plane)),
+            ("bytes", stored_plane.bytes, int(last["offset"]) + int(last["bytes"])),
+            ("chunks.file", chunks.file, chunks_file(plane)),
+            ("chunks.bytes", chunks.bytes, chunk_table_bytes(next_chunk)),
+            ("digests.file", digests.file, digests_file(plane)),
+            ("digests.bytes", digests.bytes, digest_table_bytes(next_chunk)),
         ):
             check(found == expected, f"planes.{plane}.{key}", found, expected)

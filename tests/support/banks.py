@@ -83,7 +83,8 @@ def write_bank(
     shares = np.array([0 if level == 32 else level**-2.0 for level in levels])
     with BankWriter(path, levels=levels, source=SOURCE) as writer:
         for name, operators, codes, description in layers:
-            chunks = -(-description["rows"] // description["chunk_rows"])
+            rows = description.get("stored_rows", description["rows"])
+            chunks = -(-rows // description["chunk_rows"])
             writer.add_layer(
                 name,
                 (operators,) if isinstance(operators, str) else operators,

@@ -57,20 +57,31 @@ static void prepare_rows(void *data, size_t i) {
     }
 }
 
-/* Writes a tile's outputs (m, 16) to columns [first, first + width) of m rows of y, where first
- * counts the stored rows of the layer. */
-static void write_tile(const matmul *mm, const float *out, const float *bias, int64_t row,
-                       int32_t m, int32_t first, int32_t width) {
-    const int32_t *order = mm->layer->row_order;
-    for (int32_t i = 0; i < m; i++, out += BAPQ_TILE_ROWS) {
-        float *y = mm->y + (row + i) * mm->rows;
-        if (order == NULL)
-            for (int32_t r = 0; r < width; r++)
-                y[first + r] = bapq_finish(out[r], bias ? bias + r : NULL, mm->epilogue);
-        else
-            for (int32_t r = 0; r < width; r++)
-                y[order[first + r]] = bapq_finish(out[r], bias ? bias + r : NULL, mm->epilogue);
+/* Finishes a tile's outputs (m, 16) and writes them to m rows of y, each `width` columns from
+ * `first` on; or, where the layer has a row order, to the columns order[0 .. width - 1]. Inlined,
+ * so that a full tile's loops have a known length. */
+static inline __attribute__((always_inline)) void write_columns(const matmul *mm, const float *out,
+                                                                const float *bias, float *y,
+                                                                int32_t m, int32_t width,
+                                                                const int32_t *order) {
+    for (int32_t i = 0; i < m; i++, out += BAPQ_TILE_ROWS, y += mm->rows) {
+        float finished[BAPQ_TILE_ROWS];
+        float *target = order ? finished : y;
+        for (int32_t r = 0; r < width; r++)
+            target[r] = bapq_finish(out[r], bias ? bias + r : NULL, mm->epilogue);
+        for (int32_t r = 0; order && r < width; r++) y[order[r]] = finished[r];
     }
+}
+
+static void write_tile(const matmul *mm, const float *out, const float *bias, float *y, int32_t m,
+                       int32_t first, int32_t width) {
+    const int32_t *order = mm->layer->row_order;
+    if (order == NULL)
+        write_columns(mm, out, bias, y + first, m, width, NULL);
+    else if (width == BAPQ_TILE_ROWS)
+        write_columns(mm, out, bias, y, m, BAPQ_TILE_ROWS, order + first);
+    else
+        write_columns(mm, out, bias, y, m, width, order + first);
 }
 
 /* Stored rows [first, first + count) are constants: `values`, or zeros where that is NULL. */
@@ -104,7 +115,7 @@ static void multiply_item(void *data, int32_t worker, int64_t panel, int32_t fir
         int32_t first = t * BAPQ_TILE_ROWS;
         int32_t width =
             mm->view.rows - first < BAPQ_TILE_ROWS ? mm->view.rows - first : BAPQ_TILE_ROWS;
-        write_tile(mm, out, bias, row, m, mm->view.first_row + first, width);
+        write_tile(mm, out, bias, mm->y + row * mm->rows, m, mm->view.first_row + first, width);
     }
 }
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -337,12 +339,7 @@ def _check_version(document: Any, where: str) -> None:
 
 def _check_consistency(manifest: Manifest, where: str) -> None:
     """Checks that span several fields."""
-
-    def check(good: bool, key: str, found: Any, expected: Any) -> None:
-        if not good:
-            # Cut: a hostile list may be long.
-            raise BankFormatError(f"{where}: {key} is {str(found)[:80]}, must be {expected}")
-
+    check = partial(_require, where)
     levels = manifest.levels
     ordered = tuple(level for level in LEVELS if level in levels)
     check(levels == ordered and bool(levels), "levels", list(levels), "one or more, highest first")
@@ -354,6 +351,19 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
         f"{sorted(planes)} for levels {list(levels)}",
     )
     check(bool(manifest.layers), "layers", "empty", "at least one layer")
+    _check_layers(manifest, planes, check)
+    _check_files(manifest, check)
+
+
+def _require(where: str, good: bool, key: str, found: Any, expected: Any) -> None:
+    if not good:
+        # Cut: a hostile list may be long.
+        raise BankFormatError(f"{where}: {key} is {str(found)[:80]}, must be {expected}")
+
+
+def _check_layers(
+    manifest: Manifest, planes: tuple[Plane, ...], check: Callable[..., None]
+) -> None:
     scaled = {level for plane, level in SCALED_PLANES.items() if plane in planes}
     names: dict[str, int] = {}
     next_chunk = table_rows = 0
@@ -386,7 +396,7 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
         check(next_chunk <= MAX_CHUNKS, f"{at}.stored_rows", stored, f"within {MAX_CHUNKS} chunks")
         for key, given, keys in (
             ("scale_columns", set(layer.scale_columns), scaled),
-            ("relative_error", set(layer.relative_error), set(levels)),
+            ("relative_error", set(layer.relative_error), set(manifest.levels)),
         ):
             check(given == keys, f"{at}.{key}", f"for levels {sorted(given)}", sorted(keys))
         tiles = tiles_of(min(layer.stored_rows, layer.chunk_rows))
@@ -398,37 +408,37 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
             f"fewer: a chunk would have {chunk_bytes} bytes, allowed are {MAX_CHUNK_BYTES}",
         )
 
-    for table in ROW_TABLES:
-        rows, key = table.total(manifest.layers), table.key
-        entry = manifest.row_tables.get(key)
-        presence = ("absent", "there")
-        check(
-            (entry is not None) == (rows > 0), key, presence[entry is not None], presence[rows > 0]
-        )
-        if entry is not None:
-            size = table.file_bytes(manifest.layers)
-            check(entry.file == table.file, f"{key}.file", entry.file, table.file)
-            check(entry.bytes == size, f"{key}.bytes", entry.bytes, size)
+
+def _check_files(manifest: Manifest, check: Callable[..., None]) -> None:
+    chunk_count = manifest.chunk_count
     sensitivity = manifest.sensitivity
+    sensitivity_bytes = sensitivity_table_bytes(chunk_count, len(manifest.levels))
     for key, found, expected in (
         ("graph.file", manifest.graph.file, GRAPH_FILE),
         ("sensitivity.file", sensitivity.file, SENSITIVITY_FILE),
-        (
-            "sensitivity.bytes",
-            sensitivity.bytes,
-            sensitivity_table_bytes(next_chunk, len(levels)),
-        ),
+        ("sensitivity.bytes", sensitivity.bytes, sensitivity_bytes),
     ):
         check(found == expected, key, found, expected)
-    for plane, stored_plane in manifest.planes.items():
+    for table in ROW_TABLES:
+        entry = manifest.row_tables.get(table.key)
+        found, expected = (
+            "there" if there else "absent"
+            for there in (entry is not None, table.total(manifest.layers) > 0)
+        )
+        check(found == expected, table.key, found, expected)
+        if entry is not None:
+            size = table.file_bytes(manifest.layers)
+            check(entry.file == table.file, f"{table.key}.file", entry.file, table.file)
+            check(entry.bytes == size, f"{table.key}.bytes", entry.bytes, size)
+    for plane, plane_entry in manifest.planes.items():
         last = manifest.chunk_layout(plane)[-1]
-        chunks, digests = stored_plane.tables
+        chunks, digests = plane_entry.tables
         for key, found, expected in (
-            ("file", stored_plane.file, plane_file(plane)),
-            ("bytes", stored_plane.bytes, int(last["offset"]) + int(last["bytes"])),
+            ("file", plane_entry.file, plane_file(plane)),
+            ("bytes", plane_entry.bytes, int(last["offset"]) + int(last["bytes"])),
             ("chunks.file", chunks.file, chunks_file(plane)),
-            ("chunks.bytes", chunks.bytes, chunk_table_bytes(next_chunk)),
+            ("chunks.bytes", chunks.bytes, chunk_table_bytes(chunk_count)),
             ("digests.file", digests.file, digests_file(plane)),
-            ("digests.bytes", digests.bytes, digest_table_bytes(next_chunk)),
+            ("digests.bytes", digests.bytes, digest_table_bytes(chunk_count)),
         ):
             check(found == expected, f"planes.{plane}.{key}", found, expected)

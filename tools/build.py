@@ -11,23 +11,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import onnx
 
 from bapq_edge import __version__
 from bapq_edge.bank.layout import (
     LAYER_ALIGNMENT,
     LEVELS,
-    SCALED_PLANES,
     Level,
     Plane,
-    TileGeometry,
     level_within,
     planes_for,
     tiles_of,
 )
 from bapq_edge.bank.manifest import Calibration, KeptNode, Manifest, SourceModel
-from bapq_edge.bank.writer import BankWriter, check_is_bank, chunk_rows_for
+from bapq_edge.bank.writer import BankWriter, check_is_bank
 from bapq_edge.errors import (
     StorageError,
     UncalibratedWarning,
@@ -39,12 +36,13 @@ from .importers.onnx_file import load_model
 from .passes.assemble import assemble, drop_replaced
 from .passes.calibration import CalibrationSource, load_calibration
 from .passes.fold import fold
-from .passes.ir import HeavyLayer, LayerOptions, LayerPlan
+from .passes.ir import LayerOptions, LayerPlan
 from .passes.layers import find_layers
 from .passes.partial import PartialBank
 from .passes.prune import PruneReport, prune_layers
-from .passes.quantize import QuantizedLayer, scale_columns_of
+from .passes.quantize import scale_columns_of
 from .passes.sequential import quantize_layers
+from .passes.write import tile_bytes, write_layer
 from .progress import Progress
 from .recipe import RecipeSource, load_recipe
 from .workers import Workers
@@ -75,6 +73,8 @@ class BuildReport:
     """the share of all weights that pruning left"""
     pruned_rows: int = 0
     """rows of pruned layers that are zero as a whole: their output is their bias"""
+    dropped_rows: int = 0
+    """of these, rows that are not stored"""
 
 
 def build_bank(
@@ -171,7 +171,8 @@ def build(
         ):
             for index, layer in enumerate(plan.layers):
                 quantized = partial.get(index, layer)
-                _write_layer(writer, layer, quantized, wanted)
+                zero_rows = pruned[layer.name].zero_rows if layer.name in pruned else None
+                write_layer(writer, layer, quantized, wanted, zero_rows)
                 advance()
             manifest = writer.finish(assemble(folded, plan), plan.kept_in_float)
     return _report(out, manifest, weights, stages, pruned)
@@ -245,66 +246,15 @@ def _check_space(
     needed += sum(len(t.raw_data) for t in model.graph.initializer if t.name not in replaced)
     for layer in plan.layers:
         rows, columns = layer.weight.shape
-        scale_columns = scale_columns_of(options[layer.name])
-        for plane in planes_for(options[layer.name].levels):
-            scaled = SCALED_PLANES.get(plane)
-            group = 0 if scaled is None else scale_columns[scaled]
-            geometry = TileGeometry(plane, columns, group, has_bias=True)
-            needed += tiles_of(rows) * geometry.record_bytes + LAYER_ALIGNMENT
+        own = options[layer.name]
+        needed += tiles_of(rows) * tile_bytes(columns, own.levels, scale_columns_of(own), True)
+        needed += len(planes_for(own.levels)) * LAYER_ALIGNMENT
     free = shutil.disk_usage(Path(os.path.realpath(out)).parent).free
     if free < needed:
         raise StorageError(
             f"{out} needs about {needed} bytes, its disk has {free} free; free some, choose "
             "another place or build fewer levels"
         )
-
-
-def _write_layer(
-    writer: BankWriter,
-    layer: HeavyLayer,
-    quantized: QuantizedLayer,
-    levels: tuple[Level, ...],
-) -> None:
-    """Write one layer, then let go of its weights."""
-    rows, columns = layer.weight.shape
-    operators = tuple(dict.fromkeys(use.operator for use in layer.uses))
-    chunk_rows = chunk_rows_for(rows, columns, operators)
-    writer.add_layer(
-        layer.name,
-        operators,
-        quantized.codes,
-        rows=rows,
-        columns=columns,
-        chunk_rows=chunk_rows,
-        residual_steps=quantized.residual_steps,
-        scale_columns=quantized.scale_columns,
-        has_bias=bool(quantized.codes.bias),
-        relative_error=quantized.relative_error,
-        sensitivity=_sensitivity(quantized, levels, chunk_rows),
-    )
-    if quantized.codes.bias and layer.bias is None:
-        layer.bias = np.zeros(rows, np.float32)  # tells the graph that the operator adds one
-    layer.weight = np.empty((0, columns), np.float32)
-
-
-def _sensitivity(
-    quantized: QuantizedLayer, levels: tuple[Level, ...], chunk_rows: int
-) -> np.ndarray:
-    """(chunks, levels) float32: the layer's output error, shared out by the errors of the rows.
-
-    0 where the layer lacks a level.
-    """
-    rows = len(next(iter(quantized.row_error.values())))
-    starts = np.arange(0, rows, chunk_rows)
-    columns = []
-    for level in levels:
-        chunks = np.add.reduceat(quantized.row_error.get(level, np.zeros(rows)), starts)
-        error = quantized.output_error.get(level)
-        if error is not None and chunks.sum() > 0:
-            chunks = chunks / chunks.sum() * error
-        columns.append(chunks)
-    # An error that dwarfs the output may leave float32's range; it need only stay the largest.
-    return np.minimum(np.stack(columns, axis=1), np.finfo(np.float32).max).astype(np.float32)
 
 
 def _report(
@@ -334,4 +284,5 @@ def _report(
         remaining_ratio={name: report.remaining_ratio for name, report in pruned.items()},
         remaining_ratio_in_all=1 - zeroed / weights,
         pruned_rows=sum(int(report.zero_rows.sum()) for report in pruned.values()),
+        dropped_rows=sum(layer.rows - layer.stored_rows for layer in manifest.layers),
     )

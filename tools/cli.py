@@ -155,5 +155,6 @@ def _pruning(report: BuildReport) -> str:
     layers = ", ".join(f"{name} {ratio:.3f}" for name, ratio in report.remaining_ratio.items())
     return (
         f"weights left by pruning: {report.remaining_ratio_in_all:.3f} of all, "
-        f"{report.pruned_rows} rows are zero; per layer: {layers}"
+        f"{report.pruned_rows} rows are zero, {report.dropped_rows} of them not stored; "
+        f"per layer: {layers}"
     )

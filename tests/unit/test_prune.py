@@ -65,10 +65,105 @@ def test_a_zero_row_gives_its_bias_at_every_level(tmp_path):
     )
     x = {"x": weights(30, 64)}
     report = build(model, tmp_path / "a.bank", x, LEVELS, progress=False, prune_tau=0.01)
-    assert report.pruned_rows == 1
+    assert (report.pruned_rows, report.dropped_rows) == (1, 0)  # no tile is saved
     for level in LEVELS:
         with Session(tmp_path / "a.bank", level=level) as session:
             np.testing.assert_array_equal(session.run(None, x)[0][:, 7], np.full(30, b[7]))
+
+
+def test_rows_that_pruning_empties_are_not_stored(tmp_path):
+    """The answers are those of a bank that stores the zeros, bit by bit."""
+    kernels, v, w = weights(48, 4, 3, 3), weights(48, 90), weights(90, 40)
+    b, c = weights(90), weights(48)
+    small_channels, small_rows = np.arange(0, 48, 2), np.arange(50, 85)
+    kernels[small_channels] *= 1e-3
+    v[:, small_rows] *= 1e-3
+    nodes = [
+        node("Conv", ["x", "k", "c"], ["channels"], "conv", pads=[1, 1, 1, 1]),
+        node("ReduceMean", ["channels"], ["m"], axes=[2, 3], keepdims=0),
+        node("Gemm", ["m", "v", "b"], ["hidden"], "fc"),
+        node("MatMul", ["hidden", "w"], ["y"], "out"),
+    ]
+    outputs = {"channels": ["n", 48, "h", "w"], "hidden": ["n", 90], "y": ["n", 40]}
+
+    def model(kernels, v):
+        return models.model(
+            nodes,
+            {"x": (FLOAT, ["n", 4, 6, 6])},
+            {name: (FLOAT, shape) for name, shape in outputs.items()},
+            {"k": kernels, "c": c, "v": v, "b": b, "w": w},
+        )
+
+    def pruned(w):
+        return np.where(np.abs(w) < 0.01 * np.abs(w).max(), np.copysign(np.float32(0), w), w)
+
+    x = {"x": weights(20, 4, 6, 6)}
+    recipe = {
+        "layers": {
+            "conv": {"prune_tau": 0.01},
+            "fc": {"prune_tau": 0.01, "levels": [32, 4]},
+        }
+    }
+    by_hand = model(pruned(kernels), pruned(v))
+    report = build(model(kernels, v), tmp_path / "a.bank", x, LEVELS, 1, False, recipe)
+    recipe["layers"] = {"fc": {"levels": [32, 4]}}
+    whole = build(by_hand, tmp_path / "b.bank", x, LEVELS, 1, False, recipe)
+    assert (report.pruned_rows, report.dropped_rows, whole.dropped_rows) == (59, 59, 0)
+    bank = Bank.open(tmp_path / "a.bank")
+    assert [layer.stored_rows for layer in bank.manifest.layers] == [24, 55, 40]
+    sizes = [
+        sum(file.stat().st_size for file in (tmp_path / name).rglob("*") if file.is_file())
+        for name in ("a.bank", "b.bank")
+    ]
+    assert sizes[0] < sizes[1]
+    for level in LEVELS:
+        with Session(tmp_path / "a.bank", level=level) as session:
+            found = dict(zip(outputs, session.run(list(outputs), x), strict=True))
+        with Session(tmp_path / "b.bank", level=level) as session:
+            expected = dict(zip(outputs, session.run(list(outputs), x), strict=True))
+        for name in outputs:
+            np.testing.assert_array_equal(found[name], expected[name], f"{name} at {level}")
+        biases = c[small_channels, None, None] + np.zeros((20, 1, 6, 6), np.float32)
+        np.testing.assert_array_equal(found["channels"][:, small_channels], biases)
+        np.testing.assert_array_equal(
+            found["hidden"][:, small_rows], np.tile(b[small_rows], (20, 1))
+        )
+        if level == 32:
+            for value, reference in zip(found.values(), models.run(by_hand, x), strict=True):
+                np.testing.assert_allclose(value, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("operator", "zero_rows", "levels", "stored"),
+    [
+        ("MatMul", 20, LEVELS, 28),
+        ("MatMul", 15, LEVELS, 48),  # no tile is saved
+        ("MatMul", 20, (1,), 48),  # the tables take more bytes than the tile
+        ("MatMul", 48, LEVELS, 1),
+        ("Gather", 20, LEVELS, 48),  # rows are found by their number
+    ],
+)
+def test_rows_are_stored_where_they_must_or_cost_nothing(
+    tmp_path, operator, zero_rows, levels, stored
+):
+    table = weights(48, 32)
+    table[:zero_rows] = 0
+    x = {"x": weights(30, 32)} if operator == "MatMul" else {"x": np.arange(48)}
+    inputs, w = (["x", "w"], table.T) if operator == "MatMul" else (["w", "x"], table)
+    source = models.model(
+        [node(operator, inputs, ["y"], "layer")],
+        {"x": (FLOAT, ["n", 32]) if operator == "MatMul" else (models.INT64, ["n"])},
+        {"y": (FLOAT, None)},
+        {"w": w},
+    )
+    out = tmp_path / "a.bank"
+    report = build(source, out, x, levels, 1, False, prune_tau=1e-6)
+    assert (report.pruned_rows, report.dropped_rows) == (zero_rows, 48 - stored)
+    assert Bank.open(out).manifest.layers[0].stored_rows == stored
+    with Session(out) as session:
+        y = session.run(None, x)[0]
+    y = y.T if operator == "MatMul" else y
+    assert np.abs(y[:zero_rows]).max() < 1e-30 and y[zero_rows:].all()
 
 
 def test_a_recipe_prunes_one_layer_and_the_model_stays_as_it_is():
@@ -147,7 +242,8 @@ def test_command_reports_what_is_left(tmp_path, capsys):
     w = np.abs(weights(32, 64))
     ratio = np.mean(w >= np.float32(0.1) * w.max())
     line = (
-        f"weights left by pruning: {ratio:.3f} of all, 0 rows are zero; per layer: fc {ratio:.3f}"
+        f"weights left by pruning: {ratio:.3f} of all, 0 rows are zero, 0 of them not stored; "
+        f"per layer: fc {ratio:.3f}"
     )
     assert line in printed.out.splitlines()
     assert main([*command, "--quiet", "--json"]) == 0

@@ -10,7 +10,7 @@ step of level 4; compensated codes may lie further off, and the residual still f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -128,6 +128,17 @@ class QuantizedLayer:
     def bias(self, level: Level) -> np.ndarray | None:
         """(rows,) float32 at a level; None without one."""
         return self.codes.bias.get(level)
+
+    def of_rows(self, rows: np.ndarray) -> QuantizedLayer:
+        """Some rows of the layer, by their numbers."""
+        codes = LayerCodes(
+            None if self.codes.weight is None else self.codes.weight[rows],
+            {plane: values[rows] for plane, values in self.codes.codes.items()},
+            {level: values[rows] for level, values in self.codes.scales.items()},
+            {level: values[rows] for level, values in self.codes.bias.items()},
+        )
+        errors = {level: values[rows] for level, values in self.row_error.items()}
+        return replace(self, codes=codes, row_error=errors)
 
 
 def scale_columns_of(options: LayerOptions) -> dict[Level, int]:

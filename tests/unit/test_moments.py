@@ -89,7 +89,7 @@ def test_a_chain_sees_what_its_quantized_layers_leave_behind(tmp_path):
     np.testing.assert_array_equal(first.levels[4].drift, 0)
     h = np.maximum(x @ constants["w"], 0).reshape(-1, 64).astype(np.float64)
     gram = (h - h.mean(0)).T @ (h - h.mean(0)) / len(h)
-    share = moments_module.OTHER_CHAIN
+    share = moments_module.NEIGHBOUR_SHARE
     for level, factor, other in ((4, 1, 2), (2, 2, 1)):
         mixed = (1 - share) * factor**2 + share * other**2
         np.testing.assert_allclose(second.levels[level].grams[0], mixed * gram, rtol=1e-2, atol=0.1)

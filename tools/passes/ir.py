@@ -119,7 +119,7 @@ class MatrixStats:
     held_out: np.ndarray
     """(samples, columns) float32: the float model's inputs, centred, of `LevelStats.held_out`"""
     levels: dict[Level, LevelStats]
-    """of levels 4 and 2, as far as the bank has them"""
+    """of levels 4, 2 and 1, as far as the bank has them"""
 
     def of_rows(self, rows: slice) -> MatrixStats:
         """What is known for some rows of the matrix."""

@@ -18,14 +18,15 @@ from .reference import observed_use
 
 T = TypeVar("T")
 
-CHAIN_LEVELS: tuple[Level, ...] = (4, 2)
-"""Levels with a chain of their own: 8 is as good as float, and 1 shares the codes of 2."""
+NEIGHBOUR: dict[Level, Level] = {4: 2, 2: 4, 1: 2}
+"""Levels with a chain of their own, and the level that plans mix each with most. Level 8 needs no
+chain: it is as good as float."""
 
-OTHER_CHAIN = 0.2
-"""Share of the other level's chain in a level's statistics: plans mix levels, so each must cope
-with what the other leaves behind. On MiniLM, 0.2 instead of 0 takes level 4 from 0.992 to 0.988,
-level 2 from 0.871 to 0.874, and random mixes of the two from 0.921 and 0.902 to 0.938 and 0.924;
-0.5 takes level 4 to 0.978."""
+NEIGHBOUR_SHARE = 0.2
+"""Share of the neighbour's chain in a level's statistics: plans mix levels, so each must cope with
+what the other leaves behind. On MiniLM, 0.2 instead of 0 takes level 4 from 0.992 to 0.988, level 2
+from 0.871 to 0.874, and random mixes of the two from 0.921 and 0.902 to 0.938 and 0.924; 0.5 takes
+level 4 to 0.978."""
 
 HELD_OUT = 8
 """Every eighth sample is held out; with fewer than two such samples none is."""
@@ -144,9 +145,10 @@ class Centred:
 
     def _mixed(self, level: Level, drifts: Mapping[int, np.ndarray]) -> LevelStats:
         """Statistics of a level: mostly its own chain's."""
-        others = [chain for chain in self.grams if chain != level]
-        shares = dict.fromkeys(others, OTHER_CHAIN / max(len(others), 1))
-        shares[level] = 1 - sum(shares.values())
+        neighbour = NEIGHBOUR.get(level)
+        shares = {level: 1.0}
+        if neighbour in self.grams:
+            shares = {level: 1 - NEIGHBOUR_SHARE, neighbour: NEIGHBOUR_SHARE}
 
         def mix(values: Mapping[int, np.ndarray]) -> np.ndarray:
             return sum(np.float32(share) * values[chain] for chain, share in shares.items())

@@ -17,7 +17,7 @@ import numpy as np
 from bapq_edge.bank.codes import LayerCodes, dequantize, join_rows
 from bapq_edge.bank.layout import PLANES, SCALED_PLANES, Level, planes_for
 
-from .ir import HeavyLayer, LayerOptions, LevelStats, MatrixStats
+from .ir import HeavyLayer, LayerOptions, MatrixStats
 from .rounding import (
     Problem,
     absorb_drift,
@@ -173,9 +173,9 @@ def quantize_family(
     # A bank with level 8 or 1 of this family only has no chain for its lead.
     seen = stats.levels.get(lead) or next(iter(stats.levels.values()))
     problem = Problem.damped(stats.blocks, seen.grams, _DAMPING)
-    candidates = [("nearest", grid.nearest(weight, problem.diagonal), weight)]
+    candidates = [("nearest", grid.nearest(weight, problem.diagonal), {})]
     if lead in stats.levels and lead in options.levels:
-        found = _compensated(weight, stats, seen, problem, grid)
+        found = _compensated(weight, stats, problem, grid)
         if found is not None:
             candidates.append(("compensated", *found))
 
@@ -188,16 +188,15 @@ def quantize_family(
             return float(np.nan_to_num(np.square(missed, dtype=np.float64).sum(), nan=np.inf))
 
     # Without held-out samples the last one, compensated, wins.
-    method, codes, target = min(reversed(candidates), key=lambda c: held_out_error(c[1]))
+    method, codes, targets = min(reversed(candidates), key=lambda c: held_out_error(c[1]))
     results = {}
     for level in family:
         found = grid.dequantize(codes, level)
         # Level 8 holds the weight itself, and meets what the float model would.
-        aim, mean = (weight, stats.mean) if level == 8 else (target, seen.mean)
+        mean = stats.mean if level == 8 else stats.levels.get(level, seen).mean
         shift = weight.astype(np.float64) @ stats.mean - found.astype(np.float64) @ mean
-        results[level] = LevelResult(
-            problem.row_errors(aim - found), shift, "nearest" if level == 8 else method
-        )
+        error = problem.row_errors(targets.get(level, weight) - found)
+        results[level] = LevelResult(error, shift, method if level in targets else "nearest")
     return FamilyResult(codes, results, problem.row_errors(weight))
 
 
@@ -385,18 +384,24 @@ def _nearest_in_blocks(weight: np.ndarray, grid: Grid, family: tuple[Level, ...]
 
 
 def _compensated(
-    weight: np.ndarray, stats: MatrixStats, seen: LevelStats, problem: Problem, grid: Grid
-) -> tuple[LayerCodes, np.ndarray] | None:
-    """Compensated codes of one family, and the matrix they aim at.
+    weight: np.ndarray, stats: MatrixStats, problem: Problem, grid: Grid
+) -> tuple[LayerCodes, dict[Level, np.ndarray]] | None:
+    """Compensated codes of one family, and the matrices that its levels aim at.
 
     None where the statistics are too ill-conditioned, or the weights too large, to compute with.
     """
     if float(np.abs(weight).max()) > _LARGEST_WEIGHT:
         return None
     try:
-        target = _target(weight, stats, seen)
-        compensate = _compensate4 if grid.lead == 4 else _compensate2
-        return compensate(weight, target, problem, grid), target
+        target = _target(weight, stats, grid.lead)
+        if grid.lead == 4:
+            return _compensate4(weight, target, problem, grid), {4: target}
+        codes, targets = _compensate2(target, problem, grid), {2: target}
+        if 1 in stats.levels:
+            targets[1] = _target(weight, stats, 1)
+            own = Problem.damped(stats.blocks, stats.levels[1].grams, _DAMPING)
+            codes.scales[1] = _refit1(targets[1], codes, own, grid)
+        return codes, targets
     except np.linalg.LinAlgError:
         return None
 
@@ -414,10 +419,8 @@ def _compensate4(
     return grid.with_residual(weight, scale, code)
 
 
-def _compensate2(
-    weight: np.ndarray, target: np.ndarray, problem: Problem, grid: Grid
-) -> LayerCodes:
-    columns, h = weight.shape[1], problem.diagonal[None]
+def _compensate2(target: np.ndarray, problem: Problem, grid: Grid) -> LayerCodes:
+    columns, h = target.shape[1], problem.diagonal[None]
     size = grid.scale_columns[2]
     scale = fit_scale2(grouped(target, size), grouped(h, size))
     code = round_compensated(target, grid.spread(scale, columns, 2), 2, problem)
@@ -425,15 +428,23 @@ def _compensate2(
         scale = refit_scales(target, scale, code, size, problem)
         code = descend_codes(target, grid.spread(scale, columns, 2), code, 2, problem)
     size = grid.scale_columns[1]
-    signs = np.sign(code) / 2
-    scale1 = fit_scale1(grouped(target, size), grouped(h, size))
+    codes = grid.with_signs(scale, code, fit_scale1(grouped(target, size), grouped(h, size)))
+    codes.scales[1] = _refit1(target, codes, problem, grid)
+    return codes
+
+
+def _refit1(target: np.ndarray, codes: LayerCodes, problem: Problem, grid: Grid) -> np.ndarray:
+    """Scales of level 1 for the signs that level 2 has."""
+    signs = codes.codes["s1"].astype(np.float32) - np.float32(0.5)
+    scale = codes.scales[1]
     for _ in range(_LEVEL1_REFITS):
-        scale1 = refit_scales(target, scale1, signs, size, problem)
-    return grid.with_signs(scale, code, scale1)
+        scale = refit_scales(target, scale, signs, grid.scale_columns[1], problem)
+    return scale
 
 
-def _target(weight: np.ndarray, stats: MatrixStats, seen: LevelStats) -> np.ndarray:
+def _target(weight: np.ndarray, stats: MatrixStats, level: Level) -> np.ndarray:
     """The matrix whose output comes nearest to the float model's, judged on held-out samples."""
+    seen = stats.levels[level]
     if not len(stats.held_out):
         return weight
     wanted = stats.held_out @ weight.T

@@ -18,6 +18,9 @@ from . import graph as graphs
 from .assemble import rebuild
 from .ir import HeavyLayer, LayerPlan, LayerUse
 
+_SQUASHING = ("Softmax", "LogSoftmax", "Sigmoid", "Identity", "Flatten", "Reshape")
+"""Operators that lose nothing an answer depends on, but may hide how sure it is."""
+
 _WEIGHT, _BIAS = "bapq.weight.", "bapq.bias."
 
 
@@ -61,14 +64,20 @@ class Reference:
                 self._initializers[tensor.name] = tensor
         self._sparse = {item.values.name: item for item in model.graph.sparse_initializer}
 
-    @property
-    def float_outputs(self) -> list[str]:
-        """Outputs of the model that hold float32 tensors."""
-        return [
-            item.name
-            for item in self.graph.output
-            if item.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
-        ]
+    def judged_tensors(self) -> list[str]:
+        """The model's float32 outputs; of one that a Softmax or Sigmoid makes, what goes into it.
+
+        Probabilities of a sure classifier hide errors until they flip an answer; its scores do not.
+        """
+        producers = {name: node for node in self.graph.node for name in node.output}
+        judged = []
+        for item in self.graph.output:
+            if item.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
+                name = item.name
+                while name in producers and producers[name].op_type in _SQUASHING:
+                    name = producers[name].input[0]
+                judged.append(name)
+        return list(dict.fromkeys(judged))
 
     def stages(self) -> Iterator[Stage]:
         """Stages in order; the last one has no layers."""
@@ -99,7 +108,7 @@ class Reference:
             quantized |= {layer.name for layer in ready}
             planned.append((nodes, ready))
             rest = later
-        outputs = {item.name for item in self.graph.output}
+        outputs = {item.name for item in self.graph.output} | set(self.judged_tensors())
         yield from self._with_names(planned, outputs)
 
     def _with_names(

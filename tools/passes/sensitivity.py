@@ -15,7 +15,7 @@ from .ir import HeavyLayer
 from .quantize import QuantizedLayer
 from .reference import Reference, weight_feeds
 
-_SAMPLES = 16
+_SAMPLES = 32
 """Samples that outputs are compared on."""
 
 
@@ -39,7 +39,7 @@ class OutputErrors:
         count = min(_SAMPLES, chains.samples)
         self._samples = [i * chains.samples // count for i in range(count)]
         computed = {name for node in nodes for name in node.output}
-        self._outputs = [name for name in reference.float_outputs if name in computed]
+        self._outputs = [name for name in reference.judged_tensors() if name in computed]
         if self._outputs:
             reads = set().union(*(reference.needs(node) for node in nodes))
             example = {n: v for n, v in chains.tensors(FLOAT, 0).items() if n in reads}
@@ -48,7 +48,7 @@ class OutputErrors:
             self._wanted = self._run({})
 
     def of(self, layer: HeavyLayer, quantized: QuantizedLayer) -> dict[Level, float]:
-        """Squared relative error of the float outputs per level, mean over outputs and samples.
+        """Squared relative error of the judged tensors per level, mean over outputs and samples.
 
         Level 8 follows from level 4 by the ratio of the layer's own errors, where both are there.
         """

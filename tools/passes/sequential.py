@@ -16,7 +16,7 @@ from ..workers import Workers
 from .calibration import CalibrationData
 from .chains import FLOAT, Chains
 from .ir import HeavyLayer, LayerOptions, LayerPlan, MatrixStats
-from .moments import CHAIN_LEVELS, Moments
+from .moments import NEIGHBOUR, Moments
 from .partial import PartialBank
 from .quantize import QuantizedLayer, join_layer, layer_tasks, quantize_family
 from .reference import Reference, observed, weight_feeds
@@ -63,7 +63,7 @@ def quantize_layers(
         return weight_feeds(layer, found.weight(level), found.bias(level))
 
     reference = Reference(model, plan)
-    chain_levels = [level for level in CHAIN_LEVELS if level in levels] or [min(levels)]
+    chain_levels = [level for level in NEIGHBOUR if level in levels] or [min(levels)]
     chains = Chains(reference, data, chain_levels, feeds, workers.count, partial.scratch)
     stages = list(reference.stages())
     for number, stage in enumerate(stages):

@@ -84,7 +84,7 @@ class Plan:
     """The planner's answer."""
 
     levels: NDArray[np.uint8]
-    """(chunks,): what each runs at"""
+    """(chunks,): what each runs at; 0: skipped, neither read nor computed"""
     pinned: NDArray[np.bool_]
     """(chunks,): always in memory; the others are streamed, or read row by row"""
     ring_bytes: int
@@ -99,6 +99,11 @@ class Plan:
     """Sum of the chunks' sensitivities."""
     reason: str
     """One line for people."""
+    kept: NDArray[np.uint8] | None = None
+    """(chunks,) bit p: plane p of `native.PLANE_ORDER`, if it is in memory, stays there, for plans
+    to come too; None: what this plan does not pin may go"""
+    region: int | None = None
+    """Number of the region (`Store.add_region`) whose values stand in for skipped rows."""
 
 
 def problem_of(bank: Bank) -> Problem:
@@ -111,8 +116,8 @@ def problem_of(bank: Bank) -> Problem:
     for layer in manifest.layers:
         chunks = layer.chunk_range
         weights[chunks] = layer.chunk_rows * layer.columns
-        last_rows = layer.rows - (layer.chunk_count - 1) * layer.chunk_rows
-        weights[chunks.stop - 1] = last_rows * layer.columns
+        last_rows = layer.chunk_slice(chunks.stop - 1)
+        weights[chunks.stop - 1] = (last_rows.stop - last_rows.start) * layer.columns
         row_read[chunks] = layer.operators == ("Gather",)
         runs_at[chunks] = [bank.level_of(layer, level) for level in bank.levels]
     level_bytes = np.zeros((chunk_count, len(bank.levels)), np.int64)

@@ -372,6 +372,8 @@ class Session:
                 new.ring_bytes,
                 new.resident_bytes - new.ring_bytes,
                 self._threads_now,
+                kept=new.kept,
+                region=new.region,
             )
         except BaseException:
             del self._bits_of_plan[number]

@@ -21,3 +21,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that asks for `kernel_family` once per family that this CPU can run."""
     if "kernel_family" in metafunc.fixturenames:
         metafunc.parametrize("kernel_family", kernel_families())
+
+
+@pytest.fixture
+def use_isa(monkeypatch: pytest.MonkeyPatch, kernel_family: str) -> None:
+    """Compute with every kernel family in turn."""
+    monkeypatch.setenv("BAPQ_ISA", kernel_family)

@@ -24,6 +24,7 @@ from .layout import PLANES, Plane, TileGeometry
 from .manifest import MANIFEST_FILE, Layer, Manifest
 from .npy import SENSITIVITY_DTYPE, check_sensitivity, from_npy, to_npy
 from .reader import Bank, read_manifest
+from .rows import DROPPED_BIAS, ROW_ORDER, ROW_TABLES
 from .staging import TEMPORARY_SUFFIXES, Staging, storage_errors
 from .writer import BankWriter
 
@@ -75,6 +76,7 @@ def pack(directory: str | os.PathLike[str], bank_path: str | os.PathLike[str]) -
             f"expected {manifest.graph.blake2b}: {_AGAIN}"
         )
     sensitivity = _read_sensitivity(folder, manifest)
+    rows = _read_rows(folder, manifest)
     with BankWriter(
         bank_path,
         levels=manifest.levels,
@@ -94,6 +96,9 @@ def pack(directory: str | os.PathLike[str], bank_path: str | os.PathLike[str]) -
                 has_bias=layer.has_bias,
                 relative_error=layer.relative_error,
                 sensitivity=sensitivity[layer.first_chunk :][: layer.chunk_count],
+                stored_rows=layer.stored_rows,
+                row_order=rows[ROW_ORDER.key].get(layer.name),
+                dropped_bias=rows[DROPPED_BIAS.key].get(layer.name),
             )
         writer.finish(graph, manifest.kept_in_float)
     return Path(bank_path)
@@ -119,6 +124,8 @@ def _files_of(bank: Bank) -> Iterator[tuple[str, bytes]]:
     yield MANIFEST_FILE, bank.manifest.to_json()
     yield bank.manifest.graph.file, bank.graph_bytes()
     yield bank.manifest.sensitivity.file, to_npy(bank.sensitivity())
+    for entry in bank.manifest.row_tables.values():
+        yield entry.file, bank.file_bytes(entry)
     for layer in bank.manifest.layers:
         for plane in layer.planes:
             dtype, level = _dtype(layer.geometry(plane)), PLANES[plane]
@@ -148,6 +155,20 @@ def _read_sensitivity(folder: Path, manifest: Manifest) -> NDArray[np.float32]:
     except ValueError as error:
         raise BankFormatError(f"{folder / file}: {error}: {_AGAIN}") from None
     return table
+
+
+def _read_rows(folder: Path, manifest: Manifest) -> dict[str, dict[str, NDArray[Any]]]:
+    """The values of each table of rows by layer, none where the bank has no such table."""
+    values: dict[str, dict[str, NDArray[Any]]] = {table.key: {} for table in ROW_TABLES}
+    for table in ROW_TABLES:
+        entry = manifest.row_tables.get(table.key)
+        if entry is not None:
+            data = _read(folder, entry.file, _HEADER_LIMIT + entry.bytes)
+            try:
+                values[table.key] = table.parse(data, manifest.layers)
+            except ValueError as error:
+                raise BankFormatError(f"{folder / entry.file}: {error}: {_AGAIN}") from None
+    return values
 
 
 def _read_layer(folder: Path, layer: Layer) -> LayerCodes:
@@ -208,7 +229,8 @@ def _find_model(directory: Path) -> Path:
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
     """Exactly the files that the manifest implies must be there."""
-    expected = {MANIFEST_FILE, manifest.graph.file, manifest.sensitivity.file} | {
+    tables = (manifest.graph, manifest.sensitivity, *manifest.row_tables.values())
+    expected = {MANIFEST_FILE, *(entry.file for entry in tables)} | {
         _chunk_file(layer, index, plane)
         for layer in manifest.layers
         for plane in layer.planes

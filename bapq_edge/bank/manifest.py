@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -33,6 +35,7 @@ from .npy import (
     digest_table_bytes,
     sensitivity_table_bytes,
 )
+from .rows import ROW_TABLES
 from .strict_json import Place, Rule, decode, encode, parse_json, shown
 
 __all__ = [
@@ -68,6 +71,10 @@ MAX_MANIFEST_BYTES = 4 << 20
 
 MAX_CHUNKS = 1 << 20
 """Per bank: chunk tables stay under 16 MiB. At 128 KiB a chunk this is 128 GiB per plane."""
+
+MAX_TABLE_ROWS = 1 << 22
+"""Per bank, in layers that reorder or drop rows: their tables stay under 17 MB each, and a small
+file cannot ask for a huge output."""
 
 MAX_CHUNK_BYTES = (1 << 31) - 1
 """Fits the table's u4 and any signed 32-bit index."""
@@ -152,9 +159,13 @@ class Layer:
     operators: tuple[Operator, ...]
     """What reads it: MatMul, Gemm, Conv, Gather, in execution order, each once."""
     rows: Rows
+    stored_rows: Rows
+    """The other rows are dropped: their weights are all zero. Chunks hold stored rows only."""
+    reordered: bool
+    """Whether tables/row_order.npy says where each row stands in the output."""
     columns: Columns
     chunk_rows: ChunkRows
-    """Rows per chunk, a multiple of 16; the last chunk may have fewer."""
+    """Stored rows per chunk, a multiple of 16; the last chunk may have fewer."""
     first_chunk: Size
     has_bias: bool
     residual_steps: Steps
@@ -178,7 +189,12 @@ class Layer:
     @property
     def chunk_count(self) -> int:
         """Number of chunks, numbered from `first_chunk` through the whole bank."""
-        return -(-self.rows // self.chunk_rows)
+        return -(-self.stored_rows // self.chunk_rows)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights that are stored."""
+        return self.stored_rows * self.columns
 
     @property
     def chunk_range(self) -> slice:
@@ -190,9 +206,9 @@ class Layer:
         decode(Layer, encode(self), Place(where, ""))
 
     def chunk_slice(self, chunk: int) -> slice:
-        """Rows of a chunk, which is numbered through the whole bank."""
+        """Stored rows of a chunk, which is numbered through the whole bank."""
         start = (chunk - self.first_chunk) * self.chunk_rows
-        return slice(start, min(start + self.chunk_rows, self.rows))
+        return slice(start, min(start + self.chunk_rows, self.stored_rows))
 
     def geometry(self, plane: Plane) -> TileGeometry:
         """Tile records of this layer in a plane that holds it."""
@@ -244,6 +260,11 @@ class Manifest:
     to the squared relative error of its layer."""
     planes: dict[Plane, PlaneEntry]
     layers: tuple[Layer, ...]
+    row_order: FileEntry | None = None
+    """tables/row_order.npy, (rows of all reordered layers,) uint32: output row of every stored row,
+    then of every dropped one."""
+    dropped_bias: FileEntry | None = None
+    """tables/dropped_bias.npy, (dropped rows of all layers with a bias,) float32."""
     kept_in_float: tuple[KeptNode, ...] = ()
     calibration: Calibration | None = None
     format: str = field(default=FORMAT_NAME)
@@ -276,6 +297,12 @@ class Manifest:
         rows = [[level in layer.levels for level in self.levels] for layer in self.layers]
         return np.repeat(np.array(rows), [layer.chunk_count for layer in self.layers], axis=0)
 
+    @property
+    def row_tables(self) -> dict[str, FileEntry]:
+        """`row_order` and `dropped_bias`, as far as they are there."""
+        entries = {table.key: getattr(self, table.key) for table in ROW_TABLES}
+        return {key: entry for key, entry in entries.items() if entry is not None}
+
     def chunk_layout(self, plane: Plane) -> NDArray[np.void]:
         """Where every chunk must stand: (chunk_count,) of `CHUNK_DTYPE`, with crc32 left 0.
 
@@ -292,7 +319,7 @@ class Manifest:
             chunk_bytes = layer.chunk_rows // TILE_ROWS * record_bytes
             part["offset"] = start + chunk_bytes * np.arange(len(part), dtype=np.uint64)
             part["bytes"] = min(chunk_bytes, MAX_CHUNK_BYTES)
-            end = start + tiles_of(layer.rows) * record_bytes
+            end = start + tiles_of(layer.stored_rows) * record_bytes
             part["bytes"][-1] = end - int(part["offset"][-1])
         return layout
 
@@ -338,12 +365,7 @@ def _check_version(document: Any, where: str) -> None:
 
 def _check_consistency(manifest: Manifest, where: str) -> None:
     """Checks that span several fields."""
-
-    def check(good: bool, key: str, found: Any, expected: Any) -> None:
-        if not good:
-            # Cut: a hostile list may be long.
-            raise BankFormatError(f"{where}: {key} is {str(found)[:80]}, must be {expected}")
-
+    check = partial(_require, where)
     levels = manifest.levels
     ordered = tuple(level for level in LEVELS if level in levels)
     check(levels == ordered and bool(levels), "levels", list(levels), "one or more, highest first")
@@ -355,8 +377,20 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
         f"{sorted(planes)} for levels {list(levels)}",
     )
     check(bool(manifest.layers), "layers", "empty", "at least one layer")
+    _check_layers(manifest, check)
+    _check_files(manifest, check)
+
+
+def _require(where: str, good: bool, key: str, found: Any, expected: Any) -> None:
+    if not good:
+        # Cut: a hostile list may be long.
+        raise BankFormatError(f"{where}: {key} is {str(found)[:80]}, must be {expected}")
+
+
+def _check_layers(manifest: Manifest, check: Callable[..., None]) -> None:
+    levels = manifest.levels
     names: dict[str, int] = {}
-    next_chunk = 0
+    next_chunk = table_rows = 0
     for i, layer in enumerate(manifest.layers):
         at = f"layers[{i}]"
         first = names.setdefault(layer.name, i)
@@ -367,9 +401,23 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
             list(layer.operators),
             "one or more, each once",
         )
+        gathered = "Gather" in layer.operators  # it finds rows by their number
+        fewest = layer.rows if gathered else 1
+        check(
+            fewest <= layer.stored_rows <= layer.rows,
+            f"{at}.stored_rows",
+            layer.stored_rows,
+            f"from {fewest} to {layer.rows}",
+        )
+        check(not (gathered and layer.reordered), f"{at}.reordered", "true", "false with a Gather")
+        if layer.reordered or layer.stored_rows < layer.rows:
+            table_rows += layer.rows
+        limit = f"within {MAX_TABLE_ROWS} rows of layers that reorder or drop some"
+        check(table_rows <= MAX_TABLE_ROWS, f"{at}.rows", layer.rows, limit)
         check(layer.first_chunk == next_chunk, f"{at}.first_chunk", layer.first_chunk, next_chunk)
         next_chunk += layer.chunk_count
-        check(next_chunk <= MAX_CHUNKS, f"{at}.rows", layer.rows, f"within {MAX_CHUNKS} chunks")
+        stored = layer.stored_rows
+        check(next_chunk <= MAX_CHUNKS, f"{at}.stored_rows", stored, f"within {MAX_CHUNKS} chunks")
         check(
             bool(layer.levels) and set(layer.levels) <= set(levels),
             f"{at}.relative_error",
@@ -383,7 +431,7 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
             f"for levels {sorted(layer.scale_columns)}",
             sorted(scaled),
         )
-        tiles = tiles_of(min(layer.rows, layer.chunk_rows))
+        tiles = tiles_of(min(stored, layer.chunk_rows))
         chunk_bytes = tiles * max(layer.geometry(plane).record_bytes for plane in layer.planes)
         check(
             chunk_bytes <= MAX_CHUNK_BYTES,
@@ -394,25 +442,38 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
 
     held = {level for layer in manifest.layers for level in layer.levels}
     check(held == set(levels), "levels", list(levels), f"{sorted(held)}, those of the layers")
+
+
+def _check_files(manifest: Manifest, check: Callable[..., None]) -> None:
+    chunk_count = manifest.chunk_count
     sensitivity = manifest.sensitivity
+    sensitivity_bytes = sensitivity_table_bytes(chunk_count, len(manifest.levels))
     for key, found, expected in (
         ("graph.file", manifest.graph.file, GRAPH_FILE),
         ("sensitivity.file", sensitivity.file, SENSITIVITY_FILE),
-        (
-            "sensitivity.bytes",
-            sensitivity.bytes,
-            sensitivity_table_bytes(next_chunk, len(levels)),
-        ),
+        ("sensitivity.bytes", sensitivity.bytes, sensitivity_bytes),
     ):
         check(found == expected, key, found, expected)
-    for plane, entry in manifest.planes.items():
+    for table in ROW_TABLES:
+        entry = manifest.row_tables.get(table.key)
+        found, expected = (
+            "there" if there else "absent"
+            for there in (entry is not None, table.total(manifest.layers) > 0)
+        )
+        check(found == expected, table.key, found, expected)
+        if entry is not None:
+            size = table.file_bytes(manifest.layers)
+            check(entry.file == table.file, f"{table.key}.file", entry.file, table.file)
+            check(entry.bytes == size, f"{table.key}.bytes", entry.bytes, size)
+    for plane, plane_entry in manifest.planes.items():
         last = manifest.chunk_layout(plane)[-1]
+        chunks, digests = plane_entry.tables
         for key, found, expected in (
-            ("file", entry.file, plane_file(plane)),
-            ("bytes", entry.bytes, int(last["offset"]) + int(last["bytes"])),
-            ("chunks.file", entry.chunks.file, chunks_file(plane)),
-            ("chunks.bytes", entry.chunks.bytes, chunk_table_bytes(next_chunk)),
-            ("digests.file", entry.digests.file, digests_file(plane)),
-            ("digests.bytes", entry.digests.bytes, digest_table_bytes(next_chunk)),
+            ("file", plane_entry.file, plane_file(plane)),
+            ("bytes", plane_entry.bytes, int(last["offset"]) + int(last["bytes"])),
+            ("chunks.file", chunks.file, chunks_file(plane)),
+            ("chunks.bytes", chunks.bytes, chunk_table_bytes(chunk_count)),
+            ("digests.file", digests.file, digests_file(plane)),
+            ("digests.bytes", digests.bytes, digest_table_bytes(chunk_count)),
         ):
             check(found == expected, f"planes.{plane}.{key}", found, expected)

@@ -13,13 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "BIAS_DTYPE",
     "CHUNK_DTYPE",
     "DIGEST_BYTES",
+    "ROW_DTYPE",
     "SENSITIVITY_DTYPE",
     "check_sensitivity",
     "chunk_table_bytes",
     "digest_table_bytes",
     "from_npy",
+    "row_table_bytes",
     "sensitivity_table_bytes",
     "to_npy",
 ]
@@ -31,11 +34,13 @@ DIGEST_BYTES = 16
 """BLAKE2b-128: short enough to keep one per chunk, long enough that no two ever agree by chance."""
 
 SENSITIVITY_DTYPE = np.dtype("<f4")
+ROW_DTYPE = np.dtype("<u4")
+BIAS_DTYPE = np.dtype("<f4")
 
 _MAGIC = b"\x93NUMPY\x01\x00"
 _ALIGNMENT = 64
 _TABLE_HEADER_BYTES = 128
-"""What the rule of `to_npy` gives for every table of up to 2^20 chunks."""
+"""What the rule of `to_npy` gives for every table that the limits of the manifest allow."""
 
 
 def chunk_table_bytes(chunk_count: int) -> int:
@@ -51,6 +56,11 @@ def digest_table_bytes(chunk_count: int) -> int:
 def sensitivity_table_bytes(chunk_count: int, level_count: int) -> int:
     """Size of the sensitivity table's file."""
     return _TABLE_HEADER_BYTES + chunk_count * level_count * SENSITIVITY_DTYPE.itemsize
+
+
+def row_table_bytes(rows: int) -> int:
+    """Size of the file of a table of rows, or of their bias."""
+    return _TABLE_HEADER_BYTES + rows * ROW_DTYPE.itemsize
 
 
 def check_sensitivity(

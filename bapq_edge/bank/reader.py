@@ -7,8 +7,9 @@ import os
 import warnings
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +25,18 @@ from .codes import LayerCodes, join_rows, unpack_chunk
 from .files import REPAIR, digest_of, file_size, inside, read_at
 from .layout import PLANES, PLANES_OF_LEVEL, Level, Plane, level_within
 from .manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Layer, Manifest
-from .npy import CHUNK_DTYPE, DIGEST_BYTES, SENSITIVITY_DTYPE, check_sensitivity, from_npy
+from .npy import (
+    CHUNK_DTYPE,
+    DIGEST_BYTES,
+    SENSITIVITY_DTYPE,
+    check_sensitivity,
+    from_npy,
+)
+from .rows import DROPPED_BIAS, ROW_ORDER, ROW_TABLES
 
 __all__ = ["Bank", "read_manifest"]
+
+T = TypeVar("T")
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -58,6 +68,12 @@ class Bank:
         self._layers = {layer.name: layer for layer in manifest.layers}
         self._sized(manifest.graph.file, manifest.graph.bytes)
         self.sensitivity()
+        self._rows = {
+            table.key: self._parsed(entry, partial(table.parse, layers=manifest.layers))
+            if (entry := manifest.row_tables.get(table.key))
+            else {}
+            for table in ROW_TABLES
+        }
         tables = {plane: self._read_table(plane) for plane in PLANES if plane in manifest.planes}
         self._plane_files = {
             plane: self._sized(entry.file, entry.bytes)
@@ -111,8 +127,8 @@ class Bank:
 
     @property
     def weights(self) -> int:
-        """Number of weights in all layers."""
-        return sum(layer.rows * layer.columns for layer in self.manifest.layers)
+        """Number of weights in all layers, those of dropped rows left out."""
+        return sum(layer.weights for layer in self.manifest.layers)
 
     def layer(self, name: str) -> Layer:
         """The layer of that name; KeyError when there is none."""
@@ -148,9 +164,27 @@ class Bank:
             lambda table: check_sensitivity(table, levels, self.manifest.held()),
         )
 
+    def row_order(self, layer: Layer) -> NDArray[np.uint32] | None:
+        """(rows,): output row of every stored row, then of every dropped one; None: in order."""
+        return self._rows[ROW_ORDER.key].get(layer.name)
+
+    def dropped_bias(self, layer: Layer) -> NDArray[np.float32] | None:
+        """(dropped rows,): what they give before the clip; None where that is 0."""
+        return self._rows[DROPPED_BIAS.key].get(layer.name)
+
     def graph_bytes(self) -> bytes:
         """The ONNX graph without the heavy weights, checked against its digest."""
-        return self._read_checked(self.manifest.graph)
+        return self.file_bytes(self.manifest.graph)
+
+    def file_bytes(self, entry: FileEntry) -> bytes:
+        """A whole file, checked against size and digest."""
+        data = read_at(self._sized(entry.file, entry.bytes), 0, entry.bytes)
+        found = digest_of(data)
+        if found != entry.blake2b:
+            raise BankIntegrityError(
+                f"{self.path / entry.file} has BLAKE2b {found}, expected {entry.blake2b}: {REPAIR}"
+            )
+        return data
 
     def read_chunk(self, plane: Plane, chunk: int) -> bytes:
         """The bytes of a chunk, checked against its CRC-32."""
@@ -239,29 +273,25 @@ class Bank:
             raise BankFormatError(message)
         return target
 
-    def _read_checked(self, entry: FileEntry) -> bytes:
-        """A whole file, checked against size and digest."""
-        data = read_at(self._sized(entry.file, entry.bytes), 0, entry.bytes)
-        found = digest_of(data)
-        if found != entry.blake2b:
-            raise BankIntegrityError(
-                f"{self.path / entry.file} has BLAKE2b {found}, expected {entry.blake2b}: {REPAIR}"
-            )
-        return data
-
     def _array(
         self,
         entry: FileEntry,
         dtype: np.dtype[Any],
         shape: tuple[int, ...],
-        check: Callable[[NDArray[Any]], None] | None = None,
+        check: Callable[[NDArray[Any]], None] = lambda array: None,
     ) -> NDArray[Any]:
-        data = self._read_checked(entry)
-        try:
+        def parse(data: bytes) -> NDArray[Any]:
             array = from_npy(data, dtype, shape)
-            if check is not None:
-                check(array)
+            check(array)
             return array
+
+        return self._parsed(entry, parse)
+
+    def _parsed(self, entry: FileEntry, parse: Callable[[bytes], T]) -> T:
+        """What `parse` makes of the file; its ValueErrors become BankFormatErrors."""
+        data = self.file_bytes(entry)
+        try:
+            return parse(data)
         except ValueError as error:
             raise BankFormatError(f"{self.path / entry.file}: {error}: {REPAIR}") from None
 

@@ -57,11 +57,11 @@ def verify(path: str | os.PathLike[str]) -> VerifyReport:
     """
     bank = Bank.open(path)
     graph = bank.manifest.graph
-    sensitivity = bank.manifest.sensitivity
+    # `Bank.open` has just checked these, and the tables below.
+    tables = (bank.manifest.sensitivity, *bank.manifest.row_tables.values())
     reports = [
         _report(graph.file, graph.bytes, iter([bank.graph_bytes])),
-        # `Bank.open` has just checked this one, and the tables below.
-        _report(sensitivity.file, sensitivity.bytes, iter(())),
+        *(_report(table.file, table.bytes, iter(())) for table in tables),
     ]
     for plane in bank.planes:
         entry = bank.manifest.planes[plane]

@@ -40,6 +40,7 @@ from .manifest import (
 )
 from .npy import CHUNK_DTYPE, DIGEST_BYTES, SENSITIVITY_DTYPE, check_sensitivity, to_npy
 from .reader import Bank
+from .rows import DROPPED_BIAS, ROW_ORDER, ROW_TABLES, RowTable
 from .staging import Staging, storage_errors, sync_directory
 
 __all__ = ["BankWriter", "chunk_rows_for"]
@@ -125,6 +126,7 @@ class BankWriter:
         self._planes: dict[Plane, _PlaneFile] = {}
         self._layers: list[Layer] = []
         self._sensitivity: list[NDArray[np.float32]] = []
+        self._rows: dict[str, dict[str, NDArray[Any]]] = {table.key: {} for table in ROW_TABLES}
         self._first_chunk = 0
         self._cleanup = contextlib.ExitStack()
 
@@ -157,18 +159,37 @@ class BankWriter:
         has_bias: bool,
         relative_error: Mapping[Level, float],
         sensitivity: NDArray[np.float32],
+        stored_rows: int | None = None,
+        row_order: NDArray[np.uint32] | None = None,
+        dropped_bias: NDArray[np.float32] | None = None,
     ) -> Layer:
         """Write the chunks of one layer.
 
         `relative_error` is given for the levels that the layer has: those of the bank or some.
         `sensitivity` is (chunks of the layer, levels of the bank) float32: what each chunk adds to
-        the square of `relative_error`, 0 for a level that the layer lacks. ValueError when codes or
-        sensitivity do not fit the description, StorageError when the disk does not.
+        the square of `relative_error`, 0 for a level that the layer lacks. Of its `rows` a layer
+        may store only some; the weights of the others must all be zero. `codes` then hold
+        `stored_rows` rows (None: all), in stored order; `row_order` is (rows,), the output row of
+        every stored row, then of every dropped one in ascending order (None: in order);
+        `dropped_bias` is (dropped rows,), where the layer has a bias. A row of zeros that must be
+        stored, since at least one is, has the scale 0.
+
+        Raises ValueError when codes, sensitivity or tables do not fit the description, StorageError
+        when the disk does not.
         """
+        stored_rows = int(rows if stored_rows is None else stored_rows)
+        if not 1 <= stored_rows <= rows:
+            raise ValueError(
+                f"layer {name}: {stored_rows} of {rows} rows are stored, must be 1 to {rows}"
+            )
+        if row_order is not None and np.array_equal(row_order, np.arange(rows)):
+            row_order = None
         layer = Layer(
             name=name,
             operators=operators,
             rows=int(rows),
+            stored_rows=stored_rows,
+            reordered=row_order is not None,
             columns=int(columns),
             chunk_rows=int(chunk_rows),
             first_chunk=self._first_chunk,
@@ -186,6 +207,10 @@ class BankWriter:
         sensitivity = np.ascontiguousarray(sensitivity, SENSITIVITY_DTYPE)
         held = np.array([level in layer.levels for level in self._levels])
         check_sensitivity(sensitivity, self._levels, held)
+        for table, values in ((ROW_ORDER, row_order), (DROPPED_BIAS, dropped_bias)):
+            _check_rows(layer, table, values)
+            if values is not None:
+                self._rows[table.key][name] = values
         with storage_errors(self.path):
             for plane, output in self._planes.items():
                 if plane not in layer.planes:
@@ -193,9 +218,11 @@ class BankWriter:
                     continue
                 geometry = layer.geometry(plane)
                 source = codes.weight if plane == "f32" else codes.codes.get(plane)
-                if source is None or len(source) != rows:
+                if source is None or len(source) != stored_rows:
                     found = "absent" if source is None else f"of {len(source)} rows"
-                    raise ValueError(f"layer {name}: plane {plane} is {found}, expected {rows}")
+                    raise ValueError(
+                        f"layer {name}: plane {plane} is {found}, expected {stored_rows}"
+                    )
                 output.begin_layer()
                 for chunk in range(layer.first_chunk, layer.first_chunk + layer.chunk_count):
                     output.append(pack_chunk(geometry, codes, layer.chunk_slice(chunk)))
@@ -228,6 +255,8 @@ class BankWriter:
                 sensitivity=self._write(SENSITIVITY_FILE, to_npy(sensitivity)),
                 planes=planes,
                 layers=tuple(self._layers),
+                row_order=self._write_rows(ROW_ORDER),
+                dropped_bias=self._write_rows(DROPPED_BIAS),
                 kept_in_float=tuple(
                     dataclasses.replace(
                         node,
@@ -247,11 +276,29 @@ class BankWriter:
             self._staging.commit()
         return manifest
 
+    def _write_rows(self, table: RowTable) -> FileEntry | None:
+        if not table.total(self._layers):
+            return None
+        return self._write(table.file, table.encode(self._rows[table.key], self._layers))
+
     def _write(self, file: str, data: bytes) -> FileEntry:
         with (self._staging.path / file).open("wb") as output:
             output.write(data)
             _sync_and_close(output)
         return FileEntry(file, len(data), digest_of(data))
+
+
+def _check_rows(layer: Layer, table: RowTable, values: NDArray[Any] | None) -> None:
+    """Raise ValueError unless a layer has these values in a table, or none where none belong."""
+    count = table.length(layer)
+    if (values is None) != (count == 0):
+        found = "absent" if values is None else f"{len(values)} values"
+        raise ValueError(f"layer {layer.name}: {table.key} is {found}, expected {count} values")
+    if values is not None:
+        try:
+            table.check(layer, values)
+        except ValueError as error:
+            raise ValueError(f"layer {layer.name}: {error}") from None
 
 
 def check_is_bank(path: Path) -> None:

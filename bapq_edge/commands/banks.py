@@ -42,7 +42,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
     width = max(len(layer.name) for layer in manifest.layers)
     print(f"\n{'layer':{width}}  {'operator':14}  {'rows x columns':>15}  chunks{errors}")
     for layer in manifest.layers:
-        shape = f"{layer.rows} x {layer.columns}"
+        whole = layer.stored_rows == layer.rows
+        rows = str(layer.rows) if whole else f"{layer.stored_rows} of {layer.rows}"
+        shape = f"{rows} x {layer.columns}"
         values = "".join(
             f"  {_error(layer.relative_error.get(level)):>{len(f'error@{level}')}}"
             for level in levels

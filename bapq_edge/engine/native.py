@@ -29,7 +29,7 @@ __all__ = [
     "library_path",
 ]
 
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 _NO_LIMIT = 2**62
 _ROW_CACHE_SLOTS = 64
 _STORAGE_STATUSES = (3, 4, 5)
@@ -73,6 +73,7 @@ class _Error(ctypes.Structure):
 class _Layer(ctypes.Structure):
     _fields_ = (
         ("rows", ctypes.c_int32),
+        ("stored_rows", ctypes.c_int32),
         ("columns", ctypes.c_int32),
         ("chunk_rows", ctypes.c_int32),
         ("first_chunk", ctypes.c_int32),
@@ -82,6 +83,8 @@ class _Layer(ctypes.Structure):
         ("read_by_row", ctypes.c_int32),
         ("planes", ctypes.c_int32),
         ("scale_columns", ctypes.c_int32 * len(PLANES)),
+        ("row_order", ctypes.c_void_p),
+        ("dropped_bias", ctypes.c_void_p),
     )
 
 
@@ -101,6 +104,8 @@ class _PlanRequest(ctypes.Structure):
     _fields_ = (
         ("levels", ctypes.c_char_p),
         ("pinned", ctypes.c_char_p),
+        ("kept", ctypes.c_char_p),
+        ("region", ctypes.c_int32),
         ("ring_bytes", ctypes.c_int64),
         ("home_limit_bytes", ctypes.c_int64),
         ("threads", ctypes.c_int32),
@@ -210,6 +215,10 @@ def _library() -> ctypes.CDLL:
         "bapq_store_open": (ctypes.c_int32, [ctypes.POINTER(_Bank), ctypes.POINTER(store), error]),
         "bapq_store_close": (ctypes.c_int32, [store, error]),
         "bapq_store_publish": (ctypes.c_int32, [store, ctypes.POINTER(_PlanRequest), error]),
+        "bapq_store_add_region": (
+            ctypes.c_int32,
+            [store, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int32), error],
+        ),
         "bapq_store_read_stats": (None, [store, ctypes.POINTER(_StoreStats)]),
         "bapq_store_trace": (ctypes.c_int32, [store, ctypes.c_int64, error]),
         "bapq_store_trace_read": (
@@ -272,8 +281,10 @@ class Store:
     def _describe(bank: Bank, direct: bool) -> tuple[_Bank, list[object]]:
         layers = bank.manifest.layers
         table = (_Layer * len(layers))()
+        keep_alive: list[object] = [table]
         for entry, layer in zip(table, layers, strict=True):
             entry.rows = layer.rows
+            entry.stored_rows = layer.stored_rows
             entry.columns = layer.columns
             entry.chunk_rows = layer.chunk_rows
             entry.first_chunk = layer.first_chunk
@@ -285,6 +296,13 @@ class Store:
             for index, plane in enumerate(PLANE_ORDER):
                 if plane in SCALED_PLANES:
                     entry.scale_columns[index] = layer.scale_columns.get(SCALED_PLANES[plane], 0)
+            for name, rows, dtype in (
+                ("row_order", bank.row_order(layer), np.int32),
+                ("dropped_bias", bank.dropped_bias(layer), np.float32),
+            ):
+                if rows is not None:
+                    keep_alive.append(values := np.ascontiguousarray(rows, dtype))
+                    setattr(entry, name, values.ctypes.data)
         native = _Bank(
             layers=table,
             layer_count=len(layers),
@@ -292,7 +310,6 @@ class Store:
             direct=direct,
             row_cache_slots=_ROW_CACHE_SLOTS,
         )
-        keep_alive: list[object] = [table]
         for index, plane in enumerate(PLANE_ORDER):
             if plane not in bank.planes:
                 continue
@@ -309,22 +326,31 @@ class Store:
         ring_bytes: int,
         home_limit_bytes: int | None,
         threads: int,
+        *,
+        kept: NDArray[np.uint8] | None = None,
+        region: int | None = None,
     ) -> None:
         """Make this the plan of every run that begins from now on; reads nothing itself.
 
         Args:
-            levels: (chunks,) 32, 8, 4, 2 or 1.
+            levels: (chunks,) 32, 8, 4, 2, 1, or 0: the chunk is neither read nor computed.
             pinned: (chunks,) what stays in memory once it was read.
             ring_bytes: buffer for the rest.
             home_limit_bytes: most bytes of pinned chunks in memory, those of plans that runs in
                 flight still hold included; None is no limit.
             threads: most threads that one operator runs on.
+            kept: (chunks,) bit p: plane PLANE_ORDER[p], if it is in memory, stays there, for plans
+                to come too; None: what is not pinned may go.
+            region: number of the region whose values stand in for skipped rows.
 
-        Plans are numbered from 1 in the order of their publication. Raises UnknownLevelError.
+        Plans are numbered from 1 in the order of their publication. Raises UnknownLevelError for a
+        level that a chunk cannot run at, such as 0 without a region or where a Gather reads it.
         """
         request = _PlanRequest(
             levels=levels.astype(np.uint8).tobytes(),
             pinned=pinned.astype(np.uint8).tobytes(),
+            kept=None if kept is None else kept.astype(np.uint8).tobytes(),
+            region=-1 if region is None else region,
             ring_bytes=ring_bytes,
             home_limit_bytes=_NO_LIMIT if home_limit_bytes is None else home_limit_bytes,
             threads=threads,
@@ -332,6 +358,24 @@ class Store:
         error = _Error()
         self._library.bapq_store_publish(self._handle, ctypes.byref(request), ctypes.byref(error))
         self._check(error)
+
+    def add_region(self, values: NDArray[np.float32]) -> int:
+        """Register what stands in for skipped rows in one region of inputs; returns its number.
+
+        `values` is (stored rows of all layers,) in the order of the bank: a row's output, bias
+        included, before the clip. Regions are numbered from 0 and last as long as the store.
+        """
+        rows = sum(layer.stored_rows for layer in self._bank.manifest.layers)
+        if values.shape != (rows,):
+            raise ValueError(f"a region's values are {values.shape}, expected ({rows},)")
+        values = np.ascontiguousarray(values, np.float32)
+        region = ctypes.c_int32()
+        error = _Error()
+        self._library.bapq_store_add_region(
+            self._handle, values.ctypes.data, ctypes.byref(region), ctypes.byref(error)
+        )
+        self._check(error)
+        return region.value
 
     def begin_run(self) -> int:
         """Begin a run on the published plan; the ticket is the graph input "bapq.run"."""

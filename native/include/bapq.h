@@ -11,7 +11,7 @@
 #define BAPQ_API __attribute__((visibility("default")))
 
 /* Raised by one whenever a struct or a function below changes; Python refuses another. */
-enum { BAPQ_ABI_VERSION = 4 };
+enum { BAPQ_ABI_VERSION = 5 };
 
 typedef enum {
     BAPQ_OK = 0,
@@ -20,7 +20,7 @@ typedef enum {
     BAPQ_IO,        /* a read failed; os_errno says how */
     BAPQ_TRUNCATED, /* a plane file ends before the chunk does */
     BAPQ_CHECKSUM,  /* a chunk's bytes differ from their checksum */
-    BAPQ_NO_PLANE,  /* the plane that a level needs is not there */
+    BAPQ_NO_LEVEL,  /* a chunk cannot run at the level that a plan gives it */
     BAPQ_NO_KERNEL, /* BAPQ_ISA names kernels that this CPU cannot run */
 } bapq_status;
 
@@ -43,7 +43,8 @@ typedef struct {
 } bapq_extent;
 
 typedef struct {
-    int32_t rows;
+    int32_t rows;        /* of the output */
+    int32_t stored_rows; /* the others are dropped: their weights are all zero */
     int32_t columns;
     int32_t chunk_rows;
     int32_t first_chunk;
@@ -53,6 +54,9 @@ typedef struct {
     int32_t read_by_row; /* 1: only Gather does, so it is neither streamed nor pinned */
     int32_t planes;      /* bit p is set: plane p holds the layer */
     int32_t scale_columns[BAPQ_PLANES]; /* per plane; 0: no scales of its own */
+    const int32_t *row_order;  /* (rows,) output row of every stored row, then of every dropped one;
+                                  NULL: in order */
+    const float *dropped_bias; /* (rows - stored_rows,), NULL: zeros */
 } bapq_layer;
 
 typedef struct {
@@ -67,8 +71,11 @@ typedef struct {
 
 /* A plan: what runs at which level, and what stays in memory. */
 typedef struct {
-    const uint8_t *levels;    /* (chunk_count,) 32, 8, 4, 2 or 1 */
+    const uint8_t *levels;    /* (chunk_count,) 32, 8, 4, 2, 1, or 0: skipped */
     const uint8_t *pinned;    /* (chunk_count,) 1: stays in memory once it was read */
+    const uint8_t *kept;      /* (chunk_count,) bit p: if plane p is in memory, it stays, for plans
+                                 to come; NULL: none */
+    int32_t region;           /* whose values stand in for skipped rows, -1: none */
     int64_t ring_bytes;       /* buffer for the chunks that are not pinned */
     int64_t home_limit_bytes; /* most bytes of pinned chunks, those of dying plans included */
     int32_t threads;          /* most threads that one operator runs on */
@@ -121,6 +128,11 @@ BAPQ_API int32_t bapq_store_close(bapq_store *store, bapq_error *error);
  * goes as soon as no run holds it. */
 BAPQ_API int32_t bapq_store_publish(bapq_store *store, const bapq_plan_request *request,
                                     bapq_error *error);
+/* Registers the values that stand in for the rows of skipped chunks in one region of inputs: the
+ * outputs before the clip, bias included, (stored rows of all layers,) in the order of the bank.
+ * Regions are numbered from 0, and last as long as the store. */
+BAPQ_API int32_t bapq_store_add_region(bapq_store *store, const float *values, int32_t *region,
+                                       bapq_error *error);
 BAPQ_API void bapq_store_read_stats(bapq_store *store, bapq_store_stats *out);
 /* Records from now on, into a buffer of so many events; 0 ends it and frees the buffer. */
 BAPQ_API int32_t bapq_store_trace(bapq_store *store, int64_t capacity, bapq_error *error);

@@ -62,6 +62,7 @@ typedef struct {
     const bapq_kernels *kernels;
     const bapq_conv *conv;
     const bapq_epilogue *epilogue;
+    const bapq_layer *layer;
     int32_t columns, blocks, rows;
     int32_t panel_rows;
     int32_t group_rows;     /* output rows per group */
@@ -188,11 +189,26 @@ static void multiply_tile(const conv_job *j, const bapq_panel *panel, int32_t t,
     for (int32_t row = first; row < end; row++) {
         int32_t r = row % BAPQ_TILE_ROWS;
         float shift = offset * row_sum[r];
-        float *y = j->y + (j->view.first_row + row) * pixels + pixel;
+        float *y = j->y + bapq_output_row(j->layer, j->view.first_row + row) * pixels + pixel;
         for (int32_t i = 0; i < m; i++)
             y[i] = bapq_finish(out[i * BAPQ_TILE_ROWS + r] - shift, bias ? bias + r : NULL,
                                j->epilogue);
     }
+}
+
+/* Stored rows [first, first + count) are constants: `values`, or zeros where that is NULL. */
+static void write_constants(const conv_job *j, const float *values, int32_t first, int32_t count) {
+    int64_t pixels = j->conv->out_h * j->conv->out_w;
+    for (int32_t r = 0; r < count; r++) {
+        float *y = j->y + bapq_output_row(j->layer, first + r) * pixels;
+        float value = bapq_finish(values ? values[r] : 0.0f, NULL, j->epilogue);
+        for (int64_t i = 0; i < pixels; i++) y[i] = value;
+    }
+}
+
+/* The group of a row of the chunk. Where rows are reordered, groups may mix. */
+static int32_t group_of(const conv_job *j, int32_t row) {
+    return bapq_output_row(j->layer, j->view.first_row + row) / j->group_rows;
 }
 
 /* The tiles of an item may span groups, and each group reads its own channels: so first the rows
@@ -208,9 +224,9 @@ static void multiply_item(void *data, int32_t worker, int64_t panel_index, int32
     int32_t end_row =
         end_tile * BAPQ_TILE_ROWS < j->view.rows ? end_tile * BAPQ_TILE_ROWS : j->view.rows;
     while (row < end_row) {
-        int32_t group = (j->view.first_row + row) / j->group_rows;
-        int32_t group_end = (group + 1) * j->group_rows - j->view.first_row;
-        if (group_end > end_row) group_end = end_row;
+        int32_t group = group_of(j, row);
+        int32_t group_end = j->conv->p.group == 1 ? end_row : row + 1;
+        while (group_end < end_row && group_of(j, group_end) == group) group_end++;
         bapq_panel panel = build_panel(j, &j->buffers[worker], group, pixel, m);
         while (row < group_end) {
             int32_t t = row / BAPQ_TILE_ROWS;
@@ -269,9 +285,15 @@ static int32_t run_sample(bapq_run *run, int32_t layer, conv_job *j, const bapq_
             return BAPQ_OK;
         }
     }
-    for (int32_t i = 0; i < bapq_chunk_count(bapq_run_layer(run, layer)); i++) {
+    const bapq_layer *l = j->layer;
+    for (int32_t i = 0; i < bapq_chunk_count(l); i++) {
         int32_t status = bapq_run_acquire(run, layer, i, &j->view, error);
         if (status != BAPQ_OK) return status;
+        if (j->view.level == BAPQ_SKIP) {
+            write_constants(j, j->view.skip_values, j->view.first_row, j->view.rows);
+            bapq_run_release(run, &j->view);
+            continue;
+        }
         bapq_work work = {.panels = bapq_ceil_div(pixels, j->panel_rows),
                           .tiles = bapq_ceil_div(j->view.rows, BAPQ_TILE_ROWS),
                           .item = multiply_item,
@@ -279,6 +301,8 @@ static int32_t run_sample(bapq_run *run, int32_t layer, conv_job *j, const bapq_
         bapq_work_run(&work, parallel, bapq_run_threads(run), pixels * j->columns * j->view.rows);
         bapq_run_release(run, &j->view);
     }
+    write_constants(j, j->epilogue->use_bias ? l->dropped_bias : NULL, l->stored_rows,
+                    l->rows - l->stored_rows);
     return BAPQ_OK;
 }
 
@@ -291,6 +315,7 @@ int32_t bapq_conv_run(bapq_run *run, int32_t layer, const bapq_conv *conv,
     conv_job j = {.kernels = bapq_run_kernels(run),
                   .conv = conv,
                   .epilogue = epilogue,
+                  .layer = l,
                   .columns = l->columns,
                   .blocks = blocks,
                   .rows = l->rows,

@@ -2,16 +2,16 @@
 
 #include <stddef.h>
 
-static const int32_t LEVEL_BITS[BAPQ_LEVELS] = {32, 8, 4, 2, 1};
-static const int32_t LEVEL_PLANES[BAPQ_LEVELS][2] = {
-    {BAPQ_F32, -1}, {BAPQ_P4, BAPQ_R8}, {BAPQ_P4, -1}, {BAPQ_S1, BAPQ_M1}, {BAPQ_S1, -1}};
+static const int32_t LEVEL_BITS[BAPQ_SKIP + 1] = {32, 8, 4, 2, 1, 0};
+static const int32_t LEVEL_PLANES[BAPQ_SKIP + 1][2] = {
+    {BAPQ_F32, -1}, {BAPQ_P4, BAPQ_R8}, {BAPQ_P4, -1}, {BAPQ_S1, BAPQ_M1}, {BAPQ_S1, -1}, {-1, -1}};
 /* Which of the level's planes carries its scales; the last one carries its bias. */
 static const int32_t SCALES_IN[BAPQ_LEVELS] = {-1, 0, 0, 1, 0};
 static const int64_t BLOCK_BYTES[BAPQ_PLANES] = {2048, 256, 256, 64, 64};
 enum { RECORD_ALIGNMENT = 64 };
 
 int32_t bapq_level_index(int32_t bits) {
-    for (int32_t i = 0; i < BAPQ_LEVELS; i++)
+    for (int32_t i = 0; i <= BAPQ_SKIP; i++)
         if (LEVEL_BITS[i] == bits) return i;
     return -1;
 }
@@ -19,11 +19,11 @@ int32_t bapq_level_index(int32_t bits) {
 int32_t bapq_level_planes(int32_t level, int32_t planes[2]) {
     planes[0] = LEVEL_PLANES[level][0];
     planes[1] = LEVEL_PLANES[level][1];
-    return planes[1] < 0 ? 1 : 2;
+    return (planes[0] >= 0) + (planes[1] >= 0);
 }
 
 int32_t bapq_chunk_count(const bapq_layer *layer) {
-    return bapq_ceil_div(layer->rows, layer->chunk_rows);
+    return bapq_ceil_div(layer->stored_rows, layer->chunk_rows);
 }
 
 int64_t bapq_code_bytes(const bapq_layer *layer, int32_t plane) {

@@ -13,9 +13,13 @@ static inline int bapq_has_plane(const bapq_layer *layer, int32_t plane) {
     return layer->planes >> plane & 1;
 }
 
-/* Level index of a precision in bits, -1 for none. */
+/* In place of a level: the chunk is neither read nor computed on. */
+enum { BAPQ_SKIP = BAPQ_LEVELS };
+
+/* Level index of a precision in bits, BAPQ_SKIP for 0, -1 for none. */
 int32_t bapq_level_index(int32_t bits);
-/* Planes that a level reads, in the order of bapq_tile.code. Returns how many. */
+/* Planes that a level reads, in the order of bapq_tile.code. Returns how many: none for BAPQ_SKIP.
+ */
 int32_t bapq_level_planes(int32_t level, int32_t planes[2]);
 int32_t bapq_chunk_count(const bapq_layer *layer);
 /* Bytes of the codes of one tile record (level 32: of its weights). */
@@ -30,14 +34,20 @@ enum { BAPQ_FROM_HOME, BAPQ_FROM_RING, BAPQ_FROM_ROWS };
 /* A chunk at one level, ready to compute on. */
 typedef struct {
     const bapq_layer *layer;
-    int32_t level; /* BAPQ_L32 .. BAPQ_L1 */
+    int32_t level; /* BAPQ_L32 .. BAPQ_L1, BAPQ_SKIP */
     int32_t chunk; /* number in the bank */
     int32_t borrowed;
-    int32_t first_row;         /* of the chunk, in its layer */
+    int32_t first_row;         /* of the chunk, among the layer's stored rows */
     int32_t rows;              /* of the chunk, without padding */
+    const float *skip_values;  /* (rows,) BAPQ_SKIP: what they give before the clip */
     const uint8_t *records[2]; /* tile records of each plane of the level */
     int64_t record_bytes[2];
 } bapq_chunk_view;
+
+/* Where a row, counted in stored order, stands in the output. */
+static inline int32_t bapq_output_row(const bapq_layer *layer, int32_t row) {
+    return layer->row_order ? layer->row_order[row] : row;
+}
 
 /* Tile t of the chunk: what a kernel reads, and its bias (NULL when the layer has none). */
 bapq_tile bapq_view_tile(const bapq_chunk_view *view, int32_t t, const float **bias);

@@ -8,6 +8,7 @@ enum { PANEL_ROWS = 64 }; /* a panel's outputs for one tile, 4 KiB, stay in the 
 typedef struct {
     const bapq_kernels *kernels;
     const bapq_epilogue *epilogue;
+    const bapq_layer *layer;
     int64_t m;
     int32_t columns, blocks, rows;
     const float *input; /* (m, columns) */
@@ -56,6 +57,41 @@ static void prepare_rows(void *data, size_t i) {
     }
 }
 
+/* Finishes a tile's outputs (m, 16) and writes them to m rows of y, each `width` columns from
+ * `first` on; or, where the layer has a row order, to the columns order[0 .. width - 1]. Inlined,
+ * so that a full tile's loops have a known length. */
+static inline __attribute__((always_inline)) void write_columns(const matmul *mm, const float *out,
+                                                                const float *bias, float *y,
+                                                                int32_t m, int32_t width,
+                                                                const int32_t *order) {
+    for (int32_t i = 0; i < m; i++, out += BAPQ_TILE_ROWS, y += mm->rows) {
+        float finished[BAPQ_TILE_ROWS];
+        float *target = order ? finished : y;
+        for (int32_t r = 0; r < width; r++)
+            target[r] = bapq_finish(out[r], bias ? bias + r : NULL, mm->epilogue);
+        for (int32_t r = 0; order && r < width; r++) y[order[r]] = finished[r];
+    }
+}
+
+static void write_tile(const matmul *mm, const float *out, const float *bias, float *y, int32_t m,
+                       int32_t first, int32_t width) {
+    const int32_t *order = mm->layer->row_order;
+    if (order == NULL)
+        write_columns(mm, out, bias, y + first, m, width, NULL);
+    else if (width == BAPQ_TILE_ROWS)
+        write_columns(mm, out, bias, y, m, BAPQ_TILE_ROWS, order + first);
+    else
+        write_columns(mm, out, bias, y, m, width, order + first);
+}
+
+/* Stored rows [first, first + count) are constants: `values`, or zeros where that is NULL. */
+static void write_constants(const matmul *mm, const float *values, int32_t first, int32_t count) {
+    for (int64_t i = 0; i < mm->m; i++)
+        for (int32_t r = 0; r < count; r++)
+            mm->y[i * mm->rows + bapq_output_row(mm->layer, first + r)] =
+                bapq_finish(values ? values[r] : 0.0f, NULL, mm->epilogue);
+}
+
 static void multiply_item(void *data, int32_t worker, int64_t panel, int32_t first_tile,
                           int32_t end_tile) {
     (void)worker;
@@ -79,12 +115,7 @@ static void multiply_item(void *data, int32_t worker, int64_t panel, int32_t fir
         int32_t first = t * BAPQ_TILE_ROWS;
         int32_t width =
             mm->view.rows - first < BAPQ_TILE_ROWS ? mm->view.rows - first : BAPQ_TILE_ROWS;
-        for (int32_t i = 0; i < m; i++) {
-            float *y = mm->y + (row + i) * mm->rows + mm->view.first_row + first;
-            for (int32_t r = 0; r < width; r++)
-                y[r] =
-                    bapq_finish(out[i * BAPQ_TILE_ROWS + r], bias ? bias + r : NULL, mm->epilogue);
-        }
+        write_tile(mm, out, bias, mm->y + row * mm->rows, m, mm->view.first_row + first, width);
     }
 }
 
@@ -94,6 +125,7 @@ int32_t bapq_matmul(bapq_run *run, int32_t layer, const bapq_epilogue *epilogue,
     const bapq_layer *l = bapq_run_layer(run, layer);
     matmul mm = {.kernels = bapq_run_kernels(run),
                  .epilogue = epilogue,
+                 .layer = l,
                  .m = m,
                  .columns = l->columns,
                  .blocks = bapq_ceil_div(l->columns, BAPQ_BLOCK),
@@ -120,6 +152,11 @@ int32_t bapq_matmul(bapq_run *run, int32_t layer, const bapq_epilogue *epilogue,
     for (int32_t i = 0; i < bapq_chunk_count(l); i++) {
         int32_t status = bapq_run_acquire(run, layer, i, &mm.view, error);
         if (status != BAPQ_OK) return status;
+        if (mm.view.level == BAPQ_SKIP) {
+            write_constants(&mm, mm.view.skip_values, mm.view.first_row, mm.view.rows);
+            bapq_run_release(run, &mm.view);
+            continue;
+        }
         bapq_work work = {.panels = bapq_ceil_div(m, PANEL_ROWS),
                           .tiles = bapq_ceil_div(mm.view.rows, BAPQ_TILE_ROWS),
                           .item = multiply_item,
@@ -127,5 +164,7 @@ int32_t bapq_matmul(bapq_run *run, int32_t layer, const bapq_epilogue *epilogue,
         bapq_work_run(&work, parallel, bapq_run_threads(run), m * mm.columns * mm.view.rows);
         bapq_run_release(run, &mm.view);
     }
+    write_constants(&mm, epilogue->use_bias ? l->dropped_bias : NULL, l->stored_rows,
+                    l->rows - l->stored_rows);
     return BAPQ_OK;
 }

@@ -1,6 +1,7 @@
 /* The operators, independent of the graph engine that calls them. All tensors are float32, dense
  * and row-major. Each function acquires the layer's chunks one after another, in row order, and
- * lets go of each before it takes the next: a chunk is needed only while it is computed on. */
+ * lets go of each before it takes the next: a chunk is needed only while it is computed on. Rows
+ * that are skipped or dropped are constants, whatever the input. */
 #ifndef BAPQ_OPS_H
 #define BAPQ_OPS_H
 

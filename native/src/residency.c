@@ -102,12 +102,15 @@ void bapq_unclaim(bapq_store *store, int32_t p, int32_t chunk) {
     if (drop_claim(store, &store->plane[p], chunk)) bapq_release_gaps(store, &store->plane[p]);
 }
 
-bool bapq_is_home(const bapq_store *store, int32_t level, int32_t chunk) {
+static bool holds_plane(const bapq_store *store, const plan *p, int32_t plane, int32_t chunk) {
+    return p->claimed[chunk] & 1 << plane && store->plane[plane].at_home[chunk];
+}
+
+bool bapq_plan_holds(const bapq_store *store, const plan *p, int32_t level, int32_t chunk) {
     int32_t planes[2];
     int32_t n = bapq_level_planes(level, planes);
     for (int32_t i = 0; i < n; i++)
-        if (store->plane[planes[i]].base == NULL || !store->plane[planes[i]].at_home[chunk])
-            return false;
+        if (!holds_plane(store, p, planes[i], chunk)) return false;
     return true;
 }
 
@@ -116,9 +119,8 @@ int64_t bapq_missing_bytes(const bapq_store *store, const plan *p, int32_t chunk
     int32_t n = bapq_level_planes(p->level[chunk], planes);
     int64_t bytes = 0;
     for (int32_t i = 0; i < n; i++) {
-        const plane_store *plane = &store->plane[planes[i]];
-        if (!p->pinned[chunk] || !plane->at_home[chunk])
-            bytes += ((int64_t)plane->extent[chunk].bytes + 63) / 64 * 64;
+        if (!holds_plane(store, p, planes[i], chunk))
+            bytes += ((int64_t)store->plane[planes[i]].extent[chunk].bytes + 63) / 64 * 64;
     }
     return bytes;
 }
@@ -139,66 +141,84 @@ int64_t bapq_rss_bytes(const bapq_store *store) {
 
 /* ---- plans ---- */
 
+/* Level index that the chunk runs at, -1 when it cannot. */
+static int32_t check_level(const bapq_store *store, const bapq_plan_request *request, int32_t chunk,
+                           bapq_error *error) {
+    const char *reason = NULL;
+    int32_t planes[2];
+    const bapq_layer *layer = &store->layer[store->layer_of[chunk]];
+    int32_t level = bapq_level_index(request->levels[chunk]);
+    int32_t n = level < 0 ? 0 : bapq_level_planes(level, planes);
+    if (level < 0) reason = "there is no such level";
+    for (int32_t i = 0; i < n; i++) {
+        if (store->plane[planes[i]].base == NULL) reason = "its plane is not there";
+        if (!bapq_has_plane(layer, planes[i])) reason = "its layer lacks it";
+    }
+    if (level == BAPQ_SKIP && layer->gathered) reason = "Gather reads it, so it cannot be skipped";
+    if (level == BAPQ_SKIP && request->region < 0)
+        reason = "skipping needs the values of a region, and the plan names none";
+    if (reason == NULL) return level;
+    bapq_fail(error, BAPQ_NO_LEVEL, "chunk %d cannot run at level %d: %s", chunk,
+              request->levels[chunk], reason);
+    return -1;
+}
+
 plan *bapq_plan_new(const bapq_store *store, const bapq_plan_request *request, bapq_error *error) {
     size_t chunks = (size_t)store->chunk_count;
-    plan *p = calloc(1, sizeof *p + 2 * chunks);
+    plan *p = calloc(1, sizeof *p + 3 * chunks);
     if (!p) {
         bapq_fail(error, BAPQ_NO_MEMORY, "no memory for a plan");
         return NULL;
     }
     p->level = (uint8_t *)(p + 1);
     p->pinned = p->level + chunks;
+    p->claimed = p->pinned + chunks;
     p->threads = request->threads > 0 ? request->threads : 1;
     p->ring_bytes = request->ring_bytes;
     p->home_limit_bytes = request->home_limit_bytes;
+    int32_t present = 0;
+    for (int32_t i = 0; i < BAPQ_PLANES; i++) present |= (store->plane[i].base != NULL) << i;
     for (int32_t chunk = 0; chunk < store->chunk_count; chunk++) {
-        int32_t level = bapq_level_index(request->levels[chunk]);
         int32_t planes[2];
-        int32_t n = level < 0 ? 0 : bapq_level_planes(level, planes);
         const bapq_layer *layer = &store->layer[store->layer_of[chunk]];
-        bool sound = n > 0;
-        for (int32_t i = 0; i < n; i++)
-            sound =
-                sound && store->plane[planes[i]].base != NULL && bapq_has_plane(layer, planes[i]);
-        if (!sound) {
+        int32_t level = check_level(store, request, chunk, error);
+        if (level < 0) {
             free(p);
-            bapq_fail(error, BAPQ_NO_PLANE,
-                      "chunk %d cannot run at level %d: its plane is not there", chunk,
-                      request->levels[chunk]);
             return NULL;
         }
         p->level[chunk] = (uint8_t)level;
-        p->pinned[chunk] = request->pinned[chunk] != 0 && !layer->read_by_row;
         if (layer->read_by_row) continue;
+        p->pinned[chunk] = request->pinned[chunk] != 0;
+        if (request->kept)
+            p->claimed[chunk] = (uint8_t)(request->kept[chunk] & present & layer->planes);
         /* Any chunk may have to pass through the ring once: while memory of a dying plan is still
          * in use, a pinned one finds no room at home. The pages are touched only then. */
+        int32_t n = bapq_level_planes(level, planes);
         int64_t bytes = 0;
-        for (int32_t i = 0; i < n; i++)
+        for (int32_t i = 0; i < n; i++) {
+            if (p->pinned[chunk]) p->claimed[chunk] |= (uint8_t)(1 << planes[i]);
             bytes += ((int64_t)store->plane[planes[i]].extent[chunk].bytes + 63) / 64 * 64;
+        }
         if (bytes > p->ring_bytes) p->ring_bytes = bytes;
     }
     return p;
 }
 
 void bapq_plan_claim(bapq_store *store, const plan *p) {
-    for (int32_t chunk = 0; chunk < store->chunk_count; chunk++) {
-        int32_t planes[2];
-        int32_t n = p->pinned[chunk] ? bapq_level_planes(p->level[chunk], planes) : 0;
-        for (int32_t i = 0; i < n; i++) store->plane[planes[i]].claims[chunk]++;
-    }
+    for (int32_t i = 0; i < BAPQ_PLANES; i++)
+        for (int32_t chunk = 0; store->plane[i].base && chunk < store->chunk_count; chunk++)
+            store->plane[i].claims[chunk] += p->claimed[chunk] >> i & 1;
 }
 
 void bapq_plan_release(bapq_store *store, plan *p) {
     if (--p->holders > 0 || p == store->published) return;
-    int32_t touched = 0;
-    for (int32_t chunk = 0; chunk < store->chunk_count; chunk++) {
-        int32_t planes[2];
-        int32_t n = p->pinned[chunk] ? bapq_level_planes(p->level[chunk], planes) : 0;
-        for (int32_t i = 0; i < n; i++)
-            touched |= drop_claim(store, &store->plane[planes[i]], chunk) << planes[i];
+    for (int32_t i = 0; i < BAPQ_PLANES; i++) {
+        plane_store *plane = &store->plane[i];
+        int32_t left = 0;
+        for (int32_t chunk = 0; plane->base && chunk < store->chunk_count; chunk++)
+            if (p->claimed[chunk] >> i & 1) left |= drop_claim(store, plane, chunk);
+        if (left) bapq_release_gaps(store, plane);
     }
-    for (int32_t i = 0; i < BAPQ_PLANES; i++)
-        if (touched & 1 << i) bapq_release_gaps(store, &store->plane[i]);
     store->live_plans--;
     free(p);
 }

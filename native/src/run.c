@@ -121,7 +121,7 @@ uint32_t bapq_run_levels(const bapq_run *run, int32_t layer) {
     uint32_t levels = 0;
     for (int32_t i = 0; i < bapq_chunk_count(l); i++)
         levels |= 1u << run->plan->level[l->first_chunk + i];
-    return levels;
+    return levels & ~(1u << BAPQ_SKIP);
 }
 
 void *bapq_run_scratch(bapq_run *run, int64_t bytes) {

@@ -26,10 +26,15 @@ static int32_t check_bank(const bapq_bank *bank, bapq_error *error) {
         return bapq_fail(error, BAPQ_ARGUMENT, "a bank needs layers, chunks and row slots");
     for (int32_t l = 0; l < bank->layer_count; l++) {
         const bapq_layer *layer = &bank->layers[l];
-        int sound = layer->rows > 0 && layer->columns > 0 && layer->chunk_rows > 0 &&
+        int whole = layer->stored_rows == layer->rows && !layer->row_order;
+        int sound = layer->stored_rows > 0 && layer->stored_rows <= layer->rows &&
+                    layer->columns > 0 && layer->chunk_rows > 0 &&
                     layer->chunk_rows % BAPQ_TILE_ROWS == 0 && layer->first_chunk == next &&
                     layer->residual_steps >= 8 && layer->residual_steps <= 16 &&
-                    layer->planes > 0 && layer->planes < 1 << BAPQ_PLANES;
+                    layer->planes > 0 && layer->planes < 1 << BAPQ_PLANES &&
+                    (whole || !layer->gathered); /* whose rows are found by their number */
+        for (int32_t i = 0; sound && layer->row_order && i < layer->rows; i++)
+            sound = layer->row_order[i] >= 0 && layer->row_order[i] < layer->rows;
         for (int32_t p = 0; p < BAPQ_PLANES; p++)
             sound =
                 sound && layer->scale_columns[p] >= 0 && layer->scale_columns[p] % BAPQ_BLOCK == 0;
@@ -49,8 +54,8 @@ static int32_t check_extents(const bapq_store *store, plane_store *plane, int32_
         const bapq_layer *layer = &store->layer[store->layer_of[chunk]];
         const bapq_extent *extent = &plane->extent[chunk];
         int32_t before = (chunk - layer->first_chunk) * layer->chunk_rows;
-        int32_t rows =
-            layer->rows - before < layer->chunk_rows ? layer->rows - before : layer->chunk_rows;
+        int32_t left = layer->stored_rows - before;
+        int32_t rows = left < layer->chunk_rows ? left : layer->chunk_rows;
         int64_t bytes = bapq_ceil_div(rows, BAPQ_TILE_ROWS) * bapq_record_bytes(layer, p);
         if ((int64_t)extent->bytes != bytes || extent->offset % 64 != 0 ||
             extent->offset < (uint64_t)plane->bytes || extent->offset > INT64_MAX / 2)
@@ -96,6 +101,37 @@ static int32_t open_plane(bapq_store *store, const bapq_bank *bank, int32_t p, b
     return BAPQ_OK;
 }
 
+/* The layers' own tables, moved to where they live as long as the store. */
+static int32_t copy_row_tables(bapq_store *store, bapq_error *error) {
+    int64_t ordered = 0, dropped = 0;
+    for (int32_t l = 0; l < store->layer_count; l++) {
+        const bapq_layer *layer = &store->layer[l];
+        if (layer->row_order) ordered += layer->rows;
+        if (layer->dropped_bias) dropped += layer->rows - layer->stored_rows;
+    }
+    int32_t *order = store->row_order = malloc((size_t)(ordered + 1) * sizeof *order);
+    float *bias = store->dropped_bias = malloc((size_t)(dropped + 1) * sizeof *bias);
+    store->first_row = malloc(((size_t)store->layer_count + 1) * sizeof *store->first_row);
+    if (!order || !bias || !store->first_row)
+        return bapq_fail(error, BAPQ_NO_MEMORY, "no memory for the tables of rows");
+    store->first_row[0] = 0;
+    for (int32_t l = 0; l < store->layer_count; l++) {
+        bapq_layer *layer = &store->layer[l];
+        int32_t dropped_rows = layer->rows - layer->stored_rows;
+        store->first_row[l + 1] = store->first_row[l] + layer->stored_rows;
+        if (layer->row_order) {
+            layer->row_order = memcpy(order, layer->row_order, (size_t)layer->rows * sizeof *order);
+            order += layer->rows;
+        }
+        if (layer->dropped_bias) {
+            layer->dropped_bias =
+                memcpy(bias, layer->dropped_bias, (size_t)dropped_rows * sizeof *bias);
+            bias += dropped_rows;
+        }
+    }
+    return BAPQ_OK;
+}
+
 static int32_t make_tables(bapq_store *store, const bapq_bank *bank, bapq_error *error) {
     size_t chunks = (size_t)bank->chunk_count;
     store->layer = malloc((size_t)bank->layer_count * sizeof *store->layer);
@@ -110,7 +146,7 @@ static int32_t make_tables(bapq_store *store, const bapq_bank *bank, bapq_error 
             store->layer_of[store->layer[l].first_chunk + i] = l;
     for (int32_t chunk = 0; chunk < store->chunk_count; chunk++)
         store->sequence[chunk] = store->position_of[chunk] = chunk;
-    return BAPQ_OK;
+    return copy_row_tables(store, error);
 }
 
 /* A slot of the row cache holds a chunk at any level: the largest pair of planes. */
@@ -171,6 +207,11 @@ static void free_store(bapq_store *store) {
     free(store->published);
     free(store->layer);
     free(store->layer_of);
+    free(store->row_order);
+    free(store->dropped_bias);
+    free(store->first_row);
+    for (int32_t i = 0; i < store->region_count; i++) free(store->region[i]);
+    free(store->region);
     free(store->sequence);
     free(store->position_of);
     free(store->rows.key);
@@ -225,12 +266,20 @@ int32_t bapq_store_close(bapq_store *store, bapq_error *error) {
     return BAPQ_OK;
 }
 
-/* ---- publish, stats ---- */
+/* ---- publish, regions, stats ---- */
 
 int32_t bapq_store_publish(bapq_store *store, const bapq_plan_request *request, bapq_error *error) {
     plan *next = bapq_plan_new(store, request, error);
     if (!next) return error->status;
     pthread_mutex_lock(&store->lock);
+    if (request->region >= store->region_count) {
+        int32_t count = store->region_count;
+        pthread_mutex_unlock(&store->lock);
+        free(next);
+        return bapq_fail(error, BAPQ_NO_LEVEL, "region %d is unknown, %d are registered",
+                         request->region, count);
+    }
+    if (request->region >= 0) next->skip_values = store->region[request->region];
     plan *old = store->published;
     next->number = ++store->plan_count;
     store->live_plans++;
@@ -242,6 +291,26 @@ int32_t bapq_store_publish(bapq_store *store, const bapq_plan_request *request, 
     pthread_cond_broadcast(&store->changed);
     pthread_mutex_unlock(&store->lock);
     return BAPQ_OK;
+}
+
+int32_t bapq_store_add_region(bapq_store *store, const float *values, int32_t *region,
+                              bapq_error *error) {
+    size_t bytes = (size_t)store->first_row[store->layer_count] * sizeof *values;
+    float *copy = malloc(bytes);
+    if (!copy) return bapq_fail(error, BAPQ_NO_MEMORY, "no memory for a region's values");
+    memcpy(copy, values, bytes);
+    pthread_mutex_lock(&store->lock);
+    size_t count = (size_t)store->region_count;
+    float **grown = realloc(store->region, (count + 1) * sizeof *grown);
+    if (grown) {
+        store->region = grown;
+        store->region[count] = copy;
+        *region = store->region_count++;
+    }
+    pthread_mutex_unlock(&store->lock);
+    if (grown) return BAPQ_OK;
+    free(copy);
+    return bapq_fail(error, BAPQ_NO_MEMORY, "no memory for the table of regions");
 }
 
 void bapq_store_read_stats(bapq_store *store, bapq_store_stats *out) {

@@ -1,14 +1,15 @@
 /* The chunk store: owns all weight memory, and hands chunks to the operators of a run.
  *
- * Plans. A plan is immutable: a level for every chunk, and the set of pinned chunks. Publishing one
+ * Plans. A plan is immutable: a level for every chunk or none (the chunk is skipped: never read,
+ * and the plan's region has values for its rows), and the set of pinned chunks. Publishing one
  * swaps a pointer and reads nothing. A run holds the plan it began on, so it sees one plan from its
  * first operator to its last; a plan dies when it is neither published nor held.
  *
  * Homes. Each plane has a reserved address range as long as its file. A pinned chunk, once read and
  * checked, is at home: at its file offset in that range. A chunk that is not costs address space
- * only. Living plans claim the planes of their pinned chunks; where the last claim goes, the pages
- * go back to the system. Going down a level therefore frees memory without reading, and going up
- * reads only the missing plane.
+ * only. Living plans claim the planes of their pinned chunks, and those that they keep for plans to
+ * come; where the last claim goes, the pages go back to the system. Going down a level therefore
+ * frees memory without reading, and going up reads only the missing plane.
  *
  * The ring. Everything else passes through a ring buffer. The order in which operators ask for
  * chunks is the same in every run, so one reader thread reads ahead of them, round and round: an
@@ -44,7 +45,8 @@ const bapq_kernels *bapq_run_kernels(const bapq_run *run);
 int32_t bapq_run_threads(const bapq_run *run);
 int32_t bapq_run_layer_count(const bapq_run *run);
 const bapq_layer *bapq_run_layer(const bapq_run *run, int32_t layer);
-/* Bit i is set when a chunk of the layer may run at level i, a fallback included. */
+/* Bit i is set when a chunk of the layer runs at level i; skipped ones set none. A fallback of a
+ * level other than 32 is none of 32. */
 uint32_t bapq_run_levels(const bapq_run *run, int32_t layer);
 /* Borrows chunk i of the layer, until bapq_run_release. A run borrows one chunk at a time. */
 int32_t bapq_run_acquire(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_view *view,

@@ -16,6 +16,8 @@ typedef struct plan {
     int64_t home_limit_bytes; /* most bytes at home while this plan is the published one */
     uint8_t *level;           /* (chunk_count,) level index */
     uint8_t *pinned;          /* (chunk_count,) 1: keep it at home once it was read */
+    uint8_t *claimed;         /* (chunk_count,) bit p: plane p, if it is at home, stays there */
+    const float *skip_values; /* (stored rows of all layers,) of its region */
 } plan;
 
 /* One plane file and the homes of its chunks. */
@@ -25,7 +27,7 @@ typedef struct {
     int64_t bytes;
     uint8_t *base;       /* reserved range, one byte per byte of the file */
     bapq_extent *extent; /* (chunk_count,) */
-    int32_t *claims;     /* (chunk_count,) living plans that pin the chunk, and a read in flight */
+    int32_t *claims;     /* (chunk_count,) of living plans, and of a read in flight */
     uint8_t *at_home;    /* (chunk_count,) 1: its bytes stand at base + offset, checked */
 } plane_store;
 
@@ -84,6 +86,9 @@ enum { ROW_NONE = -1, ROW_NEVER = -2 /* never was any */ };
 struct bapq_store {
     plane_store plane[BAPQ_PLANES];
     bapq_layer *layer;
+    int32_t *row_order;   /* what the layers' row_order point into */
+    float *dropped_bias;  /* likewise */
+    int64_t *first_row;   /* (layer_count + 1,) stored rows of the layers before */
     int32_t *layer_of;    /* (chunk_count,) */
     int32_t *sequence;    /* (chunk_count,) chunks in the order in which runs ask for them */
     int32_t *position_of; /* (chunk_count,) the inverse */
@@ -99,6 +104,8 @@ struct bapq_store {
     pthread_cond_t changed; /* any of it changed */
     plan *published;
     int64_t plan_count; /* ever published */
+    float **region;     /* (region_count,) of (stored rows of all layers,) */
+    int32_t region_count;
     int64_t live_plans;
     int64_t home_bytes;
     int64_t scratch_bytes; /* of all runs, and of the spare one */
@@ -138,6 +145,7 @@ void bapq_scratch_free(bapq_store *store);
 int32_t bapq_read_chunk(const bapq_store *store, int32_t plane, int32_t chunk, uint8_t *target,
                         uint8_t *bounce, bapq_error *error);
 /* The rest is called with the lock held. */
+/* But for the values of its region; called without the lock. */
 plan *bapq_plan_new(const bapq_store *store, const bapq_plan_request *request, bapq_error *error);
 void bapq_plan_claim(bapq_store *store, const plan *p);
 /* Takes away a holder; frees the plan, and what only it kept at home, when nobody needs it. */
@@ -145,7 +153,8 @@ void bapq_plan_release(bapq_store *store, plan *p);
 void bapq_unclaim(bapq_store *store, int32_t plane, int32_t chunk);
 /* Bytes of the chunk's planes that are not at home, with each plane rounded to 64. */
 int64_t bapq_missing_bytes(const bapq_store *store, const plan *p, int32_t chunk);
-bool bapq_is_home(const bapq_store *store, int32_t level, int32_t chunk);
+/* Whether all that the level reads is at home and stays there as long as the plan lives. */
+bool bapq_plan_holds(const bapq_store *store, const plan *p, int32_t level, int32_t chunk);
 void bapq_release_gaps(bapq_store *store, plane_store *plane);
 
 /* Weights in memory, as far as their pages were touched. */

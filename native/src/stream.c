@@ -75,7 +75,7 @@ static bool find_work(bapq_store *store, ring_entry **out, bool *to_home) {
         int32_t chunk = store->sequence[s->next];
         const plan *p = s->plan;
         bool by_row = store->layer[store->layer_of[chunk]].read_by_row;
-        if (by_row || (p->pinned[chunk] && bapq_is_home(store, p->level[chunk], chunk))) {
+        if (by_row || bapq_plan_holds(store, p, p->level[chunk], chunk)) {
             s->next = (s->next + 1) % store->chunk_count;
             s->idle_for++;
             continue;
@@ -124,7 +124,7 @@ static void bring_in(bapq_store *store, ring_entry *e, bool to_home) {
     }
     for (int32_t i = 0; i < n; i++) {
         plane_store *plane = &store->plane[planes[i]];
-        if (p->pinned[chunk] && plane->at_home[chunk]) continue;
+        if (p->claimed[chunk] & 1 << planes[i] && plane->at_home[chunk]) continue;
         const bapq_extent *extent = &plane->extent[chunk];
         uint8_t *target = to_home ? plane->base + extent->offset : s->ring + e->offset + used;
         /* The claim keeps the home's pages ours, should the plan die meanwhile. */
@@ -249,9 +249,12 @@ static void describe(const bapq_run *run, int32_t layer, int32_t i, int32_t leve
     view->layer = l;
     view->level = level;
     view->first_row = first_row;
-    view->rows = l->rows - first_row < l->chunk_rows ? l->rows - first_row : l->chunk_rows;
+    view->rows =
+        l->stored_rows - first_row < l->chunk_rows ? l->stored_rows - first_row : l->chunk_rows;
     view->chunk = l->first_chunk + i;
     view->borrowed = BAPQ_FROM_HOME;
+    if (level == BAPQ_SKIP)
+        view->skip_values = run->plan->skip_values + run->store->first_row[layer] + first_row;
 }
 
 static void point_home(const bapq_store *store, bapq_chunk_view *view) {
@@ -264,19 +267,12 @@ static void point_home(const bapq_store *store, bapq_chunk_view *view) {
     }
 }
 
-/* The highest level below the chunk's own whose planes the plan keeps at home, or -1. */
+/* The highest level below the chunk's own whose planes the plan holds at home, or -1. An operator
+ * that runs at level 32 has not prepared its input for another one. */
 static int32_t fallback_level(const bapq_run *run, int32_t chunk) {
-    if (!run->plan->pinned[chunk]) return -1;
-    int32_t own[2];
-    int32_t n = bapq_level_planes(run->plan->level[chunk], own);
-    for (int32_t level = run->plan->level[chunk] + 1; level < BAPQ_LEVELS; level++) {
-        int32_t planes[2];
-        int32_t m = bapq_level_planes(level, planes);
-        bool claimed = true; /* only the planes of its own level are sure to stay for the run */
-        for (int32_t i = 0; i < m; i++)
-            claimed = claimed && (planes[i] == own[0] || (n == 2 && planes[i] == own[1]));
-        if (claimed && bapq_is_home(run->store, level, chunk)) return level;
-    }
+    int32_t own = run->plan->level[chunk];
+    for (int32_t level = own + 1; own != BAPQ_L32 && level < BAPQ_LEVELS; level++)
+        if (bapq_plan_holds(run->store, run->plan, level, chunk)) return level;
     return -1;
 }
 
@@ -354,7 +350,7 @@ int32_t bapq_run_acquire(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_vie
     pthread_mutex_lock(&store->lock);
     if (i == 0) note_order(run, layer);
     for (;;) {
-        if (run->plan->pinned[chunk] && bapq_is_home(store, level, chunk)) {
+        if (bapq_plan_holds(store, run->plan, level, chunk)) {
             point_home(store, view);
             break;
         }
@@ -393,9 +389,9 @@ int32_t bapq_run_acquire_rows(bapq_run *run, int32_t layer, int32_t i, bapq_chun
     if (!store->layer[layer].gathered)
         return bapq_fail(error, BAPQ_ARGUMENT, "Gather does not read this layer's weights");
     describe(run, layer, i, level, view);
-    if (run->plan->pinned[chunk]) { /* a table that a product reads too, and that is at home */
+    if (run->plan->claimed[chunk]) { /* a table that a product reads too, and that is at home */
         pthread_mutex_lock(&store->lock);
-        bool home = bapq_is_home(store, level, chunk);
+        bool home = bapq_plan_holds(store, run->plan, level, chunk);
         pthread_mutex_unlock(&store->lock);
         if (home) {
             point_home(store, view);

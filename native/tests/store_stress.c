@@ -1,7 +1,7 @@
 /* The chunk store under load, for the sanitizers: a few threads run through all chunks and compare
- * every byte with what the bank holds, while another one publishes random plans and a disk that
- * stutters and fails answers the reads. Prints "N passed, 0 failed"; exit status 1 on a failure.
- * Linked with -Wl,--wrap=pread.
+ * every byte with what the bank holds, and the values of skipped ones with the plan's region, while
+ * another one publishes random plans and a disk that stutters and fails answers the reads. Prints
+ * "N passed, 0 failed"; exit status 1 on a failure. Linked with -Wl,--wrap=pread.
  *
  * Usage: store_stress DIRECTORY SECONDS [SEED] */
 #include <errno.h>
@@ -20,23 +20,29 @@
 #include "../src/store.h"
 
 enum { RUNNERS = 3, CHUNKS_MOST = 64, PLANS_MOST = 4000, ROUND_MS = 2500, SCRATCH_MOST = 1 << 17 };
+enum { REGIONS_MOST = 50, ROWS_MOST = 1000 };
 
 static const char *const PLANE_NAMES[BAPQ_PLANES] = {"f32", "r8", "p4", "m1", "s1"};
-static const uint8_t LEVEL_BITS[BAPQ_LEVELS] = {32, 8, 4, 2, 1};
+static const uint8_t LEVEL_BITS[BAPQ_SKIP + 1] = {32, 8, 4, 2, 1, 0};
 
-enum { ALL = (1 << BAPQ_PLANES) - 1 };
-/* rows, columns, chunk_rows, first_chunk, residual_steps, has_bias, gathered, read_by_row, planes
- */
-static bapq_layer layers[] = {{256, 96, 32, 0, 15, 1, 0, 0, ALL, {0, 0, 32, 0, 128}},
-                              {100, 64, 16, 0, 12, 0, 0, 0, ALL, {0, 0, 64}},
-                              {70, 200, 48, 0, 16, 1, 0, 0, ALL, {0, 0, 32}},
-                              {128, 32, 16, 0, 15, 0, 1, 0, ALL, {0, 0, 32}},
-                              {96, 64, 16, 0, 15, 0, 1, 1, ALL, {0, 0, 64}},
-                              {16, 512, 16, 0, 8, 1, 0, 0, ALL, {0, 0, 32}}};
+/* Planes of all levels, and of 32, 4 and 1. */
+enum { ALL = (1 << BAPQ_PLANES) - 1, SOME = 1 << BAPQ_F32 | 1 << BAPQ_P4 | 1 << BAPQ_S1 };
+/* rows, stored_rows, columns, chunk_rows, first_chunk, residual_steps, has_bias, gathered,
+ * read_by_row, planes, scale_columns, row_order, dropped_bias */
+static const int32_t row_order[] = {3, 16, 0, 14, 1, 15, 2, 17, 4, 13, 5, 6, 12, 7, 11, 8, 10, 9};
+static const float dropped_bias[] = {0.5f, -0.5f};
+static bapq_layer layers[] = {
+    {256, 256, 96, 32, 0, 15, 1, 0, 0, ALL, {0, 0, 32, 0, 128}, NULL, NULL},
+    {130, 100, 64, 16, 0, 12, 0, 0, 0, ALL, {0, 0, 64}, NULL, NULL},
+    {70, 70, 200, 48, 0, 16, 1, 0, 0, SOME, {0, 0, 32}, NULL, NULL},
+    {128, 128, 32, 16, 0, 15, 0, 1, 0, ALL, {0, 0, 32}, NULL, NULL},
+    {96, 96, 64, 16, 0, 15, 0, 1, 1, ALL, {0, 0, 64}, NULL, NULL},
+    {18, 16, 512, 16, 0, 8, 1, 0, 0, ALL, {0, 0, 32}, row_order, dropped_bias}};
 enum { LAYERS = sizeof layers / sizeof *layers };
 
 static int32_t chunk_count;
 static bapq_extent extents[BAPQ_PLANES][CHUNKS_MOST];
+static int32_t layer_of[CHUNKS_MOST];
 static uint8_t *content[BAPQ_PLANES]; /* of each plane file */
 static int64_t content_bytes[BAPQ_PLANES];
 static char paths[BAPQ_PLANES][4096];
@@ -45,6 +51,7 @@ static atomic_int passed, failed;
 static atomic_bool stopping;
 static atomic_int fault_percent; /* of reads that fail */
 static uint8_t plan_levels[PLANS_MOST][CHUNKS_MOST];
+static int32_t plan_region[PLANS_MOST];
 
 static void check(bool good, const char *format, ...) {
     if (good) {
@@ -108,13 +115,14 @@ ssize_t __wrap_pread(int fd, void *target, size_t bytes, off_t offset) {
 static void make_bank(const char *directory, uint64_t *state) {
     for (int32_t l = 0; l < LAYERS; l++) {
         layers[l].first_chunk = chunk_count;
+        for (int32_t i = 0; i < bapq_chunk_count(&layers[l]); i++) layer_of[chunk_count + i] = l;
         chunk_count += bapq_chunk_count(&layers[l]);
     }
     for (int32_t p = 0; p < BAPQ_PLANES; p++) {
         uint64_t offset = 0;
         for (int32_t l = 0; l < LAYERS; l++) {
             for (int32_t i = 0; i < bapq_chunk_count(&layers[l]); i++) {
-                int32_t rows = layers[l].rows - i * layers[l].chunk_rows;
+                int32_t rows = layers[l].stored_rows - i * layers[l].chunk_rows;
                 if (rows > layers[l].chunk_rows) rows = layers[l].chunk_rows;
                 int64_t bytes =
                     bapq_ceil_div(rows, BAPQ_TILE_ROWS) * bapq_record_bytes(&layers[l], p);
@@ -138,6 +146,14 @@ static void make_bank(const char *directory, uint64_t *state) {
     }
 }
 
+static bool has_level(const bapq_layer *layer, int32_t level) {
+    int32_t planes[2];
+    int32_t n = bapq_level_planes(level, planes);
+    bool has = true;
+    for (int32_t i = 0; i < n; i++) has = has && bapq_has_plane(layer, planes[i]);
+    return has;
+}
+
 static int64_t plane_bytes(int32_t level, int32_t chunk) {
     int32_t planes[2];
     int32_t n = bapq_level_planes(level, planes);
@@ -148,11 +164,30 @@ static int64_t plane_bytes(int32_t level, int32_t chunk) {
 
 /* ---- runs ---- */
 
+static float skip_value(int32_t region, int32_t row) { return (float)(region * ROWS_MOST + row); }
+
+static void add_region(bapq_store *store, int32_t number) {
+    float values[ROWS_MOST];
+    bapq_error error = {0};
+    int32_t region;
+    for (int32_t row = 0; row < ROWS_MOST; row++) values[row] = skip_value(number, row);
+    check(bapq_store_add_region(store, values, &region, &error) == BAPQ_OK && region == number,
+          "region %d: %s", number, error.message);
+}
+
 static void check_view(const bapq_chunk_view *view, int32_t layer, int32_t i) {
     int32_t planes[2];
     int32_t n = bapq_level_planes(view->level, planes);
     check(view->chunk == layers[layer].first_chunk + i, "chunk %d of layer %d is %d", i, layer,
           view->chunk);
+    check(has_level(&layers[layer], view->level), "layer %d lacks level %d", layer,
+          LEVEL_BITS[view->level]);
+    int32_t rows = layers[layer].stored_rows - view->first_row;
+    check(view->rows == (rows < layers[layer].chunk_rows ? rows : layers[layer].chunk_rows),
+          "chunk %d has %d rows", view->chunk, view->rows);
+    for (int32_t r = 1; view->level == BAPQ_SKIP && r < view->rows; r++)
+        check(view->skip_values[r] == view->skip_values[0] + (float)r, "wrong values of chunk %d",
+              view->chunk);
     for (int32_t p = 0; p < n; p++) {
         const bapq_extent *extent = &extents[planes[p]][view->chunk];
         check(memcmp(view->records[p], content[planes[p]] + extent->offset, extent->bytes) == 0,
@@ -163,6 +198,7 @@ static void check_view(const bapq_chunk_view *view, int32_t layer, int32_t i) {
 
 typedef struct {
     int32_t chunk, level;
+    float skip_value; /* of its first row */
 } seen_chunk;
 
 /* One run through the layers, in bank order or another one, sometimes not through all of them.
@@ -191,7 +227,12 @@ static int32_t run_once(bapq_store *store, uint64_t *state, bool faults) {
             if (status != BAPQ_OK) break;
             if (draw(state, 40) == 0) usleep(200);
             check_view(&view, l, i);
-            seen[seen_count++] = (seen_chunk){view.chunk, view.level};
+            int32_t row = view.first_row;
+            for (int32_t before = 0; before < l; before++) row += layers[before].stored_rows;
+            bool skipped = view.level == BAPQ_SKIP;
+            /* Less the row's own share, which leaves the region's. */
+            float value = skipped ? view.skip_values[0] - skip_value(0, row) : 0;
+            seen[seen_count++] = (seen_chunk){view.chunk, view.level, value};
             if (by_row)
                 bapq_run_release_rows(run, &view);
             else
@@ -216,9 +257,14 @@ static int32_t run_once(bapq_store *store, uint64_t *state, bool faults) {
     check(bapq_run_of(ticket) == NULL, "a ticket outlives its run");
     const uint8_t *levels = plan_levels[report.plan_number];
     for (int32_t i = 0; i < seen_count; i++) {
+        if (seen[i].level == BAPQ_SKIP)
+            check(seen[i].skip_value == skip_value(plan_region[report.plan_number], 0),
+                  "plan %lld: chunk %d has the values of another region",
+                  (long long)report.plan_number, seen[i].chunk);
         if (LEVEL_BITS[seen[i].level] == levels[seen[i].chunk]) continue;
-        check(LEVEL_BITS[seen[i].level] < levels[seen[i].chunk], "plan %lld: chunk %d at level %d",
-              (long long)report.plan_number, seen[i].chunk, LEVEL_BITS[seen[i].level]);
+        check(seen[i].level != BAPQ_SKIP && LEVEL_BITS[seen[i].level] < levels[seen[i].chunk],
+              "plan %lld: chunk %d at level %d", (long long)report.plan_number, seen[i].chunk,
+              LEVEL_BITS[seen[i].level]);
         degraded++;
     }
     check(degraded == report.degraded && (faults || degraded == 0), "%d chunks degraded, report %d",
@@ -241,27 +287,37 @@ static void *keep_running(void *data) {
 /* ---- plans ---- */
 
 static int64_t plan_count;
+static int32_t region_count;
 
-/* One level or any; all pinned, none or some; a ring of any size; a limit that binds or not. */
+/* One level or any, and some chunks skipped; all pinned, none or some; some planes kept; a ring of
+ * any size; a limit that binds or not. */
 static void publish(bapq_store *store, uint64_t *state, bool settled) {
     uint8_t *levels = plan_levels[plan_count + 1];
-    uint8_t pinned[CHUNKS_MOST];
+    uint8_t pinned[CHUNKS_MOST], kept[CHUNKS_MOST];
+    int32_t region = (int32_t)draw(state, (uint32_t)region_count + 1) - 1;
     int32_t uniform = (int32_t)draw(state, 2 * BAPQ_LEVELS);
     uint32_t share = settled ? 2 : draw(state, 5);
     int64_t all_bytes = 0;
     for (int32_t c = 0; c < chunk_count; c++) {
+        const bapq_layer *layer = &layers[layer_of[c]];
         int32_t level = uniform < BAPQ_LEVELS ? uniform : (int32_t)draw(state, BAPQ_LEVELS);
+        while (!has_level(layer, level)) level = (level + 1) % BAPQ_LEVELS;
+        if (region >= 0 && !layer->gathered && draw(state, 3) == 0) level = BAPQ_SKIP;
         levels[c] = LEVEL_BITS[level];
         pinned[c] = draw(state, 4) < share;
+        kept[c] = !settled && draw(state, 2) ? (uint8_t)draw(state, 1 << BAPQ_PLANES) : 0;
         all_bytes += plane_bytes(level, c);
     }
     bapq_plan_request request = {
         .levels = levels,
         .pinned = pinned,
+        .kept = draw(state, 2) ? kept : NULL,
+        .region = region,
         .ring_bytes = draw(state, 2) ? 0 : (int64_t)draw(state, 1 << 16) / 64 * 64,
         .home_limit_bytes =
             settled || draw(state, 2) ? INT64_MAX / 2 : draw(state, (uint32_t)all_bytes + 1),
         .threads = 1};
+    plan_region[plan_count + 1] = region;
     bapq_error error = {0};
     check(bapq_store_publish(store, &request, &error) == BAPQ_OK, "publish: %s", error.message);
     plan_count++;
@@ -327,6 +383,7 @@ static void play_round(uint64_t *state, bool direct, bool faults) {
     int64_t ticket;
     check(bapq_run_begin(store, &ticket, &error) == BAPQ_ARGUMENT, "a run without a plan");
     plan_count = 0;
+    region_count = 0;
     publish(store, state, false);
     check(bapq_run_begin(store, &ticket, &error) == BAPQ_OK, "begin: %s", error.message);
     check(bapq_store_close(store, &error) == BAPQ_ARGUMENT, "closed under an open run");
@@ -342,6 +399,7 @@ static void play_round(uint64_t *state, bool direct, bool faults) {
         pthread_create(&threads[i], NULL, keep_running, &runners[i]);
     }
     for (int64_t end = now_ms() + ROUND_MS; now_ms() < end && plan_count < PLANS_MOST - 2;) {
+        if (region_count < REGIONS_MOST && draw(state, 10) == 0) add_region(store, region_count++);
         publish(store, state, false);
         record(store, state);
         usleep(draw(state, 4) == 0 ? 20000 : draw(state, 1500));

@@ -117,9 +117,9 @@ def test_heat_halves_the_threads_of_a_session_whose_level_is_fixed(
     with Session(bank, controller="auto", threads=2, level=4) as session:
         publish = session._store.publish
 
-        def spy(levels, pinned, ring_bytes, home_limit_bytes, threads):
+        def spy(levels, pinned, ring_bytes, home_limit_bytes, threads, **rest):
             published.append(threads)
-            publish(levels, pinned, ring_bytes, home_limit_bytes, threads)
+            publish(levels, pinned, ring_bytes, home_limit_bytes, threads, **rest)
 
         monkeypatch.setattr(session._store, "publish", spy)
         (level,) = {entry[1] for entry in steps(session, count, X)}

@@ -18,11 +18,12 @@ GOLDEN = Path(__file__).parent / "bank_v1"
 GRAPH = b"not a graph, but its digest is checked all the same\n"
 
 # Ragged in rows, columns and scale groups; two chunks; shared by two operators; with and without
-# bias; all levels, and some.
+# bias; rows reordered and dropped, and all as they are; all levels, and some; both at once.
 LAYERS = {
     "dense.1": {
         "operators": ("Gemm", "MatMul"),
-        "rows": 21,
+        "rows": 24,
+        "stored_rows": 21,
         "columns": 37,
         "chunk_rows": 16,
         "residual_steps": 8,
@@ -32,6 +33,7 @@ LAYERS = {
     "words": {
         "operators": ("Gather",),
         "rows": 3,
+        "stored_rows": 3,
         "columns": 5,
         "chunk_rows": 16,
         "residual_steps": 11,
@@ -40,7 +42,8 @@ LAYERS = {
     },
     "head": {
         "operators": ("MatMul",),
-        "rows": 18,
+        "rows": 21,
+        "stored_rows": 18,
         "columns": 33,
         "chunk_rows": 16,
         "residual_steps": 16,
@@ -51,6 +54,7 @@ LAYERS = {
     "last": {
         "operators": ("Conv",),
         "rows": 4,
+        "stored_rows": 4,
         "columns": 40,
         "chunk_rows": 16,
         "residual_steps": 9,
@@ -65,8 +69,9 @@ def golden_codes(name: str) -> LayerCodes:
     """The codes of a layer of the golden bank."""
     layer = LAYERS[name]
     random = np.random.RandomState(len(name))
-    shape = layer["rows"], layer["columns"]
     planes = planes_for(layer.get("levels", LEVELS))
+    rows = layer["stored_rows"]
+    shape = rows, layer["columns"]
     weight = random.uniform(-1, 1, shape).astype(np.float32)
     codes = LayerCodes(weight=weight if "f32" in planes else None)
     for plane, level in PLANES.items():
@@ -77,10 +82,10 @@ def golden_codes(name: str) -> LayerCodes:
             codes.codes[plane] = random.randint(0, top, shape).astype(np.uint8)
         if plane in SCALED_PLANES:
             groups = -(-layer["columns"] // layer["scale_columns"][level])
-            scales = random.uniform(0.001, 1, (layer["rows"], groups)).astype(np.float32)
+            scales = random.uniform(0.001, 1, (rows, groups)).astype(np.float32)
             codes.scales[level] = from_bf16(to_bf16(scales))
         if layer["has_bias"]:
-            codes.bias[level] = random.uniform(-1, 1, layer["rows"]).astype(np.float32)
+            codes.bias[level] = random.uniform(-1, 1, rows).astype(np.float32)
     return codes
 
 
@@ -88,11 +93,26 @@ def golden_sensitivity(name: str) -> np.ndarray:
     """(chunks, levels) float32 of a layer of the golden bank."""
     layer = LAYERS[name]
     random = np.random.RandomState(100 + len(name))
-    shape = -(-layer["rows"] // layer["chunk_rows"]), len(LEVELS)
+    shape = -(-layer["stored_rows"] // layer["chunk_rows"]), len(LEVELS)
     table = random.uniform(0, 1, shape).astype(np.float32)
     table[:, LEVELS.index(32)] = 0
     table[:, ~np.isin(LEVELS, layer.get("levels", LEVELS))] = 0
     return table
+
+
+def golden_rows(name: str) -> dict[str, np.ndarray | None]:
+    """Row order (rows,) and bias of dropped rows (dropped rows,) of a layer of the golden bank."""
+    layer = LAYERS[name]
+    dropped = layer["rows"] - layer["stored_rows"]
+    if not dropped:
+        return {"row_order": None, "dropped_bias": None}
+    random = np.random.RandomState(200 + len(name))
+    order = random.permutation(layer["rows"]).astype(np.uint32)
+    order[-dropped:].sort()
+    return {
+        "row_order": order,
+        "dropped_bias": random.uniform(-1, 1, dropped).astype(np.float32),
+    }
 
 
 def write_golden(path: Path) -> None:
@@ -110,6 +130,7 @@ def write_golden(path: Path) -> None:
                 codes=golden_codes(name),
                 relative_error=errors,
                 sensitivity=golden_sensitivity(name),
+                **golden_rows(name),
                 **{key: value for key, value in layer.items() if key != "levels"},
             )
         writer.finish(GRAPH, [KeptNode("/stem/Conv", "Conv", 27, "fewer than 1024 weights")])

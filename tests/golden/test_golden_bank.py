@@ -44,6 +44,14 @@ def test_todays_reader_reads_the_golden_sensitivity():
     np.testing.assert_array_equal(Bank.open(make_golden.GOLDEN).sensitivity(), expected)
 
 
+@pytest.mark.parametrize("name", make_golden.LAYERS)
+def test_todays_reader_reads_the_golden_rows(name):
+    bank = Bank.open(make_golden.GOLDEN)
+    expected = make_golden.golden_rows(name)
+    for key in ("row_order", "dropped_bias"):
+        np.testing.assert_equal(getattr(bank, key)(bank.layer(name)), expected[key])
+
+
 def test_golden_bank_is_intact():
     assert verify(make_golden.GOLDEN).ok
     assert Bank.open(make_golden.GOLDEN).graph_bytes() == make_golden.GRAPH

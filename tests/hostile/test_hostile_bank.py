@@ -246,6 +246,63 @@ def test_sensitivity_that_no_layer_can_have(victim, level, value, rule):
     )
 
 
+ROW_TABLES = ("row_order", "dropped_bias")
+
+
+@pytest.mark.usefixtures("in_tmp")
+@pytest.mark.parametrize("key", ROW_TABLES)
+@pytest.mark.parametrize("name", HOSTILE_TABLES)
+def test_hostile_table_of_rows(victim, key, name):
+    size = SIZES[f"tables/{key}.npy"]
+    victim.replace_rows(key, HOSTILE_TABLES[name].ljust(size, b"\0")[:size])
+    victim.refused(Bank.open, BankFormatError, f"{key}.npy", "the bank again")
+    assert not os.path.exists("exploded")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda order: order.__setitem__(0, 24), "holds row 24, the last is 23"),
+        (lambda order: order.__setitem__(0, 0xFFFFFFFF), "holds row 4294967295, the last is 23"),
+        (lambda order: order.__setitem__(0, order[1]), "another stands twice"),
+        (lambda order: order.__setitem__(slice(21, 24), order[23:20:-1]), "not in ascending order"),
+        (lambda order: order[:24].sort(), "the rows are in order, though"),
+    ],
+    ids=["outside", "far outside", "twice", "dropped rows in disorder", "no order at all"],
+)
+def test_row_order_that_no_layer_can_have(victim, change, message):
+    """An operator writes to where it points."""
+    order = np.load(victim.file("tables/row_order.npy"))
+    change(order)
+    victim.replace_rows("row_order", to_npy(order))
+    victim.refused(Bank.open, BankFormatError, "row_order.npy: layer dense.1", message)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_bias_of_a_dropped_row_that_is_no_number(victim, value):
+    victim.replace_rows("dropped_bias", to_npy(np.array([0, value, 0, 0, 0, 0], "<f4")))
+    victim.refused(Bank.open, BankFormatError, "dropped_bias.npy", "dropped row 1 has a bias")
+
+
+def test_giant_row_order_allocates_nothing(victim):
+    """A sparse file of gigabytes would cost a small board its memory."""
+
+    def grow(document):
+        document["layers"][0]["rows"] = 1 << 29
+        document["row_order"]["bytes"] = 128 + (4 << 29)
+
+    os.truncate(victim.file("tables/row_order.npy"), 128 + (4 << 29))
+    victim.edit_manifest(grow)
+    with pytest.raises(BankFormatError, match="rows is 536870912, must be within 4194304 rows"):
+        Bank.open(victim.path)
+
+
+@pytest.mark.parametrize("key", ROW_TABLES)
+def test_flipped_bit_in_a_table_of_rows(victim, key):
+    victim.flip(f"tables/{key}.npy", 130)
+    victim.refused(Bank.open, BankIntegrityError, f"{key}.npy has BLAKE2b")
+
+
 def test_flipped_bit_in_the_sensitivity(victim):
     victim.flip("tables/sensitivity.npy", 140)
     victim.refused(Bank.open, BankIntegrityError, "sensitivity.npy has BLAKE2b")
@@ -258,7 +315,7 @@ def test_table_with_a_header_of_megabytes(victim):
     victim.refused(Bank.open, BankFormatError, words)
 
 
-@pytest.mark.parametrize("key", ["bytes", "rows", "columns", "chunk_rows"])
+@pytest.mark.parametrize("key", ["bytes", "rows", "stored_rows", "columns", "chunk_rows"])
 def test_giant_sizes_allocate_nothing(victim, key):
     def grow(document):
         if key == "bytes":

@@ -49,6 +49,10 @@ class Victim:
         """Replace the sensitivity table; the manifest vouches for it."""
         self._replace(lambda document: document["sensitivity"], data)
 
+    def replace_rows(self, key, data):
+        """Replace the table row_order or dropped_bias; the manifest vouches for it."""
+        self._replace(lambda document: document[key], data)
+
     def _replace(self, find_entry, data):
         def vouch(document):
             entry = find_entry(document)

@@ -84,7 +84,8 @@ def write_bank(
     with BankWriter(path, levels=levels, source=SOURCE) as writer:
         for name, operators, codes, description in layers:
             own = description.get("levels", levels)
-            chunks = -(-description["rows"] // description["chunk_rows"])
+            rows = description.get("stored_rows", description["rows"])
+            chunks = -(-rows // description["chunk_rows"])
             heard = np.where(np.isin(levels, own), shares, 0)
             writer.add_layer(
                 name,

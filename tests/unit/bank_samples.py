@@ -24,6 +24,13 @@ class Shape:
     residual_steps: int = 8
     own_levels: tuple[Level, ...] | None = None
     """levels of the layer, where they are not all of the bank's"""
+    dropped: int = 0
+    """Rows, of all, that are not stored."""
+    reordered: bool = False
+
+    @property
+    def stored_rows(self) -> int:
+        return self.rows - self.dropped
 
 
 RAGGED = (
@@ -34,6 +41,15 @@ RAGGED = (
     Shape(33, 321, chunk_rows=32, scale_columns=128, has_bias=False, residual_steps=16),
 )
 
+PRUNED = (
+    Shape(40, 20, reordered=True),
+    Shape(50, 33, dropped=20),
+    Shape(50, 33, dropped=20, has_bias=False),
+    Shape(19, 5, dropped=18, reordered=True),
+    Shape(37, 40, dropped=3, reordered=True, has_bias=False, own_levels=(8, 4)),
+    Shape(7, 8),
+)
+
 
 def random_codes(shape: Shape, levels=LEVELS, seed=0) -> LayerCodes:
     random = np.random.default_rng([seed, shape.rows, shape.columns])
@@ -41,46 +57,61 @@ def random_codes(shape: Shape, levels=LEVELS, seed=0) -> LayerCodes:
     for plane in planes_for(shape.own_levels or levels):
         level = PLANES[plane]
         if plane == "f32":
-            codes.weight = random.standard_normal((shape.rows, shape.columns), np.float32)
+            codes.weight = random.standard_normal((shape.stored_rows, shape.columns), np.float32)
         else:
             top = 16 if plane in ("p4", "r8") else 2
             codes.codes[plane] = random.integers(
-                0, top, (shape.rows, shape.columns), dtype=np.uint8
+                0, top, (shape.stored_rows, shape.columns), dtype=np.uint8
             )
         if plane in SCALED_PLANES:
             groups = -(-shape.columns // shape.scale_columns)
             codes.scales[level] = from_bf16(
-                to_bf16(random.random((shape.rows, groups), np.float32))
+                to_bf16(random.random((shape.stored_rows, groups), np.float32))
             )
         if shape.has_bias:
-            codes.bias[level] = random.standard_normal(shape.rows, np.float32)
+            codes.bias[level] = random.standard_normal(shape.stored_rows, np.float32)
     return codes
+
+
+def random_rows(shape: Shape) -> dict:
+    """Row order (rows,) and bias of the dropped rows, as far as the layer has them."""
+    random = np.random.default_rng([2, shape.rows, shape.columns])
+    rows: dict = {}
+    if shape.reordered:
+        order = random.permutation(shape.rows).astype(np.uint32)
+        order[shape.stored_rows :].sort()
+        rows["row_order"] = order
+    if shape.dropped and shape.has_bias:
+        rows["dropped_bias"] = random.standard_normal(shape.dropped, np.float32)
+    return rows
 
 
 def random_sensitivity(shape: Shape, levels=LEVELS) -> np.ndarray:
     """(chunks, levels) float32"""
     random = np.random.default_rng([1, shape.rows, shape.columns])
-    chunks = -(-shape.rows // shape.chunk_rows)
+    chunks = -(-shape.stored_rows // shape.chunk_rows)
     heard = [level != 32 and level in (shape.own_levels or levels) for level in levels]
     return random.random((chunks, len(levels)), np.float32) * np.array(heard)
 
 
-def add(writer: BankWriter, name: str, shape: Shape, codes: LayerCodes, levels=LEVELS):
+def add(writer: BankWriter, name: str, shape: Shape, codes: LayerCodes, levels=LEVELS, **other):
     own = shape.own_levels or levels
     scaled = {SCALED_PLANES[plane] for plane in planes_for(own) if plane in SCALED_PLANES}
-    return writer.add_layer(
-        name,
-        ("Gemm",),
-        codes,
-        rows=shape.rows,
-        columns=shape.columns,
-        chunk_rows=shape.chunk_rows,
-        residual_steps=shape.residual_steps,
-        scale_columns={level: shape.scale_columns for level in scaled},
-        has_bias=shape.has_bias,
-        relative_error={level: 1 / level for level in own},
-        sensitivity=random_sensitivity(shape, levels),
-    )
+    description = {
+        "operators": ("Gemm",),
+        "rows": shape.rows,
+        "stored_rows": shape.stored_rows,
+        "columns": shape.columns,
+        "chunk_rows": shape.chunk_rows,
+        "residual_steps": shape.residual_steps,
+        "scale_columns": {level: shape.scale_columns for level in scaled},
+        "has_bias": shape.has_bias,
+        "relative_error": {level: 1 / level for level in own},
+        "sensitivity": random_sensitivity(shape, levels),
+        **random_rows(shape),
+        **other,
+    }
+    return writer.add_layer(name, codes=codes, **description)
 
 
 def write_bank(path, shapes=RAGGED, levels=LEVELS, seed=0, graph=b"graph"):

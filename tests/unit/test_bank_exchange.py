@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from bank_samples import RAGGED, Shape, files_of, write_bank
+from bank_samples import PRUNED, RAGGED, Shape, files_of, write_bank
 
 from bapq_edge.bank.exchange import pack, unpack
 from bapq_edge.bank.layout import PLANES
@@ -38,6 +38,47 @@ def test_pack_inverts_unpack(tmp_path, levels):
     assert pack(tmp_path / "tree", tmp_path / "again.bank") == tmp_path / "again.bank"
     assert files_of(tmp_path / "again.bank") == files_of(tmp_path / "m.bank")
     assert sorted(os.listdir(tmp_path)) == ["again.bank", "m.bank", "tree"]
+
+
+def test_pack_inverts_unpack_of_reordered_and_dropped_rows(tmp_path):
+    write_bank(tmp_path / "m.bank", PRUNED)
+    folder = unpack(tmp_path / "m.bank", tmp_path / "tree")
+    bank = Bank.open(tmp_path / "m.bank")
+    order = np.load(folder / "tables/row_order.npy", allow_pickle=False)
+    np.testing.assert_array_equal(order[:40], bank.row_order(bank.layer("layer0")))
+    # Chunks hold the stored rows, as they are stored.
+    chunk = np.load(folder / "layer1/chunk_1_q4.npy", allow_pickle=False)
+    np.testing.assert_array_equal(chunk["code"], bank.chunk_codes("p4", 4).codes["p4"])
+    assert len(chunk) == 14
+    pack(tmp_path / "tree", tmp_path / "again.bank")
+    assert files_of(tmp_path / "again.bank") == files_of(tmp_path / "m.bank")
+
+
+@pytest.mark.parametrize("table", ["row_order", "dropped_bias"])
+def test_tables_of_rows_in_a_tree_are_checked(tmp_path, table):
+    write_bank(tmp_path / "m.bank", PRUNED)
+    file = unpack(tmp_path / "m.bank", tmp_path / "tree") / f"tables/{table}.npy"
+    values = np.load(file)
+    values[0], rest = (2**31, values[1:]) if table == "row_order" else (np.nan, values[1:])
+    np.save(file, values)
+    with pytest.raises(BankFormatError, match=rf"{table}\.npy: layer layer\d: .*unpack the bank"):
+        pack(tmp_path / "tree", tmp_path / "again.bank")
+    np.save(file, rest)
+    with pytest.raises(BankFormatError, match=rf"{table}\.npy: has the \.npy header"):
+        pack(tmp_path / "tree", tmp_path / "again.bank")
+    file.unlink()
+    with pytest.raises(BankFormatError, match=f"lacks 'tables/{table}.npy'"):
+        pack(tmp_path / "tree", tmp_path / "again.bank")
+
+
+def test_edited_tables_of_rows_give_a_valid_bank(tmp_path):
+    write_bank(tmp_path / "m.bank", PRUNED)
+    folder = unpack(tmp_path / "m.bank", tmp_path / "tree")
+    order = np.load(folder / "tables/row_order.npy")
+    order[:2] = order[1::-1]
+    np.save(folder / "tables/row_order.npy", order)
+    bank = Bank.open(pack(tmp_path / "tree", tmp_path / "again.bank"))
+    np.testing.assert_array_equal(bank.row_order(bank.layer("layer0")), order[:40])
 
 
 def test_every_file_opens_with_numpy(tree):

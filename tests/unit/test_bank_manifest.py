@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from bank_samples import write_bank
+from bank_samples import PRUNED, write_bank
 
 from bapq_edge.bank.manifest import Manifest, printable, safe_name
 from bapq_edge.errors import BankFormatError, BankPathError, BankVersionError
@@ -60,7 +60,7 @@ def test_calibration_is_optional_and_kept(document):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("surprise", 1, "unknown key surprise, allowed are calibration, format"),
+        ("surprise", 1, "unknown key surprise, allowed are calibration, dropped_bias"),
         ("layers/1/surprise", 1, "unknown key layers[1].surprise, allowed are chunk_rows"),
         ("planes/p5", {}, "unknown key planes.p5, allowed are f32, m1, p4, r8, s1"),
         ("layers/0/scale_columns/8", 32, "layers[0].scale_columns is for levels [1, 2, 4, 8]"),
@@ -77,7 +77,15 @@ def test_calibration_is_optional_and_kept(document):
         ("layers/0/rows", "1", 'layers[0].rows is "1", must be an integer'),
         ("layers/0/rows", 0, "layers[0].rows is 0, must be an integer from 1 to"),
         ("layers/0/rows", HUGE, f"layers[0].rows is {HUGE}, must be an integer from 1 to"),
-        ("layers/0/rows", 1 << 30, "layers[0].rows is 1073741824, must be within 1048576 chunks"),
+        ("layers/0/rows", 2, "dropped_bias is absent, must be there"),
+        ("layers/0/stored_rows", ..., "key layers[0].stored_rows is missing"),
+        ("layers/0/stored_rows", 0, "layers[0].stored_rows is 0, must be an integer from 1 to"),
+        ("layers/0/stored_rows", 2, "layers[0].stored_rows is 2, must be from 1 to 1"),
+        ("layers/0/reordered", ..., "key layers[0].reordered is missing"),
+        ("layers/0/reordered", 0, "layers[0].reordered is 0, must be true or false"),
+        ("layers/0/reordered", True, "row_order is absent, must be there"),
+        ("row_order", {}, "key row_order.file is missing"),
+        ("dropped_bias", None, "dropped_bias is null, must be an object"),
         ("layers/0/columns", 1 << 25, "must be an integer from 1 to 16777216"),
         ("layers/0/chunk_rows", 8, "layers[0].chunk_rows is 8, must be an integer from 16"),
         ("layers/0/chunk_rows", 24, "layers[0].chunk_rows is 24, must be an integer from 16"),
@@ -137,6 +145,54 @@ def test_every_deviation_is_named(document, path, value, message):
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+# PRUNED: reordered rows are 40 + 19 + 37, dropped ones with a bias 20 + 18.
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers/0/operators/0": "Gather"}, "layers[0].reordered is true, must be false with a"),
+        ({"layers/1/operators": ["MatMul", "Gather"]}, "stored_rows is 30, must be from 50 to 50"),
+        ({"layers/0/stored_rows": 41}, "layers[0].stored_rows is 41, must be from 1 to 40"),
+        ({"layers/0/reordered": False}, "row_order.bytes is 512, must be 352"),
+        ({"layers/5/reordered": True}, "row_order.bytes is 512, must be 540"),
+        ({"layers/1/rows": 51}, "dropped_bias.bytes is 280, must be 284"),
+        ({"layers/2/has_bias": True}, "dropped_bias.bytes is 280, must be 360"),
+        (
+            {"layers/0/rows": 1 << 30},
+            "layers[0].rows is 1073741824, must be within 4194304 rows of",
+        ),
+        ({"layers/2/rows": 1 << 22}, "layers[2].rows is 4194304, must be within 4194304 rows of"),
+        ({"row_order": ...}, "row_order is absent, must be there"),
+        ({"dropped_bias": ...}, "dropped_bias is absent, must be there"),
+        (
+            {f"layers/{i}/reordered": False for i in (0, 3, 4)},
+            "row_order is there, must be absent",
+        ),
+        (
+            {"row_order/file": "tables/rows.npy"},
+            "row_order.file is tables/rows.npy, must be tables",
+        ),
+        ({"dropped_bias/bytes": 0}, "dropped_bias.bytes is 0, must be 280"),
+    ],
+    ids=str,
+)
+def test_every_deviation_of_rows_is_named(tmp_path, changes, message):
+    write_bank(tmp_path / "m.bank", PRUNED)
+    document = json.loads((tmp_path / "m.bank/manifest.json").read_bytes())
+    for path, value in changes.items():
+        document = changed(document, path, value)
+    with pytest.raises(BankFormatError) as caught:
+        Manifest.from_json(encoded(document))
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("rows", [1 << 30, (1 << 24) + 1])
+def test_more_chunks_than_a_table_may_have_are_refused(document, rows):
+    big = changed(changed(document, "layers/0/rows", rows), "layers/0/stored_rows", rows)
+    with pytest.raises(BankFormatError, match=f"is {rows}, must be within 1048576 chunks"):
+        Manifest.from_json(encoded(big))
 
 
 @pytest.mark.parametrize(
@@ -201,6 +257,7 @@ def test_a_number_beyond_float_is_refused(document):
 
 def test_chunks_larger_than_the_table_can_say_are_refused(document):
     big = changed(document, "layers/0/rows", 1 << 20)
+    big = changed(big, "layers/0/stored_rows", 1 << 20)
     big = changed(big, "layers/0/columns", 1 << 24)
     big = changed(big, "layers/0/chunk_rows", 1 << 20)
     with pytest.raises(BankFormatError, match="a chunk would have 70368748371968 bytes"):

@@ -12,12 +12,14 @@ import bank_samples
 import numpy as np
 import pytest
 from bank_samples import (
+    PRUNED,
     SOURCE,
     Shape,
     add,
     assert_same_codes,
     files_of,
     random_codes,
+    random_rows,
     write_bank,
 )
 
@@ -52,6 +54,63 @@ def test_round_trip_of_every_set_of_levels(tmp_path, levels):
         assert_same_codes(bank.layer_codes(layer), codes)
     assert verify(bank.path).ok
     assert sorted(os.listdir(tmp_path)) == ["m.bank"]
+
+
+def test_round_trip_of_reordered_and_dropped_rows(tmp_path):
+    layers = write_bank(tmp_path / "m.bank", PRUNED)
+    bank = Bank.open(tmp_path / "m.bank")
+    for layer, shape, codes in zip(bank.manifest.layers, PRUNED, layers, strict=True):
+        assert (layer.rows, layer.stored_rows) == (shape.rows, shape.stored_rows)
+        assert_same_codes(bank.layer_codes(layer), codes)
+        expected = random_rows(shape)
+        np.testing.assert_equal(bank.row_order(layer), expected.get("row_order"))
+        np.testing.assert_equal(bank.dropped_bias(layer), expected.get("dropped_bias"))
+    assert bank.weights == sum(shape.stored_rows * shape.columns for shape in PRUNED)
+    report = verify(bank.path)
+    assert report.ok
+    files = {str(p.relative_to(bank.path)) for p in bank.path.rglob("*.*") if p.is_file()}
+    assert {file.file for file in report.files} == files - {"manifest.json"}
+
+
+def test_rows_in_order_need_no_table(tmp_path):
+    shape = Shape(20, 5)
+    for name, rows in (("a", {}), ("b", {"row_order": np.arange(20, dtype=np.uint32)})):
+        with BankWriter(tmp_path / name, levels=(4,), source=SOURCE) as writer:
+            add(writer, "l", shape, random_codes(shape, (4,)), (4,), **rows)
+            writer.finish(b"")
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    assert not (tmp_path / "a/tables/row_order.npy").exists()
+
+
+ORDER = np.array([3, 0, 2, 1, 4], np.uint32)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"stored_rows": 0}, "layer l: 0 of 5 rows are stored, must be 1 to 5"),
+        ({"stored_rows": 6}, "layer l: 6 of 5 rows are stored, must be 1 to 5"),
+        ({"row_order": ORDER[:4]}, r"layer l: the row order is uint32 \(4,\), expected .* \(5,\)"),
+        ({"row_order": ORDER.astype(np.int64)}, "the row order is int64"),
+        ({"row_order": np.minimum(ORDER, 3)}, "the row order lacks row 4, another stands twice"),
+        ({"row_order": ORDER + np.uint32(1)}, "the row order holds row 5, the last is 4"),
+        ({"row_order": ORDER[[0, 1, 2, 4, 3]]}, "the dropped rows are not in ascending order"),
+        ({"dropped_bias": None}, "layer l: dropped_bias is absent, expected 2 values"),
+        ({"dropped_bias": np.zeros(3, np.float32)}, r"float32 \(3,\), expected float32 \(2,\)"),
+        ({"dropped_bias": np.zeros(2)}, r"bias of dropped rows is float64 \(2,\)"),
+        ({"dropped_bias": np.float32([1, np.inf])}, "dropped row 1 has a bias that is no number"),
+        ({"has_bias": False}, "dropped_bias is 2 values, expected 0 values"),
+    ],
+    ids=str,
+)
+def test_rows_that_cannot_be_are_refused(tmp_path, rows, message):
+    shape = Shape(5, 8, dropped=2)
+    with BankWriter(tmp_path / "m.bank", levels=(4,), source=SOURCE) as writer:
+        with pytest.raises(ValueError, match=message):
+            add(writer, "l", shape, random_codes(shape, (4,)), (4,), **rows)
+        add(writer, "l", shape, random_codes(shape, (4,)), (4,), row_order=ORDER)
+        writer.finish(b"")
+    assert verify(tmp_path / "m.bank").ok
 
 
 def test_the_same_build_gives_the_same_bytes(tmp_path):

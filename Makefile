@@ -13,7 +13,7 @@ PIP := -m pip --disable-pip-version-check --quiet
 OLDEST_ORT = $(shell $(PYTHON) -c 'import sys; v = sys.version_info[1]; print("1.17.3" if v <= 12 else "1.20.1" if v == 13 else "1.24.1")')
 OLDEST_NUMPY = $(shell $(PYTHON) -c 'import sys; print("numpy<2" if sys.version_info[1] <= 12 else "numpy")')
 
-.PHONY: help demo test test-full bench lint format clean
+.PHONY: help demo test test-full bench bench-accuracy lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
 
@@ -29,6 +29,9 @@ test-full: $(VENV)/.ready $(OLDEST)/.ready $(MINILM) lint  ## run the tests, the
 bench: $(VENV)/.ready $(MINILM)  ## measure speed, memory and accuracy
 	$(BIN)/python -m bapq_tools.experiments.models
 	$(BIN)/python -m bapq_tools.experiments.streaming
+
+bench-accuracy: $(VENV)/.ready $(MINILM)  ## measure accuracy and bytes at every level and by plan
+	$(BIN)/python -m bapq_tools.experiments.accuracy
 
 lint: $(VENV)/.ready  ## check style and types
 	$(BIN)/ruff check --quiet .

@@ -21,10 +21,10 @@ from bapq_tools.zoo.minilm import encode, minilm_dir
 from bapq_tools.zoo.sentences import load_sentences
 
 SCORES = {"cnn": 0, "mlp": 1, "resnet": 0}  # which output of each digits model
-MOST_LOST = {  # right answers of 600 that a level may lose; of the resnet the coarse lose many
-    "cnn": {8: 0, 4: 2, 2: 98, 1: 298},
-    "mlp": {8: 0, 4: 2, 2: 94, 1: 294},
-    "resnet": {8: 1, 4: 6},
+MOST_LOST = {  # right answers of 600 that a level may lose
+    "cnn": {8: 0, 4: 1, 2: 3, 1: 6},
+    "mlp": {8: 1, 4: 2, 2: 4, 1: 24},
+    "resnet": {8: 1, 4: 1, 2: 4, 1: 8},
 }
 LARGE = {"bvlc_alexnet", "vgg19", "zfnet512"}  # 240 to 575 MB of weights each
 
@@ -128,7 +128,7 @@ def test_minilm_keeps_its_embeddings(tmp_path):
     bank = bapq_tools.build_bank(
         model,
         tmp_path / "minilm.bank",
-        calibration=encode(calibration[:32], minilm_dir()),
+        calibration=encode(calibration[:96], minilm_dir()),
         levels=LEVELS,
         progress=False,
     )
@@ -140,8 +140,11 @@ def test_minilm_keeps_its_embeddings(tmp_path):
     cosine = {level: float((v * reference).sum(axis=1).mean()) for level, v in found.items()}
     assert relative_error(found[32], reference) < 1e-4
     assert cosine[8] >= 0.999
-    assert cosine[4] >= 0.95
-    assert cosine[8] > cosine[4] > cosine[2] > cosine[1]
+    assert cosine[4] >= 0.97
+    assert cosine[4] > cosine[2] > 0.7 > cosine[1]
+    with Session(bank, bits=3.0) as session:
+        planned = session.run(None, feed)[at]
+    assert float((planned * reference).sum(axis=1).mean()) > 0.94
 
 
 @pytest.mark.parametrize(

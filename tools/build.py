@@ -16,9 +16,7 @@ import onnx
 
 from bapq_edge import __version__
 from bapq_edge.bank.layout import (
-    LAYER_ALIGNMENT,
     LEVELS,
-    SCALED_PLANES,
     Level,
     Plane,
     TileGeometry,
@@ -245,12 +243,11 @@ def _check_space(
     needed += sum(len(t.raw_data) for t in model.graph.initializer if t.name not in replaced)
     for layer in plan.layers:
         rows, columns = layer.weight.shape
+        levels = options[layer.name].levels
         scale_columns = scale_columns_of(options[layer.name])
-        for plane in planes_for(options[layer.name].levels):
-            scaled = SCALED_PLANES.get(plane)
-            group = 0 if scaled is None else scale_columns[scaled]
-            geometry = TileGeometry(plane, columns, group, has_bias=True)
-            needed += tiles_of(rows) * geometry.record_bytes + LAYER_ALIGNMENT
+        for plane in planes_for(levels):
+            geometry = TileGeometry.of_layer(plane, levels, columns, scale_columns, has_bias=True)
+            needed += tiles_of(rows) * geometry.record_bytes
     free = shutil.disk_usage(Path(os.path.realpath(out)).parent).free
     if free < needed:
         raise StorageError(

@@ -15,12 +15,10 @@ import onnx
 
 from bapq_edge import __version__
 from bapq_edge.bank.layout import (
-    LAYER_ALIGNMENT,
     LEVELS,
     Level,
     Plane,
     level_within,
-    planes_for,
     tiles_of,
 )
 from bapq_edge.bank.manifest import Calibration, KeptNode, Manifest, SourceModel
@@ -248,7 +246,6 @@ def _check_space(
         rows, columns = layer.weight.shape
         own = options[layer.name]
         needed += tiles_of(rows) * tile_bytes(columns, own.levels, scale_columns_of(own), True)
-        needed += len(planes_for(own.levels)) * LAYER_ALIGNMENT
     free = shutil.disk_usage(Path(os.path.realpath(out)).parent).free
     if free < needed:
         raise StorageError(

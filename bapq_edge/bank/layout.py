@@ -6,13 +6,13 @@ reasons are in docs/bank_format.md.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 __all__ = [
     "BLOCK_COLUMNS",
     "CHUNK_ALIGNMENT",
-    "LAYER_ALIGNMENT",
     "LEVELS",
     "PLANES",
     "PLANES_OF_LEVEL",
@@ -24,6 +24,7 @@ __all__ = [
     "blocks_of",
     "level_within",
     "planes_for",
+    "scaled_levels",
     "tiles_of",
 ]
 
@@ -46,7 +47,7 @@ PLANES_OF_LEVEL: dict[Level, tuple[Plane, ...]] = {
 """Planes that a level reads, in the order of `bapq_tile.code` in kernels.h."""
 
 SCALED_PLANES: dict[Plane, Level] = {"p4": 4, "m1": 2, "s1": 1}
-"""Planes that carry scales of their own. Level 8 divides level 4's scale by `residual_steps`."""
+"""Planes that may carry scales, and whose: level 8 divides level 4's by `residual_steps`."""
 
 TILE_ROWS = 16
 """Output rows per tile: one AVX-512 register, two AVX2, four NEON registers of int32 sums."""
@@ -57,9 +58,6 @@ BLOCK_COLUMNS = 32
 CHUNK_ALIGNMENT = 64
 """Every chunk starts at a multiple of this: one cache line, one widest vector load."""
 
-LAYER_ALIGNMENT = 4096
-"""Every layer's first chunk starts at a multiple of this, so that direct I/O wastes little."""
-
 _CODE_BYTES_PER_BLOCK: dict[Plane, int] = {"f32": 2048, "p4": 256, "r8": 256, "s1": 64, "m1": 64}
 
 
@@ -67,6 +65,11 @@ def planes_for(levels: tuple[Level, ...]) -> tuple[Plane, ...]:
     """Planes that a bank of these levels stores, in the order of `PLANES`."""
     wanted = {plane for level in levels for plane in PLANES_OF_LEVEL[level]}
     return tuple(plane for plane in PLANES if plane in wanted)
+
+
+def scaled_levels(levels: tuple[Level, ...]) -> set[Level]:
+    """Levels whose scales a layer of these levels stores: those that it has, and 4 for level 8."""
+    return {4 if level == 8 else level for level in levels if level != 32}
 
 
 def level_within(own: tuple[Level, ...], level: Level) -> Level:
@@ -98,8 +101,22 @@ class TileGeometry:
     plane: Plane
     columns: int
     scale_columns: int
-    """Columns per scale, a multiple of 32; 0 for planes without scales of their own."""
+    """Columns per scale, a multiple of 32; 0 without scales."""
     has_bias: bool
+
+    @classmethod
+    def of_layer(
+        cls,
+        plane: Plane,
+        levels: tuple[Level, ...],
+        columns: int,
+        scale_columns: Mapping[Level, int],
+        has_bias: bool,
+    ) -> TileGeometry:
+        """A plane that holds a layer of these levels: no scales or bias that none of them reads."""
+        scaled = SCALED_PLANES.get(plane)
+        group = scale_columns[scaled] if scaled in scaled_levels(levels) else 0
+        return cls(plane, columns, group, has_bias and PLANES[plane] in levels)
 
     @property
     def code_bytes(self) -> int:
@@ -108,7 +125,7 @@ class TileGeometry:
 
     @property
     def scale_groups(self) -> int:
-        """Scales per row; 0 for planes without scales of their own."""
+        """Scales per row."""
         if self.scale_columns == 0:
             return 0
         return -(-self.columns // self.scale_columns)

@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 from ..errors import BankFormatError, BankPathError, BankVersionError
 from .layout import (
     BLOCK_COLUMNS,
-    LAYER_ALIGNMENT,
     LEVELS,
-    SCALED_PLANES,
     TILE_ROWS,
     Level,
     Plane,
     TileGeometry,
     planes_for,
+    scaled_levels,
     tiles_of,
 )
 from .npy import (
@@ -171,7 +170,7 @@ class Layer:
     residual_steps: Steps
     """Level-8 steps in one level-4 step, 8 to 16."""
     scale_columns: dict[Level, ScaleColumns]
-    """Columns per scale of levels 4, 2 and 1, as far as their planes hold the layer."""
+    """Columns per scale of the levels 4 (and 8), 2 and 1 that the layer has."""
     relative_error: dict[Level, Fraction]
     """||(w - w_level) x|| / ||w x|| on the calibration data (uncalibrated: x = 1s), for the levels
     that the layer has: those of the bank, or some of them."""
@@ -212,9 +211,9 @@ class Layer:
 
     def geometry(self, plane: Plane) -> TileGeometry:
         """Tile records of this layer in a plane that holds it."""
-        scaled = SCALED_PLANES.get(plane)
-        scale_columns = 0 if scaled is None else self.scale_columns[scaled]
-        return TileGeometry(plane, self.columns, scale_columns, self.has_bias)
+        return TileGeometry.of_layer(
+            plane, self.levels, self.columns, self.scale_columns, self.has_bias
+        )
 
 
 @dataclass(frozen=True)
@@ -311,10 +310,8 @@ class Manifest:
         layout = np.zeros(self.chunk_count, CHUNK_DTYPE)
         end = 0
         for layer in self.layers:
-            record_bytes, start = 0, end
-            if plane in layer.planes:
-                record_bytes = layer.geometry(plane).record_bytes
-                start = -(-end // LAYER_ALIGNMENT) * LAYER_ALIGNMENT
+            start = end
+            record_bytes = layer.geometry(plane).record_bytes if plane in layer.planes else 0
             part = layout[layer.first_chunk : layer.first_chunk + layer.chunk_count]
             chunk_bytes = layer.chunk_rows // TILE_ROWS * record_bytes
             part["offset"] = start + chunk_bytes * np.arange(len(part), dtype=np.uint64)
@@ -424,7 +421,7 @@ def _check_layers(manifest: Manifest, check: Callable[..., None]) -> None:
             f"for levels {sorted(layer.levels)}",
             f"for one or more of {sorted(levels)}",
         )
-        scaled = {level for plane, level in SCALED_PLANES.items() if plane in layer.planes}
+        scaled = scaled_levels(layer.levels)
         check(
             set(layer.scale_columns) == scaled,
             f"{at}.scale_columns",

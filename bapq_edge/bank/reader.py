@@ -198,14 +198,6 @@ class Bank:
             )
         return data
 
-    def read_gap(self, plane: Plane, chunk: int) -> bytes:
-        """The bytes between a chunk and the one before it, which must all be zero."""
-        end = 0
-        if chunk:
-            before = self._chunks[plane][chunk - 1]
-            end = int(before["offset"]) + int(before["bytes"])
-        return read_at(self._plane_files[plane], end, int(self._chunks[plane][chunk][0]) - end)
-
     def chunk_codes(self, plane: Plane, chunk: int) -> LayerCodes:
         """Codes, scales and bias of a chunk of one plane, checked down to the padding.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..errors import BankError, BankFormatError, BankIntegrityError
+from ..errors import BankError, BankIntegrityError
 from .files import REPAIR
 from .layout import Plane
 from .npy import DIGEST_BYTES
@@ -84,15 +84,7 @@ def _report(file: str, size: int, checks: Iterator[Callable[[], object]]) -> Fil
 def _plane_checks(bank: Bank, plane: Plane) -> Iterator[Callable[[], object]]:
     digests = bank.chunk_digests(plane)
     for chunk in range(bank.manifest.chunk_count):
-        yield partial(_check_gap, bank, plane, chunk)
         yield partial(_check_chunk, bank, plane, chunk, digests[chunk].tobytes())
-
-
-def _check_gap(bank: Bank, plane: Plane, chunk: int) -> None:
-    if any(bank.read_gap(plane, chunk)):
-        raise BankFormatError(
-            f"{bank.plane_path(plane)}: the padding before chunk {chunk} is not zero: {REPAIR}"
-        )
 
 
 def _check_chunk(bank: Bank, plane: Plane, chunk: int, digest: bytes) -> None:

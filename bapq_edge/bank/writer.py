@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..errors import BankFormatError
 from .codes import LayerCodes, pack_chunk
 from .files import digest_of
-from .layout import LAYER_ALIGNMENT, TILE_ROWS, Level, Plane, blocks_of, planes_for, tiles_of
+from .layout import TILE_ROWS, Level, Plane, blocks_of, planes_for, tiles_of
 from .manifest import (
     FORMAT_NAME,
     GRAPH_FILE,
@@ -81,11 +81,6 @@ class _PlaneFile:
         self.end = 0
         self.rows: list[tuple[int, int, int]] = []
         self.digests: list[bytes] = []
-
-    def begin_layer(self) -> None:
-        padding = -self.end % LAYER_ALIGNMENT
-        self.file.write(bytes(padding))
-        self.end += padding
 
     def skip_layer(self, chunks: int) -> None:
         for _ in range(chunks):
@@ -223,7 +218,6 @@ class BankWriter:
                     raise ValueError(
                         f"layer {name}: plane {plane} is {found}, expected {stored_rows}"
                     )
-                output.begin_layer()
                 for chunk in range(layer.first_chunk, layer.first_chunk + layer.chunk_count):
                     output.append(pack_chunk(geometry, codes, layer.chunk_slice(chunk)))
         self._layers.append(layer)

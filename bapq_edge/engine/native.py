@@ -29,7 +29,7 @@ __all__ = [
     "library_path",
 ]
 
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 _NO_LIMIT = 2**62
 _ROW_CACHE_SLOTS = 64
 _STORAGE_STATUSES = (3, 4, 5)
@@ -81,7 +81,7 @@ class _Layer(ctypes.Structure):
         ("has_bias", ctypes.c_int32),
         ("gathered", ctypes.c_int32),
         ("read_by_row", ctypes.c_int32),
-        ("planes", ctypes.c_int32),
+        ("levels", ctypes.c_int32),
         ("scale_columns", ctypes.c_int32 * len(PLANES)),
         ("row_order", ctypes.c_void_p),
         ("dropped_bias", ctypes.c_void_p),
@@ -292,7 +292,7 @@ class Store:
             entry.has_bias = layer.has_bias
             entry.gathered = "Gather" in layer.operators
             entry.read_by_row = layer.operators == ("Gather",)
-            entry.planes = sum(1 << PLANE_ORDER.index(plane) for plane in layer.planes)
+            entry.levels = sum(1 << LEVELS.index(level) for level in layer.levels)
             for index, plane in enumerate(PLANE_ORDER):
                 if plane in SCALED_PLANES:
                     entry.scale_columns[index] = layer.scale_columns.get(SCALED_PLANES[plane], 0)

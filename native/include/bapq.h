@@ -11,7 +11,7 @@
 #define BAPQ_API __attribute__((visibility("default")))
 
 /* Raised by one whenever a struct or a function below changes; Python refuses another. */
-enum { BAPQ_ABI_VERSION = 5 };
+enum { BAPQ_ABI_VERSION = 6 };
 
 typedef enum {
     BAPQ_OK = 0,
@@ -52,8 +52,8 @@ typedef struct {
     int32_t has_bias;
     int32_t gathered;    /* 1: Gather reads it */
     int32_t read_by_row; /* 1: only Gather does, so it is neither streamed nor pinned */
-    int32_t planes;      /* bit p is set: plane p holds the layer */
-    int32_t scale_columns[BAPQ_PLANES]; /* per plane; 0: no scales of its own */
+    int32_t levels;      /* bit i is set: the layer has the i-th of levels 32, 8, 4, 2, 1 */
+    int32_t scale_columns[BAPQ_PLANES]; /* per plane; 0: no scales there */
     const int32_t *row_order;  /* (rows,) output row of every stored row, then of every dropped one;
                                   NULL: in order */
     const float *dropped_bias; /* (rows - stored_rows,), NULL: zeros */

@@ -5,6 +5,8 @@
 static const int32_t LEVEL_BITS[BAPQ_SKIP + 1] = {32, 8, 4, 2, 1, 0};
 static const int32_t LEVEL_PLANES[BAPQ_SKIP + 1][2] = {
     {BAPQ_F32, -1}, {BAPQ_P4, BAPQ_R8}, {BAPQ_P4, -1}, {BAPQ_S1, BAPQ_M1}, {BAPQ_S1, -1}, {-1, -1}};
+/* The level that each plane completes, and whose bias it carries. */
+static const int32_t COMPLETES[BAPQ_PLANES] = {BAPQ_L32, BAPQ_L8, BAPQ_L4, BAPQ_L2, BAPQ_L1};
 /* Which of the level's planes carries its scales; the last one carries its bias. */
 static const int32_t SCALES_IN[BAPQ_LEVELS] = {-1, 0, 0, 1, 0};
 static const int64_t BLOCK_BYTES[BAPQ_PLANES] = {2048, 256, 256, 64, 64};
@@ -20,6 +22,20 @@ int32_t bapq_level_planes(int32_t level, int32_t planes[2]) {
     planes[0] = LEVEL_PLANES[level][0];
     planes[1] = LEVEL_PLANES[level][1];
     return (planes[0] >= 0) + (planes[1] >= 0);
+}
+
+bool bapq_has_level(const bapq_layer *layer, int32_t level) {
+    return level == BAPQ_SKIP || layer->levels >> level & 1;
+}
+
+int32_t bapq_layer_planes(const bapq_layer *layer) {
+    int32_t mask = 0;
+    for (int32_t level = 0; level < BAPQ_LEVELS; level++) {
+        int32_t planes[2];
+        int32_t n = bapq_has_level(layer, level) ? bapq_level_planes(level, planes) : 0;
+        for (int32_t i = 0; i < n; i++) mask |= 1 << planes[i];
+    }
+    return mask;
 }
 
 int32_t bapq_chunk_count(const bapq_layer *layer) {
@@ -38,9 +54,10 @@ static int64_t scale_bytes(const bapq_layer *layer, int32_t plane) {
 }
 
 int64_t bapq_record_bytes(const bapq_layer *layer, int32_t plane) {
-    if (!bapq_has_plane(layer, plane)) return 0;
+    if (!(bapq_layer_planes(layer) >> plane & 1)) return 0;
     int64_t used = bapq_code_bytes(layer, plane) + scale_bytes(layer, plane);
-    if (layer->has_bias) used += BAPQ_TILE_ROWS * (int64_t)sizeof(float);
+    if (layer->has_bias && bapq_has_level(layer, COMPLETES[plane]))
+        used += BAPQ_TILE_ROWS * (int64_t)sizeof(float);
     return bapq_ceil_div(used, RECORD_ALIGNMENT) * (int64_t)RECORD_ALIGNMENT;
 }
 

@@ -2,16 +2,13 @@
 #ifndef BAPQ_LAYOUT_H
 #define BAPQ_LAYOUT_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "bapq.h"
 #include "kernels/kernels.h"
 
 static inline int32_t bapq_ceil_div(int64_t a, int64_t b) { return (int32_t)((a + b - 1) / b); }
-
-static inline int bapq_has_plane(const bapq_layer *layer, int32_t plane) {
-    return layer->planes >> plane & 1;
-}
 
 /* In place of a level: the chunk is neither read nor computed on. */
 enum { BAPQ_SKIP = BAPQ_LEVELS };
@@ -21,11 +18,15 @@ int32_t bapq_level_index(int32_t bits);
 /* Planes that a level reads, in the order of bapq_tile.code. Returns how many: none for BAPQ_SKIP.
  */
 int32_t bapq_level_planes(int32_t level, int32_t planes[2]);
+/* Whether the layer has the level; BAPQ_SKIP counts as one that every layer has. */
+bool bapq_has_level(const bapq_layer *layer, int32_t level);
+/* Bit p is set: plane p holds the layer, since one of its levels reads it. */
+int32_t bapq_layer_planes(const bapq_layer *layer);
 int32_t bapq_chunk_count(const bapq_layer *layer);
 /* Bytes of the codes of one tile record (level 32: of its weights). */
 int64_t bapq_code_bytes(const bapq_layer *layer, int32_t plane);
-/* Bytes of one tile record: codes, scales, bias, zeros up to a multiple of 64. None in a plane that
- * does not hold the layer. */
+/* Bytes of one tile record: codes, the scales and the bias that the layer's levels read there,
+ * zeros up to a multiple of 64. None in a plane that does not hold the layer. */
 int64_t bapq_record_bytes(const bapq_layer *layer, int32_t plane);
 
 /* Where a borrowed chunk stands, and so what letting go of it means. */

@@ -150,10 +150,9 @@ static int32_t check_level(const bapq_store *store, const bapq_plan_request *req
     int32_t level = bapq_level_index(request->levels[chunk]);
     int32_t n = level < 0 ? 0 : bapq_level_planes(level, planes);
     if (level < 0) reason = "there is no such level";
-    for (int32_t i = 0; i < n; i++) {
+    for (int32_t i = 0; i < n; i++)
         if (store->plane[planes[i]].base == NULL) reason = "its plane is not there";
-        if (!bapq_has_plane(layer, planes[i])) reason = "its layer lacks it";
-    }
+    if (level >= 0 && !bapq_has_level(layer, level)) reason = "its layer lacks it";
     if (level == BAPQ_SKIP && layer->gathered) reason = "Gather reads it, so it cannot be skipped";
     if (level == BAPQ_SKIP && request->region < 0)
         reason = "skipping needs the values of a region, and the plan names none";
@@ -190,7 +189,8 @@ plan *bapq_plan_new(const bapq_store *store, const bapq_plan_request *request, b
         if (layer->read_by_row) continue;
         p->pinned[chunk] = request->pinned[chunk] != 0;
         if (request->kept)
-            p->claimed[chunk] = (uint8_t)(request->kept[chunk] & present & layer->planes);
+            p->claimed[chunk] =
+                (uint8_t)(request->kept[chunk] & present & bapq_layer_planes(layer));
         /* Any chunk may have to pass through the ring once: while memory of a dying plan is still
          * in use, a pinned one finds no room at home. The pages are touched only then. */
         int32_t n = bapq_level_planes(level, planes);

@@ -31,7 +31,7 @@ static int32_t check_bank(const bapq_bank *bank, bapq_error *error) {
                     layer->columns > 0 && layer->chunk_rows > 0 &&
                     layer->chunk_rows % BAPQ_TILE_ROWS == 0 && layer->first_chunk == next &&
                     layer->residual_steps >= 8 && layer->residual_steps <= 16 &&
-                    layer->planes > 0 && layer->planes < 1 << BAPQ_PLANES &&
+                    layer->levels > 0 && layer->levels < 1 << BAPQ_LEVELS &&
                     (whole || !layer->gathered); /* whose rows are found by their number */
         for (int32_t i = 0; sound && layer->row_order && i < layer->rows; i++)
             sound = layer->row_order[i] >= 0 && layer->row_order[i] < layer->rows;
@@ -156,7 +156,7 @@ static int32_t make_row_cache(bapq_store *store, const bapq_bank *bank, bapq_err
         const bapq_layer *layer = &store->layer[l];
         for (int32_t level = 0; layer->gathered && level < BAPQ_LEVELS; level++) {
             int32_t planes[2];
-            int32_t n = bapq_level_planes(level, planes);
+            int32_t n = bapq_has_level(layer, level) ? bapq_level_planes(level, planes) : 0;
             int64_t bytes = 0;
             for (int32_t i = 0; i < n; i++)
                 if (store->plane[planes[i]].base)

@@ -267,12 +267,15 @@ static void point_home(const bapq_store *store, bapq_chunk_view *view) {
     }
 }
 
-/* The highest level below the chunk's own whose planes the plan holds at home, or -1. An operator
- * that runs at level 32 has not prepared its input for another one. */
+/* The highest level below the chunk's own that the layer has and whose planes the plan holds at
+ * home, or -1. Planes alone do not make a level: its scales and bias may be missing in them. An
+ * operator that runs at level 32 has not prepared its input for another one. */
 static int32_t fallback_level(const bapq_run *run, int32_t chunk) {
+    const bapq_layer *layer = &run->store->layer[run->store->layer_of[chunk]];
     int32_t own = run->plan->level[chunk];
     for (int32_t level = own + 1; own != BAPQ_L32 && level < BAPQ_LEVELS; level++)
-        if (bapq_plan_holds(run->store, run->plan, level, chunk)) return level;
+        if (bapq_has_level(layer, level) && bapq_plan_holds(run->store, run->plan, level, chunk))
+            return level;
     return -1;
 }
 

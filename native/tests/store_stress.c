@@ -25,16 +25,19 @@ enum { REGIONS_MOST = 50, ROWS_MOST = 1000 };
 static const char *const PLANE_NAMES[BAPQ_PLANES] = {"f32", "r8", "p4", "m1", "s1"};
 static const uint8_t LEVEL_BITS[BAPQ_SKIP + 1] = {32, 8, 4, 2, 1, 0};
 
-/* Planes of all levels, and of 32, 4 and 1. */
-enum { ALL = (1 << BAPQ_PLANES) - 1, SOME = 1 << BAPQ_F32 | 1 << BAPQ_P4 | 1 << BAPQ_S1 };
+/* All levels; 32, 4 and 1; and 8 and 2, whose planes hold all that 4 and 1 read but their biases.
+ */
+enum { ALL = (1 << BAPQ_LEVELS) - 1, SOME = 1 << BAPQ_L32 | 1 << BAPQ_L4 | 1 << BAPQ_L1 };
+enum { SHARED = 1 << BAPQ_L8 | 1 << BAPQ_L2 };
 /* rows, stored_rows, columns, chunk_rows, first_chunk, residual_steps, has_bias, gathered,
- * read_by_row, planes, scale_columns, row_order, dropped_bias */
+ * read_by_row, levels, scale_columns, row_order, dropped_bias */
 static const int32_t row_order[] = {3, 16, 0, 14, 1, 15, 2, 17, 4, 13, 5, 6, 12, 7, 11, 8, 10, 9};
 static const float dropped_bias[] = {0.5f, -0.5f};
 static bapq_layer layers[] = {
     {256, 256, 96, 32, 0, 15, 1, 0, 0, ALL, {0, 0, 32, 0, 128}, NULL, NULL},
     {130, 100, 64, 16, 0, 12, 0, 0, 0, ALL, {0, 0, 64}, NULL, NULL},
     {70, 70, 200, 48, 0, 16, 1, 0, 0, SOME, {0, 0, 32}, NULL, NULL},
+    {90, 90, 96, 32, 0, 15, 1, 0, 0, SHARED, {0, 0, 32, 64, 0}, NULL, NULL},
     {128, 128, 32, 16, 0, 15, 0, 1, 0, ALL, {0, 0, 32}, NULL, NULL},
     {96, 96, 64, 16, 0, 15, 0, 1, 1, ALL, {0, 0, 64}, NULL, NULL},
     {18, 16, 512, 16, 0, 8, 1, 0, 0, ALL, {0, 0, 32}, row_order, dropped_bias}};
@@ -146,14 +149,6 @@ static void make_bank(const char *directory, uint64_t *state) {
     }
 }
 
-static bool has_level(const bapq_layer *layer, int32_t level) {
-    int32_t planes[2];
-    int32_t n = bapq_level_planes(level, planes);
-    bool has = true;
-    for (int32_t i = 0; i < n; i++) has = has && bapq_has_plane(layer, planes[i]);
-    return has;
-}
-
 static int64_t plane_bytes(int32_t level, int32_t chunk) {
     int32_t planes[2];
     int32_t n = bapq_level_planes(level, planes);
@@ -180,7 +175,7 @@ static void check_view(const bapq_chunk_view *view, int32_t layer, int32_t i) {
     int32_t n = bapq_level_planes(view->level, planes);
     check(view->chunk == layers[layer].first_chunk + i, "chunk %d of layer %d is %d", i, layer,
           view->chunk);
-    check(has_level(&layers[layer], view->level), "layer %d lacks level %d", layer,
+    check(bapq_has_level(&layers[layer], view->level), "layer %d lacks level %d", layer,
           LEVEL_BITS[view->level]);
     int32_t rows = layers[layer].stored_rows - view->first_row;
     check(view->rows == (rows < layers[layer].chunk_rows ? rows : layers[layer].chunk_rows),
@@ -301,7 +296,7 @@ static void publish(bapq_store *store, uint64_t *state, bool settled) {
     for (int32_t c = 0; c < chunk_count; c++) {
         const bapq_layer *layer = &layers[layer_of[c]];
         int32_t level = uniform < BAPQ_LEVELS ? uniform : (int32_t)draw(state, BAPQ_LEVELS);
-        while (!has_level(layer, level)) level = (level + 1) % BAPQ_LEVELS;
+        while (!bapq_has_level(layer, level)) level = (level + 1) % BAPQ_LEVELS;
         if (region >= 0 && !layer->gathered && draw(state, 3) == 0) level = BAPQ_SKIP;
         levels[c] = LEVEL_BITS[level];
         pinned[c] = draw(state, 4) < share;

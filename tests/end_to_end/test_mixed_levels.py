@@ -11,7 +11,7 @@ from bapq_edge import Session
 from bapq_edge.bank.layout import LEVELS
 from bapq_edge.bank.reader import Bank
 from bapq_edge.engine.native import Store
-from bapq_edge.errors import UnknownLevelError
+from bapq_edge.errors import BankIntegrityError, DegradedWarning, UnknownLevelError
 from bapq_edge.planner import Request, plan, problem_of
 from support.banks import graph_bytes, node, random_codes, write_bank
 from support.streaming import LINEAR, RELU, SCALE_COLUMNS
@@ -34,7 +34,7 @@ def _bank(path, own):
             "scale_columns": {
                 4: 32 if {8, 4} & set(levels) else 0,
                 2: 64 if 2 in levels else 0,
-                1: 128 if {2, 1} & set(levels) else 0,
+                1: 128 if 1 in levels else 0,
             },
             "has_bias": True,
             "levels": levels,
@@ -98,5 +98,44 @@ def test_the_store_refuses_a_level_whose_planes_lack_the_layer(banks):
         with pytest.raises(UnknownLevelError, match="chunk 0 cannot run at level 2"):
             store.publish(levels, good.pinned, good.ring_bytes, None, 1)
         store.publish(good.levels, good.pinned, good.ring_bytes, None, 1)
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize(
+    ("own", "plane", "stands_in"),
+    [((8,), "r8", False), ((8, 4), "r8", True), ((2,), "m1", False), ((2, 1), "m1", True)],
+)
+def test_only_a_level_of_the_layer_stands_in_for_a_damaged_plane(
+    tmp_path, x, own, plane, stands_in
+):
+    """At home p4 or s1 is there in any case, but not with what levels 4 and 1 need of it."""
+    path = _bank(tmp_path / "m.bank", {**dict.fromkeys(OWN, LEVELS), "first": own})
+    with open(path / f"planes/{plane}.bin", "r+b") as file:
+        byte = file.read(1)[0]
+        file.seek(0)
+        file.write(bytes([byte ^ 16]))
+    message = f"layer first: plane {plane}, chunk 0: CRC-32"
+    with Session(path, level=own[0], threads=1) as session:
+        for _ in range(2):
+            if stands_in:
+                with pytest.warns(DegradedWarning, match=message):
+                    session.run(None, {"x": x})
+            else:
+                with pytest.raises(BankIntegrityError, match=message):
+                    session.run(None, {"x": x})
+
+
+@pytest.mark.parametrize(("own", "level"), [((8, 2), 4), ((8, 2), 1)])
+def test_planes_alone_do_not_make_a_level(tmp_path, own, level):
+    path = _bank(tmp_path / "m.bank", {**dict.fromkeys(OWN, LEVELS), "first": own})
+    bank = Bank.open(path)
+    good = plan(problem_of(bank), Request(level=8))
+    store = Store(bank)
+    try:
+        levels = good.levels.copy()
+        levels[0] = level
+        with pytest.raises(UnknownLevelError, match=f"level {level}: its layer lacks it"):
+            store.publish(levels, good.pinned, good.ring_bytes, None, 1)
     finally:
         store.close()

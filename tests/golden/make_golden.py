@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from bapq_edge.bank.codes import LayerCodes, from_bf16, to_bf16
-from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, planes_for
+from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, planes_for, scaled_levels
 from bapq_edge.bank.manifest import Calibration, KeptNode, SourceModel
 from bapq_edge.bank.writer import BankWriter
 
@@ -49,7 +49,7 @@ LAYERS = {
         "residual_steps": 16,
         "scale_columns": {4: 64},
         "has_bias": True,
-        "levels": (8, 4),
+        "levels": (8,),
     },
     "last": {
         "operators": ("Conv",),
@@ -58,7 +58,7 @@ LAYERS = {
         "columns": 40,
         "chunk_rows": 16,
         "residual_steps": 9,
-        "scale_columns": {2: 32, 1: 64},
+        "scale_columns": {2: 32},
         "has_bias": False,
         "levels": (32, 2),
     },
@@ -69,7 +69,8 @@ def golden_codes(name: str) -> LayerCodes:
     """The codes of a layer of the golden bank."""
     layer = LAYERS[name]
     random = np.random.RandomState(len(name))
-    planes = planes_for(layer.get("levels", LEVELS))
+    levels = layer.get("levels", LEVELS)
+    planes = planes_for(levels)
     rows = layer["stored_rows"]
     shape = rows, layer["columns"]
     weight = random.uniform(-1, 1, shape).astype(np.float32)
@@ -80,11 +81,11 @@ def golden_codes(name: str) -> LayerCodes:
         if plane != "f32":
             top = 16 if plane in ("p4", "r8") else 2
             codes.codes[plane] = random.randint(0, top, shape).astype(np.uint8)
-        if plane in SCALED_PLANES:
+        if SCALED_PLANES.get(plane) in scaled_levels(levels):
             groups = -(-layer["columns"] // layer["scale_columns"][level])
             scales = random.uniform(0.001, 1, (rows, groups)).astype(np.float32)
             codes.scales[level] = from_bf16(to_bf16(scales))
-        if layer["has_bias"]:
+        if layer["has_bias"] and level in levels:
             codes.bias[level] = random.uniform(-1, 1, rows).astype(np.float32)
     return codes
 

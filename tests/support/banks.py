@@ -9,7 +9,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from bapq_edge.bank.codes import LayerCodes, from_bf16, to_bf16
-from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, Level, planes_for
+from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, Level, planes_for, scaled_levels
 from bapq_edge.bank.manifest import SourceModel
 from bapq_edge.bank.writer import BankWriter
 from bapq_edge.engine.graph import RUN_INPUT
@@ -34,12 +34,12 @@ def random_codes(
         else:
             top = 16 if plane in ("p4", "r8") else 2
             codes.codes[plane] = rng.integers(0, top, (rows, columns), dtype=np.uint8)
-        if plane in SCALED_PLANES:
-            level = SCALED_PLANES[plane]
+        level = SCALED_PLANES.get(plane)
+        if level in scaled_levels(levels):
             groups = -(-(-(-columns // 32) * 32) // scale_columns[level])
             values = 10 ** rng.uniform(-2, 0, (rows, groups))
             codes.scales[level] = from_bf16(to_bf16(values.astype(np.float32)))
-        if has_bias:
+        if has_bias and PLANES[plane] in levels:
             codes.bias[PLANES[plane]] = rng.standard_normal(rows).astype(np.float32)
     return codes
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bapq_edge.bank.codes import LayerCodes, from_bf16, to_bf16
-from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, Level, planes_for
+from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, Level, planes_for, scaled_levels
 from bapq_edge.bank.manifest import SourceModel
 from bapq_edge.bank.writer import BankWriter
 
@@ -54,7 +54,8 @@ PRUNED = (
 def random_codes(shape: Shape, levels=LEVELS, seed=0) -> LayerCodes:
     random = np.random.default_rng([seed, shape.rows, shape.columns])
     codes = LayerCodes()
-    for plane in planes_for(shape.own_levels or levels):
+    own = shape.own_levels or levels
+    for plane in planes_for(own):
         level = PLANES[plane]
         if plane == "f32":
             codes.weight = random.standard_normal((shape.stored_rows, shape.columns), np.float32)
@@ -63,12 +64,12 @@ def random_codes(shape: Shape, levels=LEVELS, seed=0) -> LayerCodes:
             codes.codes[plane] = random.integers(
                 0, top, (shape.stored_rows, shape.columns), dtype=np.uint8
             )
-        if plane in SCALED_PLANES:
+        if SCALED_PLANES.get(plane) in scaled_levels(own):
             groups = -(-shape.columns // shape.scale_columns)
             codes.scales[level] = from_bf16(
                 to_bf16(random.random((shape.stored_rows, groups), np.float32))
             )
-        if shape.has_bias:
+        if shape.has_bias and level in own:
             codes.bias[level] = random.standard_normal(shape.stored_rows, np.float32)
     return codes
 
@@ -96,7 +97,6 @@ def random_sensitivity(shape: Shape, levels=LEVELS) -> np.ndarray:
 
 def add(writer: BankWriter, name: str, shape: Shape, codes: LayerCodes, levels=LEVELS, **other):
     own = shape.own_levels or levels
-    scaled = {SCALED_PLANES[plane] for plane in planes_for(own) if plane in SCALED_PLANES}
     description = {
         "operators": ("Gemm",),
         "rows": shape.rows,
@@ -104,7 +104,7 @@ def add(writer: BankWriter, name: str, shape: Shape, codes: LayerCodes, levels=L
         "columns": shape.columns,
         "chunk_rows": shape.chunk_rows,
         "residual_steps": shape.residual_steps,
-        "scale_columns": {level: shape.scale_columns for level in scaled},
+        "scale_columns": {level: shape.scale_columns for level in scaled_levels(own)},
         "has_bias": shape.has_bias,
         "relative_error": {level: 1 / level for level in own},
         "sensitivity": random_sensitivity(shape, levels),

@@ -9,7 +9,7 @@ import pytest
 from onnx import GraphProto, NodeProto
 
 from bapq_edge.bank.codes import check_values, dequantize
-from bapq_edge.bank.layout import LEVELS, PLANES, PLANES_OF_LEVEL, planes_for
+from bapq_edge.bank.layout import LEVELS, PLANES_OF_LEVEL, planes_for
 from bapq_tools.passes.ir import HeavyLayer, LayerOptions, LayerUse
 from bapq_tools.passes.moments import Centred
 from bapq_tools.passes.quantize import SCALE_COLUMNS, quantize_layer
@@ -125,7 +125,8 @@ def test_any_set_of_levels_fills_exactly_its_planes(levels):
     planes = planes_for(levels)
     assert set(codes.codes) == set(planes) - {"f32"}
     assert (codes.weight is not None) == (32 in levels)
-    assert set(codes.bias) == {PLANES[plane] for plane in planes}
+    assert set(codes.bias) == set(levels)
+    assert set(codes.scales) == {4 if level == 8 else level for level in levels} - {32}
     assert set(info.relative_error) == set(levels)
     assert set(info.scale_columns) == set(codes.scales)
     whole, _ = quantize(layer(w, bias), None, LayerOptions(LEVELS))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from bapq_edge.bank.codes import LayerCodes, dequantize, join_rows
-from bapq_edge.bank.layout import PLANES, SCALED_PLANES, Level, planes_for
+from bapq_edge.bank.layout import Level, planes_for, scaled_levels
 
 from .ir import HeavyLayer, LayerOptions, MatrixStats
 from .rounding import (
@@ -232,22 +232,20 @@ def join_layer(
             if plane in wanted:
                 codes.codes[plane] = np.concatenate([run.codes.codes[plane] for run in runs])
         for level in runs[0].codes.scales:
-            if any(SCALED_PLANES.get(plane) == level for plane in wanted):
+            if level in scaled_levels(levels):
                 codes.scales[level] = np.concatenate([run.codes.scales[level] for run in runs])
         for level in family:
             errors[level] = np.concatenate([run.levels[level].row_error for run in runs]) * often
             shifts[level] = np.concatenate([run.levels[level].shift for run in runs])
             methods[level] = _most([run.levels[level].method for run in runs])
         norm = float((np.concatenate([run.row_norm for run in runs]) * often).sum())
-    completed = [PLANES[plane] for plane in wanted]
     pays = any(
-        float(np.square(shifts[level]).sum()) > _BIAS_GAIN * errors[level].sum()
-        for level in completed
+        float(np.square(shifts[level]).sum()) > _BIAS_GAIN * errors[level].sum() for level in levels
     )
     gathered = any(use.operator == "Gather" for use in layer.uses)
     if layer.bias is not None or (calibrated and pays and not gathered):
         bias = np.zeros(rows, np.float32) if layer.bias is None else layer.bias
-        for level in completed:
+        for level in levels:
             codes.bias[level] = (bias + shifts[level]).astype(np.float32)
     return QuantizedLayer(
         codes,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from bapq_edge.bank.layout import SCALED_PLANES, Level, TileGeometry, planes_for, tiles_of
+from bapq_edge.bank.layout import Level, TileGeometry, planes_for, tiles_of
 from bapq_edge.bank.npy import BIAS_DTYPE, ROW_DTYPE
 from bapq_edge.bank.writer import BankWriter, chunk_rows_for
 
@@ -65,12 +65,10 @@ def tile_bytes(
     columns: int, levels: tuple[Level, ...], scale_columns: Mapping[Level, int], has_bias: bool
 ) -> int:
     """Bytes of 16 rows of a layer, in all planes that the levels read."""
-    total = 0
-    for plane in planes_for(levels):
-        scaled = SCALED_PLANES.get(plane)
-        group = 0 if scaled is None else scale_columns[scaled]
-        total += TileGeometry(plane, columns, group, has_bias).record_bytes
-    return total
+    return sum(
+        TileGeometry.of_layer(plane, levels, columns, scale_columns, has_bias).record_bytes
+        for plane in planes_for(levels)
+    )
 
 
 def _dropped_rows(

@@ -86,8 +86,6 @@ def measure(name: str) -> dict[str, Any]:
             session.set_bits(bits)
             found = judge(case, _answers(session, case), reference)
             result["plans"][bits] = {**found, "used_bits": session.stats().bits_per_weight}
-    opened = Bank.open(bank)
-    result["level_bytes"] = {level: opened.weight_bytes(level) for level in LEVELS}
     result["bank_bytes"] = {
         str(levels): _bank_bytes(model, folder, levels) for levels in LEVEL_SETS
     }
@@ -99,15 +97,20 @@ def _answers(session: Any, case: Case) -> list[np.ndarray]:
 
 
 def _bank_bytes(model: Path, folder: Path, levels: tuple[Level, ...]) -> dict[str, int]:
-    """Size of a bank of some levels, of all its files and of its planes; codes do not matter."""
+    """Size of a bank of some levels: of all its files, its planes, and what each level reads.
+
+    Codes do not matter for that, so it is built without calibration data.
+    """
     path = folder / "size.bank"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UncalibratedWarning)
         build(model, path, None, levels, progress=False)
+    opened = Bank.open(path)
+    by_level = {str(level): opened.weight_bytes(level) for level in levels}
     files = {file: file.stat().st_size for file in path.rglob("*") if file.is_file()}
     shutil.rmtree(path)
     planes = sum(size for file, size in files.items() if file.parent.name == "planes")
-    return {"all": sum(files.values()), "planes": planes}
+    return {"all": sum(files.values()), "planes": planes, **by_level}
 
 
 def _quality(found: dict[str, Any], fp32: dict[str, Any]) -> str:
@@ -163,7 +166,8 @@ def _byte_table(results: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[li
     rows = []
     for each in results:
         only8 = each["bank_bytes"][str((8,))]
-        saved = {k: 1 - each["level_bytes"][k] / each["level_bytes"][8] for k in (4, 2)}
+        read = each["bank_bytes"][str((8, 4, 2))]
+        saved = {level: 1 - read[str(level)] / read["8"] for level in (4, 2)}
         rows.append(
             [
                 each["model"],

@@ -168,9 +168,9 @@ def _per_chain(function: Callable[[int], T], chains: Iterable[int]) -> dict[int,
 
 
 def _blocks(columns: int) -> tuple[slice, ...]:
-    """Runs of columns of equal width, multiples of 128 so that no scale group is cut."""
+    """Runs of columns of equal width, multiples of 384 so that no scale group is cut."""
     count = -(-columns // _BLOCK_COLUMNS)
-    width = -(-columns // (count * 128)) * 128
+    width = -(-columns // (count * 384)) * 384
     return tuple(slice(b, min(b + width, columns)) for b in range(0, columns, width))
 
 

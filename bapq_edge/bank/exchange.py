@@ -94,6 +94,7 @@ def pack(directory: str | os.PathLike[str], bank_path: str | os.PathLike[str]) -
                 residual_steps=layer.residual_steps,
                 scale_columns=layer.scale_columns,
                 has_bias=layer.has_bias,
+                method=layer.method,
                 relative_error=layer.relative_error,
                 sensitivity=sensitivity[layer.first_chunk :][: layer.chunk_count],
                 stored_rows=layer.stored_rows,

@@ -49,6 +49,7 @@ __all__ = [
     "KeptNode",
     "Layer",
     "Manifest",
+    "Method",
     "Operator",
     "PlaneEntry",
     "SourceModel",
@@ -79,6 +80,7 @@ MAX_CHUNK_BYTES = (1 << 31) - 1
 """Fits the table's u4 and any signed 32-bit index."""
 
 Operator = Literal["MatMul", "Gemm", "Conv", "Gather"]
+Method = Literal["nearest", "compensated"]
 
 
 def _integer(low: int, high: int, step: int = 1) -> Rule:
@@ -171,6 +173,9 @@ class Layer:
     """Level-8 steps in one level-4 step, 8 to 16."""
     scale_columns: dict[Level, ScaleColumns]
     """Columns per scale of the levels 4 (and 8), 2 and 1 that the layer has."""
+    method: dict[Level, Method]
+    """How the codes of most rows were chosen, for the levels below 32: as the nearest to each
+    weight, or such that they make up for each other's errors."""
     relative_error: dict[Level, Fraction]
     """||(w - w_level) x|| / ||w x|| on the calibration data (uncalibrated: x = 1s), for the levels
     that the layer has: those of the bank, or some of them."""
@@ -427,6 +432,13 @@ def _check_layers(manifest: Manifest, check: Callable[..., None]) -> None:
             f"{at}.scale_columns",
             f"for levels {sorted(layer.scale_columns)}",
             sorted(scaled),
+        )
+        chosen = set(layer.levels) - {32}
+        check(
+            set(layer.method) == chosen,
+            f"{at}.method",
+            f"for levels {sorted(layer.method)}",
+            sorted(chosen),
         )
         tiles = tiles_of(min(stored, layer.chunk_rows))
         chunk_bytes = tiles * max(layer.geometry(plane).record_bytes for plane in layer.planes)

@@ -29,6 +29,7 @@ from .manifest import (
     KeptNode,
     Layer,
     Manifest,
+    Method,
     Operator,
     PlaneEntry,
     SourceModel,
@@ -152,6 +153,7 @@ class BankWriter:
         residual_steps: int,
         scale_columns: Mapping[Level, int],
         has_bias: bool,
+        method: Mapping[Level, Method],
         relative_error: Mapping[Level, float],
         sensitivity: NDArray[np.float32],
         stored_rows: int | None = None,
@@ -161,6 +163,7 @@ class BankWriter:
         """Write the chunks of one layer.
 
         `relative_error` is given for the levels that the layer has: those of the bank or some.
+        `method` says for those below 32 how the codes were chosen.
         `sensitivity` is (chunks of the layer, levels of the bank) float32: what each chunk adds to
         the square of `relative_error`, 0 for a level that the layer lacks. Of its `rows` a layer
         may store only some; the weights of the others must all be zero. `codes` then hold
@@ -191,6 +194,7 @@ class BankWriter:
             has_bias=bool(has_bias),
             residual_steps=int(residual_steps),
             scale_columns={level: int(value) for level, value in scale_columns.items()},
+            method=dict(method),
             relative_error={level: float(value) for level, value in relative_error.items()},
         )
         layer.check(f"layer {name}")

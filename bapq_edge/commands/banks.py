@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..bank.exchange import pack, unpack
+from ..bank.layout import Level
+from ..bank.manifest import Layer
 from ..bank.reader import Bank
 from ..bank.verify import verify
 from ..errors import BankIntegrityError
@@ -38,19 +40,18 @@ def _inspect(arguments: argparse.Namespace) -> None:
         size = format_size(bank.weight_bytes(level))
         print(f"{level:5}  {bank.bits_per_weight(level):11.2f}  {size:>15}")
     levels = [level for level in bank.levels if level != 32]
-    errors = "".join(f"  error@{level}" for level in levels)
+    errors = "".join(f"  {f'error@{level}':>8}" for level in levels)
     width = max(len(layer.name) for layer in manifest.layers)
     print(f"\n{'layer':{width}}  {'operator':14}  {'rows x columns':>15}  chunks{errors}")
     for layer in manifest.layers:
         whole = layer.stored_rows == layer.rows
         rows = str(layer.rows) if whole else f"{layer.stored_rows} of {layer.rows}"
         shape = f"{rows} x {layer.columns}"
-        values = "".join(
-            f"  {_error(layer.relative_error.get(level)):>{len(f'error@{level}')}}"
-            for level in levels
-        )
+        values = "".join(f"  {_error(layer, level):>8}" for level in levels)
         operators = "+".join(layer.operators)
         print(f"{layer.name:{width}}  {operators:14}  {shape:>15}  {layer.chunk_count:6}{values}")
+    if levels:
+        print("\nerror: relative, of the layer's output; codes: c compensated, n nearest")
     if manifest.kept_in_float:
         print("\nkept in float by the graph engine:")
         width = max(len(node.name) for node in manifest.kept_in_float)
@@ -58,8 +59,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
             print(f"  {node.name:{width}}  {node.operator:14} {node.weights:>10,}  {node.reason}")
 
 
-def _error(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _error(layer: Layer, level: Level) -> str:
+    if level not in layer.levels:
+        return "-"
+    return f"{layer.relative_error[level]:.4f} {layer.method[level][0]}"
 
 
 def add_verify(commands: Any) -> None:

@@ -71,7 +71,13 @@ def test_build_inspect_verify_run_unpack_pack(place, tmp_path):
         "200 calibration",
     ):
         assert part in text
-    assert json.loads(bapq("inspect", place / "digits.bank", "--json"))["levels"] == [8, 4, 2, 1]
+    manifest = json.loads(bapq("inspect", place / "digits.bank", "--json"))
+    assert manifest["levels"] == [8, 4, 2, 1]
+    for layer in manifest["layers"]:
+        (row,) = (line for line in text.splitlines() if line.startswith(layer["name"] + " "))
+        error, method = layer["relative_error"], layer["method"]
+        assert row.endswith("  ".join(f"{error[i]:.4f} {method[i][0]}" for i in "8421"))
+    assert {layer["method"]["4"] for layer in manifest["layers"]} == {"compensated"}
     bapq("verify", place / "digits.bank")
     bapq("unpack", place / "digits.bank", tmp_path / "tree")
     bapq("pack", tmp_path / "tree", tmp_path / "packed.bank")

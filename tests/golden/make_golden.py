@@ -64,6 +64,8 @@ LAYERS = {
     },
 }
 
+METHODS = {8: "compensated", 4: "compensated", 2: "nearest", 1: "nearest"}
+
 
 def golden_codes(name: str) -> LayerCodes:
     """The codes of a layer of the golden bank."""
@@ -129,6 +131,7 @@ def write_golden(path: Path) -> None:
             writer.add_layer(
                 name,
                 codes=golden_codes(name),
+                method={level: METHODS[level] for level in errors if level != 32},
                 relative_error=errors,
                 sensitivity=golden_sensitivity(name),
                 **golden_rows(name),

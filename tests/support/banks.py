@@ -91,6 +91,7 @@ def write_bank(
                 name,
                 (operators,) if isinstance(operators, str) else operators,
                 codes,
+                method={level: "nearest" for level in own if level != 32},
                 relative_error={
                     level: float(np.sqrt(share))
                     for level, share in zip(levels, shares, strict=True)

@@ -106,6 +106,7 @@ def add(writer: BankWriter, name: str, shape: Shape, codes: LayerCodes, levels=L
         "residual_steps": shape.residual_steps,
         "scale_columns": {level: shape.scale_columns for level in scaled_levels(own)},
         "has_bias": shape.has_bias,
+        "method": {level: "nearest" for level in own if level != 32},
         "relative_error": {level: 1 / level for level in own},
         "sensitivity": random_sensitivity(shape, levels),
         **random_rows(shape),

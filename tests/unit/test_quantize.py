@@ -128,6 +128,7 @@ def test_any_set_of_levels_fills_exactly_its_planes(levels):
     assert set(codes.bias) == set(levels)
     assert set(codes.scales) == {4 if level == 8 else level for level in levels} - {32}
     assert set(info.relative_error) == set(levels)
+    assert info.method == {level: "nearest" for level in levels if level != 32}
     assert set(info.scale_columns) == set(codes.scales)
     whole, _ = quantize(layer(w, bias), None, LayerOptions(LEVELS))
     for level in levels:

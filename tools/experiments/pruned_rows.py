@@ -113,6 +113,7 @@ def _reorder(source: Path, target: Path) -> None:
             residual_steps=layer.residual_steps,
             scale_columns=layer.scale_columns,
             has_bias=layer.has_bias,
+            method=layer.method,
             relative_error=layer.relative_error,
             sensitivity=bank.sensitivity(),
             row_order=order,

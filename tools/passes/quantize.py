@@ -16,6 +16,7 @@ import numpy as np
 
 from bapq_edge.bank.codes import LayerCodes, dequantize, join_rows
 from bapq_edge.bank.layout import Level, planes_for, scaled_levels
+from bapq_edge.bank.manifest import Method
 
 from .ir import HeavyLayer, LayerOptions, MatrixStats
 from .rounding import (
@@ -83,7 +84,7 @@ class LevelResult:
     """(rows,) float64: mean square of the error that the rounding adds to a row's output"""
     shift: np.ndarray
     """(rows,) float64: mean of the output that the bias must make up for"""
-    method: str
+    method: Method
     """nearest or compensated"""
 
 
@@ -106,8 +107,8 @@ class QuantizedLayer:
     scale_columns: dict[Level, int]
     row_error: dict[Level, np.ndarray]
     """(rows,) float64: squared output error of a row over the squared output of the layer"""
-    method: dict[Level, str]
-    """of levels below 32: nearest or compensated"""
+    method: dict[Level, Method]
+    """of levels below 32"""
     output_error: dict[Level, float] = field(default_factory=dict)
     """square of the model's relative output error with this layer alone at the level; empty where
     it was not measured"""
@@ -219,7 +220,7 @@ def join_layer(
     codes = LayerCodes(weight=layer.weight if 32 in levels else None)
     errors: dict[Level, np.ndarray] = {}
     shifts: dict[Level, np.ndarray] = {}
-    methods: dict[Level, str] = {}
+    methods: dict[Level, Method] = {}
     norm = 0.0
     rows = len(layer.weight)
     often = 1.0 if row_weight is None else row_weight
@@ -460,5 +461,5 @@ def _target(weight: np.ndarray, stats: MatrixStats, level: Level) -> np.ndarray:
     return best
 
 
-def _most(methods: list[str]) -> str:
+def _most(methods: list[Method]) -> Method:
     return max(sorted(set(methods)), key=methods.count)

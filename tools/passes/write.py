@@ -51,6 +51,7 @@ def write_layer(
         residual_steps=quantized.residual_steps,
         scale_columns=quantized.scale_columns,
         has_bias=has_bias,
+        method=quantized.method,
         relative_error=quantized.relative_error,
         sensitivity=_sensitivity(quantized, levels, chunk_rows),
         row_order=row_order,

@@ -114,12 +114,12 @@ def test_results_come_in_order_from_processes_that_end(tmp_path):
 
 @pytest.mark.usefixtures("everything_is_worth_a_process")
 def test_errors_of_workers_are_our_own(tmp_path):
-    with pytest.raises(CalibrationError, match=r"sample \d is bad"):
-        with Workers(2, folder=tmp_path) as pool:
-            list(pool.map(_refuse, [(n,) for n in range(4)], 1))
-    with pytest.raises(WorkerError, match="fewer --workers") as caught:
-        with Workers(2, folder=tmp_path) as pool:
-            list(pool.map(_die, [(n,) for n in range(4)], 1))
+    bad = pytest.raises(CalibrationError, match=r"sample \d is bad")
+    with bad, Workers(2, folder=tmp_path) as pool:
+        list(pool.map(_refuse, [(n,) for n in range(4)], 1))
+    lost = pytest.raises(WorkerError, match="fewer --workers")
+    with lost as caught, Workers(2, folder=tmp_path) as pool:
+        list(pool.map(_die, [(n,) for n in range(4)], 1))
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -173,10 +173,13 @@ def test_cluster_that_loses_its_workers(tmp_path):
     from distributed import LocalCluster
 
     options = {"threads_per_worker": 1, "dashboard_address": ":0", "silence_logs": 50}
-    with LocalCluster(n_workers=1, processes=True, **options) as local:
-        with pytest.raises(ClusterError, match="finished layers are kept") as caught:
-            with Workers(1, local.scheduler_address) as pool:
-                list(pool.map(_die, [(n,) for n in range(2)], 1))
+    failed = pytest.raises(ClusterError, match="finished layers are kept")
+    with (
+        LocalCluster(n_workers=1, processes=True, **options) as local,
+        failed as caught,
+        Workers(1, local.scheduler_address) as pool,
+    ):
+        list(pool.map(_die, [(n,) for n in range(2)], 1))
     assert "\n" not in str(caught.value)
 
 
@@ -196,9 +199,9 @@ def test_cluster_that_is_not_there(address, samples, tmp_path, monkeypatch, capf
 
 def test_cluster_of_another_version(cluster, monkeypatch):
     monkeypatch.setattr(workers, "__version__", "9.9")
-    with pytest.raises(ClusterError, match=r"has bapq-edge \S+, this machine 9\.9"):
-        with Workers(1, cluster):
-            pass
+    refused = pytest.raises(ClusterError, match=r"has bapq-edge \S+, this machine 9\.9")
+    with refused, Workers(1, cluster):
+        pass
 
 
 def test_without_distributed(samples, tmp_path, monkeypatch):

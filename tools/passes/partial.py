@@ -45,7 +45,7 @@ class PartialBank:
     def __init__(
         self, bank: Path, key: Mapping[str, object], say: Callable[[str], None] = lambda _: None
     ) -> None:
-        """`key` is JSON and tells everything that the layers depend on; `say` is told what stays."""
+        """`key`: all that the layers depend on; `say` is told what is found and what stays."""
         bank = Path(os.path.realpath(bank))
         self.folder = bank.with_name(bank.name + ".bapq-partial")
         self._key = json.loads(json.dumps(key))

@@ -28,7 +28,8 @@
     ├── ExecutionError                  the graph engine failed during a run
     ├── StorageError                    the disk: full, unreadable, not writable
     ├── PlatformError                   this machine cannot run BAPQ-Edge
-    ├── ClusterError                    the Dask cluster of a build does not answer
+    ├── ClusterError                    the Dask cluster of a build cannot be used
+    ├── WorkerError                     a process of a build was killed
     └── MissingExtraError               an optional package is not installed
 
     BapqWarning
@@ -79,6 +80,7 @@ __all__ = [
     "UncalibratedWarning",
     "UnknownLevelError",
     "UnsupportedModelError",
+    "WorkerError",
 ]
 
 
@@ -257,9 +259,15 @@ class MissingExtraError(BapqError, ImportError):
 
 
 class ClusterError(BapqError, ConnectionError):
-    """The Dask cluster that a build was to use does not answer."""
+    """The Dask cluster that a build was to use does not answer, or failed."""
 
     exit_code = 62
+
+
+class WorkerError(BapqError, RuntimeError):
+    """A process that a build had started was killed, most often for lack of memory."""
+
+    exit_code = 63
 
 
 class BapqWarning(UserWarning):

@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnxruntime
 
 from bapq_edge import __version__
 from bapq_edge.bank.layout import (
@@ -31,6 +33,7 @@ from bapq_edge.errors import (
 )
 
 from .importers.onnx_file import load_model
+from .passes import graph as graphs
 from .passes.assemble import assemble, drop_replaced
 from .passes.calibration import CalibrationSource, load_calibration
 from .passes.fold import fold
@@ -89,8 +92,10 @@ def build_bank(
     """Compile a model into a bank and return the bank's path.
 
     `calibration` is an .npz file or a mapping, one array per model input, samples on the first
-    axis. `workers` is the number of threads, by default that of the usable cores; the bank does not
-    depend on it. A bank that stands at `out` is replaced once the new one is whole.
+    axis. `workers` is the number of processes, by default that of the usable cores; `dask` is the
+    address of a Dask scheduler whose workers are used instead. The bank depends on neither. A bank
+    that stands at `out` is replaced once the new one is whole; a build that was stopped goes on
+    from the layers it had finished.
 
     `recipe` is a YAML file or what it would hold: what is done otherwise for some layers. `levels`,
     by default 8, 4, 2 and 1, and `prune_tau` stand in for its settings of all layers. With
@@ -102,6 +107,7 @@ def build_bank(
         UnknownLevelError: a level that is none of 32, 8, 4, 2, 1, or no level at all.
         BankFormatError: something else than a bank stands at `out`.
         StorageError: the disk.
+        ClusterError, WorkerError: a worker is lost, or was never there.
     """
     report = build(model, out, calibration, levels, workers, progress, recipe, prune_tau, dask)
     return Path(report.bank)
@@ -154,12 +160,16 @@ def build(
     weights = sum(layer.weight.size for layer in plan.layers)
     seen = None if data is None else Calibration(data.samples, data.blake2b)
     key = {
-        "model": source.blake2b,
+        "model": _digest_of(folded, plan),
         "calibration": None if data is None else data.blake2b,
+        "levels": wanted,
         "options": {name: repr(entry) for name, entry in options.items()},
-        "version": __version__,
+        "versions": [__version__, np.__version__, onnxruntime.__version__],
     }
-    with PartialBank(out, key) as partial, Workers(workers, dask, partial.scratch) as pool:
+    with (
+        PartialBank(out, key, stages.say) as partial,
+        Workers(workers, dask, partial.scratch) as pool,
+    ):
         with stages.stage("quantize") as advance:
             quantize_layers(folded, plan, data, wanted, options, pool, partial, advance)
         del data
@@ -174,6 +184,18 @@ def build(
                 advance()
             manifest = writer.finish(assemble(folded, plan), plan.kept_in_float)
     return _report(out, manifest, weights, stages, pruned)
+
+
+def _digest_of(folded: onnx.ModelProto, plan: LayerPlan) -> str:
+    """BLAKE2b-128 over graph and weights, wherever the source kept them; `folded` has none."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(graphs.without_weights(folded).SerializeToString(deterministic=True))
+    for tensor in graphs.tensors(folded.graph):
+        digest.update(tensor.raw_data)
+    for layer in plan.layers:
+        digest.update(layer.weight)
+        digest.update(b"" if layer.bias is None else layer.bias)
+    return digest.hexdigest()
 
 
 def _checked_levels(levels: Iterable[int]) -> tuple[Level, ...]:

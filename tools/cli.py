@@ -56,7 +56,12 @@ def add_build_command(commands: Any) -> None:
         help="print the sensitive layers as a recipe; without -o no bank is left",
     )
     build.add_argument(
-        "--workers", type=_positive, metavar="N", help="threads (default: all cores)"
+        "--workers", type=_positive, metavar="N", help="processes (default: one per core)"
+    )
+    build.add_argument(
+        "--dask",
+        metavar="ADDRESS",
+        help="spread the work over the Dask cluster of this scheduler, such as tcp://host:8786",
     )
     build.add_argument("--quiet", action="store_true", help="show no progress and no summary")
     build.add_argument(
@@ -95,6 +100,7 @@ def _build(arguments: argparse.Namespace, out: Path) -> BuildReport:
             progress=not arguments.quiet,
             recipe=arguments.recipe,
             prune_tau=arguments.prune_tau,
+            dask=arguments.dask,
         )
 
 

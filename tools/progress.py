@@ -21,6 +21,11 @@ class Progress:
         """Duration of each finished stage"""
         self._enabled = enabled
 
+    def say(self, text: str) -> None:
+        """Show a line; not inside of a stage."""
+        if self._enabled:
+            print(f"bapq: {text}", file=sys.stderr)
+
     @contextlib.contextmanager
     def stage(self, name: str, steps: float = 1) -> Iterator[Callable[..., None]]:
         """Context of one stage; call what it yields after each step, or with how much was done."""

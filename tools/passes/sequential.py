@@ -48,7 +48,7 @@ def quantize_layers(
     total = sum(map(work_of, plan.layers))
     if data is None or levels == (32,):
         for number, layer in enumerate(plan.layers):
-            if partial.get(number, layer) is None:
+            if number not in partial:
                 partial.put(number, *_quantize([_Seen(layer)], options, workers))
             advance(work_of(layer) / total)
         return
@@ -56,10 +56,8 @@ def quantize_layers(
     def feeds(chain: int, layer: HeavyLayer) -> dict[str, np.ndarray]:
         if chain == FLOAT:
             return weight_feeds(layer, layer.weight, layer.bias)
-        found = partial.get(index[layer.name], layer)
-        if found is None:
-            raise ValueError(f"layer {layer.name} is read before it is quantized")
-        level = level_within(found.levels, chain)
+        level = level_within(options[layer.name].levels, chain)
+        found = partial.get(index[layer.name], layer, level)
         return weight_feeds(layer, found.weight(level), found.bias(level))
 
     reference = Reference(model, plan)
@@ -68,7 +66,7 @@ def quantize_layers(
     stages = list(reference.stages())
     for number, stage in enumerate(stages):
         chains.run(stage)
-        missing = [layer for layer in stage.layers if partial.get(index[layer.name], layer) is None]
+        missing = [layer for layer in stage.layers if index[layer.name] not in partial]
         if missing:
             rest = [node for later in stages[number + 1 :] for node in later.nodes]
             errors = OutputErrors(reference, chains, rest, workers.count)

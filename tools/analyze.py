@@ -14,7 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from bapq_edge.bank.layout import PLANES_OF_LEVEL, Level, level_within
+from bapq_edge.bank.layout import (
+    PLANES_OF_LEVEL,
+    Level,
+    TileGeometry,
+    level_within,
+    tiles_of,
+)
 from bapq_edge.bank.reader import Bank
 
 __all__ = ["Analysis", "Finding", "LevelChange", "analyze", "to_yaml"]
@@ -140,24 +146,26 @@ class _Table:
         sensitivity = bank.sensitivity().astype(np.float64)
         self.layers = {layer.name: layer for layer in bank.manifest.layers}
         self._error = {}
-        self._bytes = {}
         for name, layer in self.layers.items():
             chunks = layer.chunk_range
             for level in layer.levels:
                 column = bank.manifest.levels.index(level)
                 self._error[name, level] = float(sensitivity[chunks, column].sum())
-                self._bytes[name, level] = sum(
-                    int(bank.chunks(plane)["bytes"][chunks].sum())
-                    for plane in PLANES_OF_LEVEL[level]
-                )
 
     def error(self, name: str, own: tuple[Level, ...], level: Level) -> float:
         """Of a layer that has the levels `own`, where `level` is asked for."""
         return self._error[name, level_within(own, level)]
 
     def bytes(self, name: str, own: tuple[Level, ...], level: Level) -> int:
-        """As `error`."""
-        return self._bytes[name, level_within(own, level)]
+        """As `error`. What a plane holds of the layer depends on all levels of the layer."""
+        layer = self.layers[name]
+        record_bytes = sum(
+            TileGeometry.of_layer(
+                plane, own, layer.columns, layer.scale_columns, layer.has_bias
+            ).record_bytes
+            for plane in PLANES_OF_LEVEL[level_within(own, level)]
+        )
+        return tiles_of(layer.stored_rows) * record_bytes
 
 
 def _outstanding(table: _Table, left: dict[str, tuple[Level, ...]], level: Level) -> list[Finding]:

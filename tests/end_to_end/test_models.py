@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from bapq_edge import Session
 from bapq_edge.bank.exchange import pack, unpack
 from bapq_edge.bank.layout import LEVELS
 from bapq_edge.bank.verify import verify
+from bapq_edge.errors import UncalibratedWarning
 from bapq_tools.zoo import make_model
 from bapq_tools.zoo.digits import INPUT_NAMES, calibration_npz, split_of
 from bapq_tools.zoo.light_cnns import LIGHT_CNNS
@@ -26,6 +28,7 @@ MOST_LOST = {  # right answers of 600 that a level may lose
     "mlp": {8: 1, 4: 2, 2: 4, 1: 24},
     "resnet": {8: 1, 4: 1, 2: 4, 1: 8},
 }
+QUICK_TO_CALIBRATE = {"shufflenet", "squeezenet"}
 LARGE = {"bvlc_alexnet", "vgg19", "zfnet512"}  # 240 to 575 MB of weights each
 
 
@@ -159,13 +162,16 @@ def test_cnn_architectures_run_at_every_level(name, tmp_path):
     rng = np.random.default_rng(0)
     feed = {x.name: rng.standard_normal(x.shape).astype(np.float32)}
     (reference,) = session.run(None, feed)
-    bank = bapq_tools.build_bank(
-        model,
-        tmp_path / "model.bank",
-        calibration={x.name: rng.standard_normal(x.shape).astype(np.float32)},
-        levels=LEVELS,
-        progress=False,
-    )
+    calibration = {x.name: rng.standard_normal(x.shape).astype(np.float32)}
+    quick = name in QUICK_TO_CALIBRATE
+    with contextlib.nullcontext() if quick else pytest.warns(UncalibratedWarning):
+        bank = bapq_tools.build_bank(
+            model,
+            tmp_path / "model.bank",
+            calibration=calibration if quick else None,
+            levels=LEVELS,
+            progress=False,
+        )
     model.unlink()
     outputs = outputs_by_level(bank, feed)
     errors = {level: relative_error(found, reference) for level, (found,) in outputs.items()}

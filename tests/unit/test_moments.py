@@ -124,7 +124,7 @@ def test_neither_workers_nor_files_change_the_moments(tmp_path, monkeypatch):
 
 
 def test_wide_layers_are_cut_into_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(moments_module, "_BLOCK_COLUMNS", 200)
+    monkeypatch.setattr(moments_module, "_BLOCK_COLUMNS", 400)
     model = models.model(
         [node("MatMul", ["x", "w"], ["y"], "wide")],
         {"x": (FLOAT, ["n", 500])},
@@ -133,7 +133,7 @@ def test_wide_layers_are_cut_into_blocks(tmp_path, monkeypatch):
     )
     x = weights(30, 500)
     (found,) = stats_of(model, {"x": x}, tmp_path)["wide"]
-    assert [(b.start, b.stop) for b in found.blocks] == [(0, 256), (256, 500)]
+    assert [(b.start, b.stop) for b in found.blocks] == [(0, 384), (384, 500)]
     centred = x - x.mean(0)
     for block, gram in zip(found.blocks, found.levels[2].grams, strict=True):
         part = centred[:, block]

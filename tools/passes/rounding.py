@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from scipy.linalg import cho_solve, cholesky, solve_triangular
+from scipy.linalg import cho_solve, cholesky
+from scipy.linalg.lapack import dpotrf, dtrtri
 
 from bapq_edge.bank.codes import from_bf16, to_bf16
 
@@ -40,7 +42,21 @@ class Problem:
         """The problem with `share` of the mean diagonal of all blocks added to each diagonal."""
         diagonal = np.concatenate([np.diagonal(gram) for gram in grams])
         added = np.float32(share * max(float(diagonal.mean(dtype=np.float64)), 1e-30))
-        return cls(blocks, [gram + added * np.eye(len(gram), dtype=np.float32) for gram in grams])
+        damped = [np.array(gram) for gram in grams]
+        for gram in damped:
+            gram.flat[:: len(gram) + 1] += added
+        return cls(blocks, damped)
+
+    @cached_property
+    def factors(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Per block the order of rounding, (c,), the most active column first, and in that order
+        U, (c, c) float32, upper, with Uᵀ U = H⁻¹.
+
+        Raises numpy.linalg.LinAlgError where H is not positive definite in float64.
+        """
+        orders = [np.argsort(-np.diagonal(gram), kind="stable") for gram in self.grams]
+        pairs = zip(orders, self.grams, strict=True)
+        return [(order, _inverse_factor(gram, order)) for order, gram in pairs]
 
     @property
     def diagonal(self) -> np.ndarray:
@@ -83,9 +99,7 @@ def round_compensated(
     Raises numpy.linalg.LinAlgError where H is not positive definite in float64.
     """
     codes = np.empty_like(target)
-    for block, gram in zip(problem.blocks, problem.grams, strict=True):
-        order = np.argsort(-np.diagonal(gram), kind="stable")
-        upper = _inverse_factor(gram[np.ix_(order, order)])
+    for block, (order, upper) in zip(problem.blocks, problem.factors, strict=True):
         columns = np.arange(block.start, block.stop)[order]
         codes[:, columns] = _round_block(
             target[:, columns].T.copy(),
@@ -179,11 +193,17 @@ class _Grid:
         return np.minimum(x, self.highest[column], out=x)
 
 
-def _inverse_factor(gram: np.ndarray) -> np.ndarray:
-    """Upper U with Uᵀ U = H⁻¹, float32: from the factor of H with rows and columns reversed."""
-    lower = cholesky(gram[::-1, ::-1].astype(np.float64), lower=True)
-    inverse = solve_triangular(lower, np.eye(len(gram)), lower=True, overwrite_b=True)
-    return np.ascontiguousarray(inverse[::-1, ::-1], np.float32)
+def _inverse_factor(gram: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """U of `Problem.factors`: from the factor of H with rows and columns reversed, in place."""
+    turned = order[::-1]
+    square = gram[np.ix_(turned, turned)].astype(np.float64)
+    # LAPACK works on columns; H is its own transpose.
+    lower, failed = dpotrf(square.T, lower=1, overwrite_a=1)
+    if not failed:
+        lower, failed = dtrtri(lower, lower=1, overwrite_c=1)
+    if failed:
+        raise np.linalg.LinAlgError(f"column {failed} of {len(gram)} depends on others")
+    return np.ascontiguousarray(lower[::-1, ::-1], np.float32)
 
 
 def _round_block(rest: np.ndarray, grid: _Grid, upper: np.ndarray) -> np.ndarray:

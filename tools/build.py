@@ -33,12 +33,14 @@ from bapq_edge.errors import (
 )
 
 from .importers.onnx_file import load_model
+from .memory import use_one_heap
 from .passes import graph as graphs
 from .passes.assemble import assemble, drop_replaced
 from .passes.calibration import CalibrationSource, load_calibration
 from .passes.fold import fold
 from .passes.ir import LayerOptions, LayerPlan
 from .passes.layers import find_layers
+from .passes.on_disk import OnDisk
 from .passes.partial import PartialBank
 from .passes.prune import PruneReport, prune_layers
 from .passes.quantize import scale_columns_of
@@ -141,6 +143,7 @@ def build(
             stacklevel=3,
         )
     stages = Progress(progress)
+    use_one_heap()
 
     with stages.stage("import", 1) as advance:
         loaded, source = _load(model)
@@ -155,7 +158,7 @@ def build(
         advance()
     options = _take_out_kept(plan, wishes.resolve(layer.name for layer in plan.layers))
     _check_space(out, folded, plan, options)
-    drop_replaced(folded, plan)
+    folded = drop_replaced(folded, plan)
     pruned = prune_layers(plan, options)
     weights = sum(layer.weight.size for layer in plan.layers)
     seen = None if data is None else Calibration(data.samples, data.blake2b)
@@ -170,8 +173,11 @@ def build(
         PartialBank(out, key, stages.say) as partial,
         Workers(workers, dask, partial.scratch) as pool,
     ):
+        disk = OnDisk(partial.scratch)
+        for layer in plan.layers:
+            layer.weight = disk.put(layer.weight)
         with stages.stage("quantize") as advance:
-            quantize_layers(folded, plan, data, wanted, options, pool, partial, advance)
+            quantize_layers(folded, plan, data, wanted, options, pool, partial, disk, advance)
         del data
         with (
             stages.stage("write", len(plan.layers)) as advance,

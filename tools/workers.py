@@ -26,8 +26,8 @@ __all__ = ["Workers"]
 
 T = TypeVar("T")
 
-_WORTH_A_PROCESS = 1 << 32
-"""Multiplications below which starting processes and moving data costs more than it saves."""
+_WORTH_PROCESSES_S = 0.3
+"""Work below which starting processes and moving data costs more than it saves."""
 
 _ANSWER_S = 10
 """How long a Dask scheduler, and its first worker, may take to answer."""
@@ -66,14 +66,14 @@ class Workers:
         self._stack.close()
 
     def map(
-        self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], work: float
+        self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], guess_s: float
     ) -> Iterator[T]:
-        """Results in order of the arguments; `work` is about how many multiplications it takes.
+        """Results in order of the arguments; `guess_s` is about how long all take on one core.
 
         Raises ClusterError or WorkerError when a worker is lost, StorageError.
         """
         here = min(self.count, len(arguments)) == 1 and self._client is None
-        if here or work < _WORTH_A_PROCESS:
+        if here or guess_s < _WORTH_PROCESSES_S:
             yield from (function(*each) for each in arguments)
         elif self._client is not None:
             yield from self._on_cluster(function, arguments)

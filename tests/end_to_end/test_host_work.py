@@ -59,7 +59,7 @@ def content(path: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def everything_is_worth_a_process(monkeypatch):
-    monkeypatch.setattr(workers, "_WORTH_A_PROCESS", 0)
+    monkeypatch.setattr(workers, "_WORTH_PROCESSES_S", 0)
 
 
 def children() -> set[int]:
@@ -219,7 +219,7 @@ import numpy as np
 from bapq_tools import build_bank, workers
 from bapq_tools.passes import partial
 
-workers._WORTH_A_PROCESS = 0
+workers._WORTH_PROCESSES_S = 0
 put = partial.PartialBank.put
 
 def put_and_die(self, index, layer):

@@ -16,6 +16,7 @@ from bapq_tools.passes.chains import FLOAT as FLOAT_CHAIN
 from bapq_tools.passes.chains import Chains
 from bapq_tools.passes.layers import find_layers
 from bapq_tools.passes.moments import Moments
+from bapq_tools.passes.on_disk import OnDisk
 from bapq_tools.passes.reference import Reference, observed, weight_feeds
 
 node = helper.make_node
@@ -40,11 +41,11 @@ def stats_of(model, feeds, tmp_path, workers=1, change=lambda level, layer: 1.0)
     found = {}
     for stage in reference.stages():
         chains.run(stage)
-        moments = Moments(chains)
+        moments = Moments(chains, OnDisk(tmp_path))
         for layer in stage.layers:
             gathered = any(use.operator == "Gather" for use in layer.uses)
             if observed(layer) and not gathered:
-                found[layer.name] = moments.of(layer)
+                found |= moments.of([layer])
             elif gathered:
                 found[layer.name] = moments.gather_counts(layer)
     return found

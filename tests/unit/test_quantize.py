@@ -10,8 +10,7 @@ from onnx import GraphProto, NodeProto
 
 from bapq_edge.bank.codes import check_values, dequantize
 from bapq_edge.bank.layout import LEVELS, PLANES_OF_LEVEL, planes_for
-from bapq_tools.passes.ir import HeavyLayer, LayerOptions, LayerUse
-from bapq_tools.passes.moments import Centred
+from bapq_tools.passes.ir import HeavyLayer, LayerOptions, LayerUse, LevelStats, MatrixStats
 from bapq_tools.passes.quantize import SCALE_COLUMNS, quantize_layer
 
 LOW = (8, 4, 2, 1)
@@ -23,6 +22,16 @@ def layer(weight, bias=None, operators=("MatMul",)):
     )
     weight = np.ascontiguousarray(weight, np.float32)
     return HeavyLayer("layer", weight, bias, uses, ())
+
+
+def undrifted(x, held_out, rows):
+    """Statistics of a matrix that meets x, (n, columns), whatever the levels before it."""
+    mean = x.mean(0)
+    gram = (x - mean).T @ (x - mean) / np.float32(len(x))
+    drift = np.zeros((rows, x.shape[1]), np.float32)
+    seen = LevelStats((gram,), drift, mean, held_out - mean)
+    blocks = (slice(0, x.shape[1]),)
+    return MatrixStats(blocks, mean, held_out - mean, {4: seen, 2: seen})
 
 
 def normal(*shape, seed=0):
@@ -44,8 +53,7 @@ def quantize(layer, seen, options):
         stats = []
         for group, part in enumerate(np.split(x, groups, axis=1)):
             weight = layer.weight[group * rows : (group + 1) * rows]
-            inputs = Centred.of(*(dict.fromkeys((32, 4, 2), part[pick]) for pick in (~held, held)))
-            stats.append(inputs.stats(weight))
+            stats.append(undrifted(part[~held], part[held], len(weight)))
     found = quantize_layer(layer, stats, options)
     return found.codes, found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
@@ -59,8 +61,11 @@ def assemble(model: onnx.ModelProto, plan: LayerPlan) -> bytes:
         ) from error
 
 
-def drop_replaced(model: onnx.ModelProto, plan: LayerPlan) -> None:
-    """Remove the weights that only the layers' nodes read: the plan holds them."""
+def drop_replaced(model: onnx.ModelProto, plan: LayerPlan) -> onnx.ModelProto:
+    """The model without the weights that only the layers' nodes read: the plan holds them.
+
+    `model` is used up: its weights go, and the plan is led over to the nodes of the new one.
+    """
     replaced = {
         id(node): [] for layer in plan.layers for use in layer.uses for node in use.replaced
     }
@@ -68,6 +73,24 @@ def drop_replaced(model: onnx.ModelProto, plan: LayerPlan) -> None:
     dropped = {name for layer in plan.layers for name in layer.initializers if not read[name]}
     for part in graphs.walk(model.graph):
         graphs.delete_where(part.initializer, lambda tensor: tensor.name in dropped)
+    # Protobuf keeps the memory of what was deleted as long as the model lives.
+    light = onnx.ModelProto()
+    light.CopyFrom(model)
+    parts, nodes = {}, {}
+    for old, new in zip(graphs.walk(model.graph), graphs.walk(light.graph), strict=True):
+        parts[id(old)] = new
+        nodes.update({id(a): b for a, b in zip(old.node, new.node, strict=True)})
+    for layer in plan.layers:
+        layer.uses = tuple(
+            dataclasses.replace(
+                use,
+                node=nodes[id(use.node)],
+                replaced=tuple(nodes[id(node)] for node in use.replaced),
+                graph=parts[id(use.graph)],
+            )
+            for use in layer.uses
+        )
+    return light
 
 
 def _operators(

@@ -11,6 +11,7 @@ many. Nothing depends on the number of workers: each run has one thread.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from bapq_edge.bank.staging import storage_errors
 from bapq_edge.errors import CalibrationError
 
 from .calibration import CalibrationData
@@ -32,7 +34,7 @@ FLOAT = 32
 _SILENT = 4
 """ORT's log severity "fatal": errors reach us as exceptions."""
 
-_MEMORY_BYTES = 384 << 20
+_MEMORY_BYTES = 192 << 20
 """Live tensors kept in memory; more go to files."""
 
 Tensors = dict[str, Any]
@@ -54,11 +56,12 @@ class Chains:
         workers: int,
         folder: Path,
     ) -> None:
+        """`workers` are threads; `folder` holds what does not fit in memory."""
         self.samples = data.samples
         self.chains = (FLOAT, *chains)
         self._reference = reference
         self._weights = weights
-        self._workers = max(1, workers)
+        self.workers = max(1, workers)
         self._shelf = _Shelf(folder)
         for chain, sample in itertools.product(self.chains, range(data.samples)):
             self._shelf.put((chain, sample), dict(data.feed(sample)))
@@ -87,7 +90,7 @@ class Chains:
                 kept = {name: value for name, value in tensors.items() if name in stage.live}
                 self._shelf.put((chain, sample), kept)
 
-            with ThreadPoolExecutor(self._workers) as pool:
+            with ThreadPoolExecutor(self.workers) as pool:
                 for _ in pool.map(step, range(self.samples)):
                     pass
 
@@ -140,19 +143,25 @@ class _Shelf:
         self._folder = folder
         self._memory: dict[tuple[int, int], Tensors] = {}
         self._bytes: dict[tuple[int, int], int] = {}
+        self._total_bytes = 0
+        self._lock = threading.Lock()
 
     def put(self, key: tuple[int, int], tensors: Tensors) -> None:
         """Keep tensors under a key; each array is put in a file if memory is full."""
         size = sum(v.nbytes for v in tensors.values() if isinstance(v, np.ndarray))
-        others = sum(self._bytes.values()) - self._bytes.get(key, 0)
         plain = all(isinstance(v, np.ndarray) and v.dtype != object for v in tensors.values())
-        if others + size > _MEMORY_BYTES and plain:
-            np.savez(self._file(key), **{str(i): v for i, v in enumerate(tensors.values())})
-            tensors, size = dict.fromkeys(tensors), 0
-        else:
-            self._file(key).unlink(missing_ok=True)
+        with self._lock:
+            self._total_bytes -= self._bytes.get(key, 0)
+            fits = self._total_bytes + size <= _MEMORY_BYTES or not plain
+            self._bytes[key] = size if fits else 0
+            self._total_bytes += self._bytes[key]
+        with storage_errors(self._file(key)):
+            if fits:
+                self._file(key).unlink(missing_ok=True)
+            else:
+                np.savez(self._file(key), **{str(i): v for i, v in enumerate(tensors.values())})
+                tensors = dict.fromkeys(tensors)
         self._memory[key] = tensors
-        self._bytes[key] = size
 
     def get(self, key: tuple[int, int]) -> Tensors:
         """Tensors of a key, in a new dict."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -121,7 +121,17 @@ class MatrixStats:
     levels: dict[Level, LevelStats]
     """of levels 4, 2 and 1, as far as the bank has them"""
 
-    def of_rows(self, rows: slice) -> MatrixStats:
-        """What is known for some rows of the matrix."""
-        levels = {k: replace(seen, drift=seen.drift[rows]) for k, seen in self.levels.items()}
-        return replace(self, levels=levels)
+    def part(self, rows: slice, block: int) -> MatrixStats:
+        """What is known for some rows of the matrix and one block of its columns."""
+        columns = self.blocks[block]
+        levels = {
+            level: LevelStats(
+                (seen.grams[block],),
+                seen.drift[rows, columns],
+                seen.mean[columns],
+                seen.held_out[:, columns],
+            )
+            for level, seen in self.levels.items()
+        }
+        whole = slice(0, columns.stop - columns.start)
+        return MatrixStats((whole,), self.mean[columns], self.held_out[:, columns], levels)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,9 +12,9 @@ from bapq_edge.errors import CalibrationError
 
 from .chains import FLOAT, Chains
 from .ir import ConvGeometry, HeavyLayer, LevelStats, MatrixStats
+from .on_disk import OnDisk
 from .reference import observed_use
-
-T = TypeVar("T")
+from .sums import PANEL, Sums
 
 NEIGHBOUR: dict[Level, Level] = {4: 2, 2: 4, 1: 2}
 """Levels with a chain of their own, and the level that plans mix each with most. Level 8 needs no
@@ -42,30 +40,71 @@ _HELD_OUT_ROWS = 1024
 
 
 class Moments:
-    """Statistics of layers whose inputs are at hand; layers that share an input share the work."""
+    """Statistics of layers whose inputs are at hand.
 
-    def __init__(self, chains: Chains) -> None:
+    One chain after the other is gone through, so that the rows of two of them, the float chain's
+    and another's, are in memory at a time. What grows with the square of the columns is on disk.
+    """
+
+    def __init__(self, chains: Chains, disk: OnDisk) -> None:
         self._chains = chains
-        self._inputs: dict[tuple[str, ConvGeometry | None], list[Centred]] = {}
+        self._disk = disk
 
-    def of(self, layer: HeavyLayer) -> list[MatrixStats] | None:
-        """Statistics of a layer that multiplies, one entry per group of its convolution.
+    def of(
+        self, layers: Sequence[HeavyLayer], unit: int = PANEL
+    ) -> dict[str, list[MatrixStats] | None]:
+        """Statistics, by layer name, of layers that multiply the same input (`input_key`).
 
-        None where no sample gives it a row. Raises CalibrationError where its input is not finite.
+        One entry per group of their convolution, None where no sample gives a row. Blocks of
+        columns are multiples of `unit`, which is one of `PANEL`. Raises CalibrationError where the
+        input is not finite.
         """
-        use = observed_use(layer)
-        key = (use.activation_input, use.conv)
-        columns = layer.weight.shape[1]
-        if key not in self._inputs:
-            self._inputs[key] = self._collect(layer, columns)
-        centred = self._inputs[key]
-        if not centred:
-            return None
-        rows = len(layer.weight) // len(centred)
-        return [
-            inputs.stats(layer.weight[group * rows : (group + 1) * rows])
-            for group, inputs in enumerate(centred)
-        ]
+        columns = layers[0].weight.shape[1]
+        exact, held_out = self._rows(layers[0], FLOAT)
+        if not len(exact):
+            return dict.fromkeys(layer.name for layer in layers)
+        groups = [slice(begin, begin + columns) for begin in range(0, exact.shape[1], columns)]
+        levels = self._chains.chains[1:]
+        rows = {layer.name: len(layer.weight) // len(groups) for layer in layers}
+        blocks = _blocks(columns, unit)
+        sums = [Sums.zeros(blocks, levels, rows, self._disk) for _ in groups]
+        means = {FLOAT: _centre(exact, held_out)}
+        apart = {FLOAT: self._disk.put(held_out)}
+        for chain in levels:
+            x, held_out = self._rows(layers[0], chain)
+            means[chain] = _centre(x, held_out)
+            apart[chain] = self._disk.put(held_out)
+            shares = {level: _shares(level, levels).get(chain, 0.0) for level in levels}
+            for number, group in enumerate(groups):
+                weights = {
+                    layer.name: layer.weight[number * n : (number + 1) * n]
+                    for layer, n in zip(layers, rows.values(), strict=True)
+                }
+                inputs = exact[:, group], x[:, group]
+                sums[number].add(*inputs, weights, shares, self._chains.workers)
+                self._disk.release()
+            del x
+        for each in sums:
+            each.mirror()
+        self._disk.release()
+        mixed = {
+            level: sum(np.float32(n) * means[chain] for chain, n in _shares(level, levels).items())
+            for level in levels
+        }
+        found: dict[str, list[MatrixStats] | None] = {layer.name: [] for layer in layers}
+        for layer, (group, own) in itertools.product(layers, zip(groups, sums, strict=True)):
+            seen = {
+                level: LevelStats(
+                    tuple(own.grams[level]),
+                    own.drifts[level, layer.name],
+                    mixed[level][group],
+                    apart[level][:, group],
+                )
+                for level in levels
+            }
+            stats = MatrixStats(blocks, means[FLOAT][group], apart[FLOAT][:, group], seen)
+            found[layer.name].append(stats)
+        return found
 
     def gather_counts(self, layer: HeavyLayer) -> np.ndarray:
         """(rows,) float64: how often the samples read each row of a gathered table."""
@@ -76,21 +115,24 @@ class Moments:
             counts += np.bincount(indices.astype(np.int64) % rows, minlength=rows)
         return counts
 
-    def _collect(self, layer: HeavyLayer, columns: int) -> list[Centred]:
-        """Inputs of a layer in every chain, rows picked alike; one entry per group."""
+    def _rows(self, layer: HeavyLayer, chain: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows that a chain's samples give the layer, (rows, groups * columns) float32.
+
+        Those to fit to and those held out; picked alike in every chain.
+        """
         samples = self._chains.samples
         held = range(HELD_OUT - 1, samples, HELD_OUT) if samples >= 2 * HELD_OUT else range(0)
-        fitted = [sample for sample in range(samples) if sample not in held]
-        wanted = min(max(_ROW_WORK // columns**2, _ROWS[0]), _ROWS[1])
-        conv = observed_use(layer).conv
-        rows: dict[int, list[np.ndarray]] = {chain: [] for chain in self._chains.chains}
-        held_rows: dict[int, list[np.ndarray]] = {chain: [] for chain in self._chains.chains}
-        for sample in range(samples):
-            if sample in held:
-                limit, target = -(-_HELD_OUT_ROWS // len(held)), held_rows
-            else:
-                limit, target = -(-wanted // len(fitted)), rows
-            for chain in self._chains.chains:
+        columns, conv = layer.weight.shape[1], observed_use(layer).conv
+        width = columns * (conv.group if conv else 1)
+        parts = []
+        for chosen, wanted in (
+            ([sample for sample in range(samples) if sample not in held], rows_wanted(columns)),
+            (held, _HELD_OUT_ROWS),
+        ):
+            limit = -(-wanted // max(len(chosen), 1))
+            rows = np.empty((len(chosen) * limit, width), np.float32)  # touched as far as filled
+            end = 0
+            for sample in chosen:
                 x = self._chains.input_of(layer, chain, sample)
                 picked = _rows_of(x, conv, limit, np.random.default_rng(sample))
                 if not np.isfinite(picked).all():
@@ -98,88 +140,52 @@ class Moments:
                         f"calibration sample {sample} gives layer {layer.name} an input with NaN "
                         "or infinity; remove the sample or check the model in float32"
                     )
-                target[chain].append(picked)
-        fit = {chain: np.concatenate(parts) for chain, parts in rows.items()}
-        apart = {chain: np.concatenate([fit[chain][:0], *p]) for chain, p in held_rows.items()}
-        if not len(fit[FLOAT]):
-            return []
-        return [
-            Centred.of(
-                {chain: x[:, begin : begin + columns] for chain, x in fit.items()},
-                {chain: x[:, begin : begin + columns] for chain, x in apart.items()},
-            )
-            for begin in range(0, fit[FLOAT].shape[1], columns)
-        ]
+                rows[end : end + len(picked)] = picked
+                end += len(picked)
+            parts.append(rows[:end])
+        return parts[0], parts[1]
 
 
-@dataclass(frozen=True)
-class Centred:
-    """Inputs of one matrix, centred, with their second moments."""
-
-    blocks: tuple[slice, ...]
-    means: dict[int, np.ndarray]
-    fitted: dict[int, np.ndarray]
-    held_out: dict[int, np.ndarray]
-    grams: dict[int, tuple[np.ndarray, ...]]
-
-    @classmethod
-    def of(cls, fitted: Mapping[int, np.ndarray], held_out: Mapping[int, np.ndarray]) -> Centred:
-        """Both by chain, (rows, columns) each; rows of all chains belong together."""
-        means = {c: x.mean(0, dtype=np.float64).astype(np.float32) for c, x in fitted.items()}
-        centred = {chain: x - means[chain] for chain, x in fitted.items()}
-        blocks = _blocks(len(means[FLOAT]))
-        return cls(
-            blocks,
-            means,
-            centred,
-            {chain: x - means[chain] for chain, x in held_out.items()},
-            _per_chain(lambda chain: _grams(centred[chain], blocks), set(centred) - {FLOAT}),
-        )
-
-    def stats(self, weight: np.ndarray) -> MatrixStats:
-        """Statistics for a matrix (rows, columns) that multiplies these inputs."""
-        x = self.fitted
-        drifts = _per_chain(lambda chain: _drift(weight, x[FLOAT], x[chain]), self.grams)
-        levels = {chain: self._mixed(chain, drifts) for chain in self.grams}
-        return MatrixStats(self.blocks, self.means[FLOAT], self.held_out[FLOAT], levels)
-
-    def _mixed(self, level: Level, drifts: Mapping[int, np.ndarray]) -> LevelStats:
-        """Statistics of a level: mostly its own chain's."""
-        neighbour = NEIGHBOUR.get(level)
-        shares = {level: 1.0}
-        if neighbour in self.grams:
-            shares = {level: 1 - NEIGHBOUR_SHARE, neighbour: NEIGHBOUR_SHARE}
-
-        def mix(values: Mapping[int, np.ndarray]) -> np.ndarray:
-            return sum(np.float32(share) * values[chain] for chain, share in shares.items())
-
-        grams = tuple(
-            mix({chain: grams[index] for chain, grams in self.grams.items()})
-            for index in range(len(self.blocks))
-        )
-        return LevelStats(grams, mix(drifts), mix(self.means), self.held_out[level])
+def input_key(layer: HeavyLayer) -> tuple[str, ConvGeometry | None]:
+    """Equal for layers that multiply the same rows."""
+    use = observed_use(layer)
+    return use.activation_input, use.conv
 
 
-def _per_chain(function: Callable[[int], T], chains: Iterable[int]) -> dict[int, T]:
-    """Results by chain; each has a thread, since BLAS has one."""
-    chains = sorted(chains)
-    with ThreadPoolExecutor(max(1, len(chains))) as pool:
-        return dict(zip(chains, pool.map(function, chains), strict=True))
+def rows_wanted(columns: int) -> int:
+    """Rows of activations that are used, as far as the samples give them."""
+    return min(max(_ROW_WORK // columns**2, _ROWS[0]), _ROWS[1])
 
 
-def _blocks(columns: int) -> tuple[slice, ...]:
-    """Runs of columns of equal width, multiples of 384 so that no scale group is cut."""
+def row_count(x: np.ndarray, conv: ConvGeometry | None) -> int:
+    """Rows that an activation gives the layer's matrix."""
+    if conv is None:
+        return x.size // max(x.shape[-1], 1)
+    height = 1 if x.ndim == 3 else x.shape[2]
+    return len(x) * _windows(height, conv, 0)[1] * _windows(x.shape[-1], conv, 1)[1]
+
+
+def _shares(level: Level, levels: Sequence[Level]) -> dict[Level, float]:
+    """Chains that a level's statistics are mixed of: mostly its own."""
+    neighbour = NEIGHBOUR.get(level)
+    if neighbour not in levels:
+        return {level: 1.0}
+    return {level: 1 - NEIGHBOUR_SHARE, neighbour: NEIGHBOUR_SHARE}
+
+
+def _centre(rows: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """Subtract the mean of `rows`, (columns,) float32, from both in place, and return it."""
+    mean = rows.mean(0, dtype=np.float64).astype(np.float32)
+    rows -= mean
+    held_out -= mean
+    return mean
+
+
+def _blocks(columns: int, unit: int) -> tuple[slice, ...]:
+    """Runs of columns of equal width, multiples of `unit`."""
     count = -(-columns // _BLOCK_COLUMNS)
-    width = -(-columns // (count * 384)) * 384
+    width = -(-columns // (count * unit)) * unit
     return tuple(slice(b, min(b + width, columns)) for b in range(0, columns, width))
-
-
-def _grams(x: np.ndarray, blocks: Iterable[slice]) -> tuple[np.ndarray, ...]:
-    return tuple(x[:, block].T @ x[:, block] / np.float32(len(x)) for block in blocks)
-
-
-def _drift(weight: np.ndarray, x_float: np.ndarray, x: np.ndarray) -> np.ndarray:
-    return ((x_float - x) @ weight.T).T @ x / np.float32(len(x))
 
 
 def _rows_of(

@@ -10,6 +10,8 @@ step of level 4; compensated codes may lie further off, and the residual still f
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -71,6 +73,9 @@ _BLOCK_WEIGHTS = 1 << 17
 """Weights rounded to nearest at a time: the temporaries, about ten float32 arrays of this size,
 then stay near a core's cache."""
 
+_RUN_WEIGHTS = 1 << 22
+"""Weights whose compensated codes are chosen at a time, which takes about a dozen float32 arrays of
+this size. All runs of a task share its factors."""
 
 _TASK_WEIGHTS = 1 << 25
 """Weights of one task at most."""
@@ -125,7 +130,21 @@ class QuantizedLayer:
 
     def weight(self, level: Level) -> np.ndarray:
         """(rows, columns) float32 at a level."""
-        return dequantize(self.codes, level, self.residual_steps, self.scale_columns)
+        result = np.empty(self.shape, np.float32)
+        for run in _runs_of(*self.shape):
+            part = LayerCodes(
+                None if self.codes.weight is None else self.codes.weight[run],
+                {plane: code[run] for plane, code in self.codes.codes.items()},
+                {level: scale[run] for level, scale in self.codes.scales.items()},
+            )
+            result[run] = dequantize(part, level, self.residual_steps, self.scale_columns)
+        return result
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)"""
+        held = (*self.codes.codes.values(), self.codes.weight)
+        return next(values.shape for values in held if values is not None)
 
     def bias(self, level: Level) -> np.ndarray | None:
         """(rows,) float32 at a level; None without one."""
@@ -165,9 +184,10 @@ def quantize_family(
     A pure function: independent matrices, families and runs of rows may be worked on anywhere.
     Without stats all columns weigh the same and codes are the nearest.
     """
-    weight = np.ascontiguousarray(weight, np.float32)
     # The sign of a zero decides its code: no grid has a zero.
-    weight = np.copysign(np.maximum(np.abs(weight), _TINY), weight)
+    signs, weight = weight, np.abs(weight, dtype=np.float32)
+    np.maximum(weight, _TINY, out=weight)
+    np.copysign(weight, signs, out=weight)
     lead: Level = 4 if 4 in family else 2
     grid = Grid(lead, residual_steps(options.levels, stats is not None), scale_columns_of(options))
     if stats is None:
@@ -175,38 +195,58 @@ def quantize_family(
     # A bank with level 8 or 1 of this family only has no chain for its lead.
     seen = stats.levels.get(lead) or next(iter(stats.levels.values()))
     problem = Problem.damped(stats.blocks, seen.grams, _DAMPING)
-    candidates = [("nearest", grid.nearest(weight, problem.diagonal), {})]
-    if lead in stats.levels and lead in options.levels:
-        found = _compensated(weight, stats, problem, grid)
-        if found is not None:
-            candidates.append(("compensated", *found))
-
-    def held_out_error(codes: LayerCodes) -> float:
-        if not len(stats.held_out):
-            return 0.0
-        with np.errstate(over="ignore", invalid="ignore"):
-            missed = stats.held_out @ weight.T
-            missed -= seen.held_out @ grid.dequantize(codes, lead).T
-            return float(np.nan_to_num(np.square(missed, dtype=np.float64).sum(), nan=np.inf))
-
+    runs = _runs_of(*weight.shape)
     # Without held-out samples the last one, compensated, wins.
-    method, codes, targets = min(reversed(candidates), key=lambda c: held_out_error(c[1]))
+    candidates = [
+        _Candidate("nearest", [grid.nearest(weight[run], problem.diagonal) for run in runs], {})
+    ]
+    if lead in stats.levels and lead in options.levels:
+        candidates += _compensated(weight, stats, problem, grid)
+
+    def held_out_error(candidate: _Candidate) -> float:
+        error = 0.0
+        for run, codes in zip(runs, candidate.codes, strict=True):
+            with np.errstate(over="ignore", invalid="ignore"):
+                missed = stats.held_out @ weight[run].T
+                missed -= seen.held_out @ grid.dequantize(codes, lead).T
+                square = np.square(missed, dtype=np.float64).sum()
+            error += float(np.nan_to_num(square, nan=np.inf))
+        return error
+
+    best = min(reversed(candidates), key=held_out_error)
     results = {}
     for level in family:
-        found = grid.dequantize(codes, level)
         # Level 8 holds the weight itself, and meets what the float model would.
         mean = stats.mean if level == 8 else stats.levels.get(level, seen).mean
-        shift = weight.astype(np.float64) @ stats.mean - found.astype(np.float64) @ mean
-        error = problem.row_errors(targets.get(level, weight) - found)
-        results[level] = LevelResult(error, shift, method if level in targets else "nearest")
-    return FamilyResult(codes, results, problem.row_errors(weight))
+        aim = best.targets.get(level, weight)
+        errors, shifts = [], []
+        for run, codes in zip(runs, best.codes, strict=True):
+            found = grid.dequantize(codes, level)
+            shifts.append(weight[run].astype(np.float64) @ stats.mean)
+            shifts[-1] -= found.astype(np.float64) @ mean
+            errors.append(problem.row_errors(aim[run] - found))
+        method = best.method if level in best.targets else "nearest"
+        results[level] = LevelResult(np.concatenate(errors), np.concatenate(shifts), method)
+    norm = np.concatenate([problem.row_errors(weight[run]) for run in runs])
+    return FamilyResult(join_rows(best.codes), results, norm)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One way to choose the codes of a family."""
+
+    method: Method
+    codes: list[LayerCodes]
+    """run by run of the rows"""
+    targets: dict[Level, np.ndarray]
+    """(rows, columns): what a level's codes aim at, where that is not the weight"""
 
 
 def join_layer(
     layer: HeavyLayer,
     options: LayerOptions,
-    results: list[FamilyResult],
-    calibrated: bool,
+    stats: list[MatrixStats] | None,
+    results: Iterable[FamilyResult],
     row_weight: np.ndarray | None = None,
 ) -> QuantizedLayer:
     """The layer out of the results of its `layer_tasks`, in their order.
@@ -217,44 +257,54 @@ def join_layer(
     added if that pays.
     """
     levels = options.levels
+    rows, columns = layer.weight.shape
     codes = LayerCodes(weight=layer.weight if 32 in levels else None)
-    errors: dict[Level, np.ndarray] = {}
-    shifts: dict[Level, np.ndarray] = {}
-    methods: dict[Level, Method] = {}
-    norm = 0.0
-    rows = len(layer.weight)
-    often = 1.0 if row_weight is None else row_weight
-    if 32 in levels:
-        errors[32], shifts[32] = np.zeros(rows), np.zeros(rows)
-    wanted = planes_for(levels)
+    # Level 32 loses nothing; of the others, what the blocks of columns lose adds up.
+    errors = {level: np.zeros(rows) for level in levels}
+    shifts = {level: np.zeros(rows) for level in levels}
+    methods: dict[Level, list[Method]] = {level: [] for level in levels}
+    norms = np.zeros(rows)
     families = families_of(options)
-    for number, family in enumerate(families):
-        runs = results[number :: len(families)]
-        for plane in runs[0].codes.codes:
-            if plane in wanted:
-                codes.codes[plane] = np.concatenate([run.codes.codes[plane] for run in runs])
-        for level in runs[0].codes.scales:
+    places = itertools.product(_places(layer, stats), families)
+    for (place, family), result in zip(places, results, strict=True):
+        for plane, values in result.codes.codes.items():
+            if plane in planes_for(levels):
+                if plane not in codes.codes:
+                    codes.codes[plane] = np.empty((rows, columns), np.uint8)
+                codes.codes[plane][place.rows, place.columns] = values
+        for level, values in result.codes.scales.items():
             if level in scaled_levels(levels):
-                codes.scales[level] = np.concatenate([run.codes.scales[level] for run in runs])
+                size = scale_columns_of(options)[level]
+                if level not in codes.scales:
+                    codes.scales[level] = np.empty((rows, -(-columns // size)), np.float32)
+                begin = place.columns.start // size
+                codes.scales[level][place.rows, begin : begin + values.shape[1]] = values
         for level in family:
-            errors[level] = np.concatenate([run.levels[level].row_error for run in runs]) * often
-            shifts[level] = np.concatenate([run.levels[level].shift for run in runs])
-            methods[level] = _most([run.levels[level].method for run in runs])
-        norm = float((np.concatenate([run.row_norm for run in runs]) * often).sum())
+            found = result.levels[level]
+            if level in levels:
+                errors[level][place.rows] += found.row_error
+                shifts[level][place.rows] += found.shift
+                methods[level].append(found.method)
+        if family == families[-1]:
+            norms[place.rows] += result.row_norm
+    if row_weight is not None:
+        for values in (norms, *errors.values()):
+            values *= row_weight
+    norm = float(norms.sum())
     pays = any(
         float(np.square(shifts[level]).sum()) > _BIAS_GAIN * errors[level].sum() for level in levels
     )
     gathered = any(use.operator == "Gather" for use in layer.uses)
-    if layer.bias is not None or (calibrated and pays and not gathered):
+    if layer.bias is not None or (stats is not None and pays and not gathered):
         bias = np.zeros(rows, np.float32) if layer.bias is None else layer.bias
         for level in levels:
             codes.bias[level] = (bias + shifts[level]).astype(np.float32)
     return QuantizedLayer(
         codes,
-        residual_steps(levels, calibrated),
+        residual_steps(levels, stats is not None),
         {level: scale_columns_of(options)[level] for level in codes.scales},
         {level: errors[level] / norm if norm else 0 * errors[level] for level in levels},
-        {level: methods[level] for level in levels if level in methods},
+        {level: _most(found) for level, found in methods.items() if found},
     )
 
 
@@ -262,26 +312,18 @@ def quantize_layer(
     layer: HeavyLayer, stats: list[MatrixStats] | None, options: LayerOptions
 ) -> QuantizedLayer:
     """A whole layer, here and now; `stats` has one entry per group of its convolution."""
-    results = [quantize_family(*task) for task in layer_tasks(layer, stats, options)]
-    return join_layer(layer, options, results, stats is not None)
+    results = (quantize_family(*task) for task in layer_tasks(layer, stats, options))
+    return join_layer(layer, options, stats, results)
 
 
 def layer_tasks(
     layer: HeavyLayer, stats: list[MatrixStats] | None, options: LayerOptions
 ) -> list[tuple[np.ndarray, MatrixStats | None, tuple[Level, ...], LayerOptions]]:
     """Arguments of the calls of `quantize_family` that `join_layer` takes the results of."""
-    rows, columns = layer.weight.shape
-    group_rows = rows if stats is None else rows // len(stats)
-    tasks = []
-    for run in _row_runs(rows, columns, group_rows):
-        seen = None
-        if stats is not None:
-            first = run.start // group_rows * group_rows
-            seen = stats[run.start // group_rows].of_rows(
-                slice(run.start - first, run.stop - first)
-            )
-        tasks += [(layer.weight[run], seen, family, options) for family in families_of(options)]
-    return tasks
+    return [
+        (layer.weight[place.rows, place.columns], place.stats, family, options)
+        for place, family in itertools.product(_places(layer, stats), families_of(options))
+    ]
 
 
 def families_of(options: LayerOptions) -> list[tuple[Level, ...]]:
@@ -289,17 +331,36 @@ def families_of(options: LayerOptions) -> list[tuple[Level, ...]]:
     return [family for family in FAMILIES if any(level in options.levels for level in family)]
 
 
-def _row_runs(rows: int, columns: int, group_rows: int) -> list[slice]:
-    """Runs of rows that one task works on, none across two groups of a grouped Conv.
+@dataclass(frozen=True)
+class _Place:
+    """A part of a layer that a task works on, and what is known of its input."""
+
+    rows: slice
+    columns: slice
+    stats: MatrixStats | None
+
+
+def _places(layer: HeavyLayer, stats: list[MatrixStats] | None) -> list[_Place]:
+    """Parts of a layer, none across two groups of a grouped Conv or two blocks of columns.
 
     They do not depend on the number of workers, so neither does the bank.
     """
-    step = max(16, _TASK_WEIGHTS // columns // 16 * 16)
-    return [
-        slice(begin, min(begin + step, first + group_rows))
-        for first in range(0, rows, group_rows)
-        for begin in range(first, first + group_rows, step)
-    ]
+    rows, columns = layer.weight.shape
+    places = []
+    for group, seen in enumerate([None] if stats is None else stats):
+        group_rows = rows // (1 if stats is None else len(stats))
+        for block, part in enumerate((slice(0, columns),) if seen is None else seen.blocks):
+            width = part.stop - part.start
+            for run in _runs_of(group_rows, width, _TASK_WEIGHTS):
+                place = slice(run.start + group * group_rows, run.stop + group * group_rows)
+                places.append(_Place(place, part, None if seen is None else seen.part(run, block)))
+    return places
+
+
+def _runs_of(rows: int, columns: int, weights: int = _RUN_WEIGHTS) -> list[slice]:
+    """Runs of rows with at most so many weights, or 16 rows."""
+    step = max(16, weights // columns // 16 * 16)
+    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 
 @dataclass(frozen=True)
@@ -385,25 +446,29 @@ def _nearest_in_blocks(weight: np.ndarray, grid: Grid, family: tuple[Level, ...]
 
 def _compensated(
     weight: np.ndarray, stats: MatrixStats, problem: Problem, grid: Grid
-) -> tuple[LayerCodes, dict[Level, np.ndarray]] | None:
-    """Compensated codes of one family, and the matrices that its levels aim at.
+) -> list[_Candidate]:
+    """Compensated codes of one family.
 
     None where the statistics are too ill-conditioned, or the weights too large, to compute with.
     """
     if float(np.abs(weight).max()) > _LARGEST_WEIGHT:
-        return None
+        return []
+    runs = _runs_of(*weight.shape)
     try:
-        target = _target(weight, stats, grid.lead)
+        targets = {grid.lead: _target(weight, stats, grid.lead)}
+        lead = targets[grid.lead]
         if grid.lead == 4:
-            return _compensate4(weight, target, problem, grid), {4: target}
-        codes, targets = _compensate2(target, problem, grid), {2: target}
-        if 1 in stats.levels:
+            codes = [_compensate4(weight[run], lead[run], problem, grid) for run in runs]
+        else:
+            codes = [_compensate2(lead[run], problem, grid) for run in runs]
+        if grid.lead == 2 and 1 in stats.levels:
             targets[1] = _target(weight, stats, 1)
             own = Problem.damped(stats.blocks, stats.levels[1].grams, _DAMPING)
-            codes.scales[1] = _refit1(targets[1], codes, own, grid)
-        return codes, targets
+            for run, found in zip(runs, codes, strict=True):
+                found.scales[1] = _refit1(targets[1][run], found, own, grid)
+        return [_Candidate("compensated", codes, targets)]
     except np.linalg.LinAlgError:
-        return None
+        return []
 
 
 def _compensate4(

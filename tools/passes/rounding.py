@@ -76,12 +76,13 @@ class Problem:
 
 
 def absorb_drift(weight: np.ndarray, drift: np.ndarray, problem: Problem) -> np.ndarray:
-    """The matrix that makes most of the drifted input: weight + drift H⁻¹."""
-    parts = [
-        cho_solve((cholesky(gram, lower=True), True), drift[:, block].T).T
-        for block, gram in zip(problem.blocks, problem.grams, strict=True)
-    ]
-    return weight + np.concatenate(parts, axis=1)
+    """The matrix that makes most of the drifted input: weight + drift H⁻¹. Uses H up."""
+    result = weight.copy()
+    for block, gram in zip(problem.blocks, problem.grams, strict=True):
+        # LAPACK works on columns; H is its own transpose.
+        lower = cholesky(gram.T, lower=True, overwrite_a=True)
+        result[:, block] += cho_solve((lower, True), drift[:, block].T).T
+    return result
 
 
 def round_compensated(

@@ -15,7 +15,7 @@ from .ir import HeavyLayer
 from .quantize import QuantizedLayer
 from .reference import Reference, weight_feeds
 
-_SAMPLES = 32
+SAMPLES = 32
 """Samples that outputs are compared on."""
 
 
@@ -36,7 +36,7 @@ class OutputErrors:
         """`nodes` are all that come after what the chains have computed."""
         self._chains = chains
         self._workers = workers
-        count = min(_SAMPLES, chains.samples)
+        count = min(SAMPLES, chains.samples)
         self._samples = [i * chains.samples // count for i in range(count)]
         computed = {name for node in nodes for name in node.output}
         self._outputs = [name for name in reference.judged_tensors() if name in computed]
@@ -60,7 +60,7 @@ class OutputErrors:
         for level in levels:
             if level == 32:
                 errors[level] = 0.0
-            elif level != 8 or 4 not in levels:
+            elif level in measured_levels(levels):
                 changed = weight_feeds(layer, quantized.weight(level), quantized.bias(level))
                 pairs = zip(self._run(changed), self._wanted, strict=True)
                 errors[level] = float(np.mean([_relative_square(a, b) for a, b in pairs]))
@@ -75,6 +75,11 @@ class OutputErrors:
 
         with ThreadPoolExecutor(self._workers) as pool:
             return list(pool.map(outputs_of, self._samples))
+
+
+def measured_levels(levels: Sequence[Level]) -> list[Level]:
+    """Levels whose effect is measured."""
+    return [level for level in levels if level != 32 and (level != 8 or 4 not in levels)]
 
 
 def _relative_square(found: Tensors, wanted: Tensors) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,14 +16,21 @@ from bapq_edge.bank.layout import Level, level_within
 from ..workers import Workers
 from .calibration import CalibrationData
 from .chains import FLOAT, Chains
+from .effort import Effort, costs_of, output_errors_s, round_s
 from .ir import HeavyLayer, LayerOptions, LayerPlan, MatrixStats
-from .moments import NEIGHBOUR, Moments
+from .moments import NEIGHBOUR, Moments, input_key
+from .on_disk import OnDisk
 from .partial import PartialBank
-from .quantize import QuantizedLayer, join_layer, layer_tasks, quantize_family
+from .quantize import (
+    QuantizedLayer,
+    join_layer,
+    layer_tasks,
+    quantize_family,
+    scale_columns_of,
+)
 from .reference import Reference, observed, weight_feeds
 from .sensitivity import OutputErrors
-
-Advance = Callable[[float], None]
+from .sums import PANEL
 
 
 def quantize_layers(
@@ -33,7 +41,8 @@ def quantize_layers(
     options: Mapping[str, LayerOptions],
     workers: Workers,
     partial: PartialBank,
-    advance: Advance = lambda work: None,
+    disk: OnDisk,
+    advance: Callable[[float], None] = lambda share: None,
 ) -> None:
     """Quantize every layer of the plan into `partial`, under its index.
 
@@ -45,12 +54,13 @@ def quantize_layers(
         CalibrationError: the model fails on a sample, or a layer's input is not finite there.
     """
     index = {layer.name: number for number, layer in enumerate(plan.layers)}
-    total = sum(map(work_of, plan.layers))
+    effort = Effort(advance)
     if data is None or levels == (32,):
-        for number, layer in enumerate(plan.layers):
-            if number not in partial:
-                partial.put(number, *_quantize([_Seen(layer)], options, workers))
-            advance(work_of(layer) / total)
+        missing = [layer for layer in plan.layers if index[layer.name] not in partial]
+        effort.plan("round", sum(round_s(layer, False) for layer in missing))
+        for layer in missing:
+            with effort.doing("round", round_s(layer, False)):
+                partial.put(index[layer.name], *_quantize([_Seen(layer)], options, workers))
         return
 
     def feeds(chain: int, layer: HeavyLayer) -> dict[str, np.ndarray]:
@@ -64,26 +74,43 @@ def quantize_layers(
     chain_levels = [level for level in NEIGHBOUR if level in levels] or [min(levels)]
     chains = Chains(reference, data, chain_levels, feeds, workers.count, partial.scratch)
     stages = list(reference.stages())
-    for number, stage in enumerate(stages):
-        chains.run(stage)
-        missing = [layer for layer in stage.layers if index[layer.name] not in partial]
-        if missing:
-            rest = [node for later in stages[number + 1 :] for node in later.nodes]
-            errors = OutputErrors(reference, chains, rest, workers.count)
-            seen = _look(missing, Moments(chains))
-            for layer, found in zip(missing, _quantize(seen, options, workers), strict=True):
-                measured = errors.of(layer, found)
-                found = dataclasses.replace(found, output_error=measured)
-                partial.put(index[layer.name], found)
-        advance(sum(map(work_of, stage.layers)) / total)
-
-
-def work_of(layer: HeavyLayer) -> float:
-    """About how many multiplications it takes to quantize a layer."""
-    rows, columns = layer.weight.shape
-    if any(use.operator == "Gather" for use in layer.uses):
-        return 64.0 * rows * columns
-    return float(rows + 8192) * columns * columns + 1e4 * columns
+    missing = [
+        [layer for layer in stage.layers if index[layer.name] not in partial] for stage in stages
+    ]
+    costs = costs_of(chains, stages)
+    forward_s = [cost.forward_s * len(chains.chains) * data.samples for cost in costs]
+    measure_s = [
+        {
+            layer.name: output_errors_s(options[layer.name].levels, costs[number + 1 :], data)
+            for layer in layers
+        }
+        for number, layers in enumerate(missing)
+    ]
+    for number, layers in enumerate(missing):
+        effort.plan("forward", forward_s[number])
+        effort.plan("look", costs[number].look_s if layers else 0.0)
+        effort.plan("round", sum(costs[number].round_s[layer.name] for layer in layers))
+        effort.plan("measure", sum(measure_s[number].values()))
+    for number, (stage, layers) in enumerate(zip(stages, missing, strict=True)):
+        with effort.doing("forward", forward_s[number]):
+            chains.run(stage)
+        if not layers:
+            continue
+        rest = [node for later in stages[number + 1 :] for node in later.nodes]
+        errors: OutputErrors | None = None
+        with disk.temporary():
+            with effort.doing("look", costs[number].look_s):
+                seen = _look(layers, Moments(chains, disk), options)
+            results = _quantize(seen, options, workers)
+            for layer in layers:
+                with effort.doing("round", costs[number].round_s[layer.name]):
+                    found = next(results)
+                with effort.doing("measure", measure_s[number][layer.name]):
+                    errors = errors or OutputErrors(reference, chains, rest, workers.count)
+                    measured = errors.of(layer, found)
+                    found = dataclasses.replace(found, output_error=measured)
+                    partial.put(index[layer.name], found)
+        disk.release()
 
 
 @dataclass(frozen=True)
@@ -95,17 +122,22 @@ class _Seen:
     row_weight: np.ndarray | None = None
 
 
-def _look(layers: Sequence[HeavyLayer], moments: Moments) -> list[_Seen]:
-    seen = []
-    for layer in layers:
-        if not observed(layer):
-            seen.append(_Seen(layer))
-        elif any(use.operator == "Gather" for use in layer.uses):
+def _look(
+    layers: Sequence[HeavyLayer], moments: Moments, options: Mapping[str, LayerOptions]
+) -> list[_Seen]:
+    seen = {layer.name: _Seen(layer) for layer in layers}
+    alike: dict[object, list[HeavyLayer]] = {}
+    for layer in filter(observed, layers):
+        if any(use.operator == "Gather" for use in layer.uses):
             often = good_turing(moments.gather_counts(layer))
-            seen.append(_Seen(layer, row_weight=often))
+            seen[layer.name] = _Seen(layer, row_weight=often)
         else:
-            seen.append(_Seen(layer, moments.of(layer)))
-    return seen
+            alike.setdefault(input_key(layer), []).append(layer)
+    for group in alike.values():
+        sizes = {n for layer in group for n in scale_columns_of(options[layer.name]).values()}
+        stats = moments.of(group, math.lcm(PANEL, *sizes))  # no scale group is cut in two
+        seen.update({layer.name: _Seen(layer, stats[layer.name]) for layer in group})
+    return list(seen.values())
 
 
 def _quantize(
@@ -113,16 +145,12 @@ def _quantize(
 ) -> Iterator[QuantizedLayer]:
     """Quantize layers that are independent of each other, spread over the workers."""
     tasks = [layer_tasks(each.layer, each.stats, options[each.layer.name]) for each in seen]
-    work = sum(work_of(each.layer) for each in seen)
-    results = workers.map(quantize_family, list(itertools.chain(*tasks)), work)
+    guess_s = sum(round_s(each.layer, each.stats is not None) for each in seen)
+    results = workers.map(quantize_family, list(itertools.chain(*tasks)), guess_s)
     for each, own in zip(seen, tasks, strict=True):
-        yield join_layer(
-            each.layer,
-            options[each.layer.name],
-            list(itertools.islice(results, len(own))),
-            each.stats is not None,
-            each.row_weight,
-        )
+        found = itertools.islice(results, len(own))
+        own_options = options[each.layer.name]
+        yield join_layer(each.layer, own_options, each.stats, found, each.row_weight)
 
 
 def good_turing(counts: np.ndarray) -> np.ndarray:

@@ -60,9 +60,11 @@ class Effort:
         speed = took_s / max(sum(self._done.values()), 1e-9)
         left_s = 0.0
         for kind, planned in self._planned.items():
+            if planned <= self._done[kind]:
+                continue
             trust = _TRUST * planned
             own = (self._took[kind] + trust * speed) / (self._done[kind] + trust)
-            left_s += own * max(planned - self._done[kind], 0.0)
+            left_s += own * (planned - self._done[kind])
         return took_s / (took_s + left_s)
 
 

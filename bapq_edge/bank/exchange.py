@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BankFormatError, BankIntegrityError, BankNotFoundError
+from .boundary import Arrays
 from .codes import LayerCodes, check_values, join_rows
 from .files import digest_of, file_size, inside, read_at
 from .layout import PLANES, Plane, TileGeometry
-from .manifest import MANIFEST_FILE, Layer, Manifest
+from .manifest import MANIFEST_FILE, BoundaryEntry, FileEntry, Layer, Manifest
 from .npy import SENSITIVITY_DTYPE, check_sensitivity, from_npy, to_npy
 from .reader import Bank, read_manifest
 from .rows import DROPPED_BIAS, ROW_ORDER, ROW_TABLES
@@ -69,12 +70,7 @@ def pack(directory: str | os.PathLike[str], bank_path: str | os.PathLike[str]) -
     folder = _find_model(Path(directory))
     manifest = read_manifest(folder)
     _check_files(folder, manifest)
-    graph = _read(folder, manifest.graph.file, manifest.graph.bytes)
-    if digest_of(graph) != manifest.graph.blake2b:
-        raise BankIntegrityError(
-            f"{folder / manifest.graph.file} has BLAKE2b {digest_of(graph)}, "
-            f"expected {manifest.graph.blake2b}: {_AGAIN}"
-        )
+    graph, *halves = (_read_entry(folder, entry) for entry in manifest.graphs)
     sensitivity = _read_sensitivity(folder, manifest)
     rows = _read_rows(folder, manifest)
     with BankWriter(
@@ -101,7 +97,12 @@ def pack(directory: str | os.PathLike[str], bank_path: str | os.PathLike[str]) -
                 row_order=rows[ROW_ORDER.key].get(layer.name),
                 dropped_bias=rows[DROPPED_BIAS.key].get(layer.name),
             )
-        writer.finish(graph, manifest.kept_in_float)
+        writer.finish(
+            graph,
+            manifest.kept_in_float,
+            [(each.model, _read_boundary(folder, manifest, each)) for each in manifest.boundary],
+            (halves[0], halves[1], manifest.split.head_layers) if manifest.split else None,
+        )
     return Path(bank_path)
 
 
@@ -123,9 +124,10 @@ def _dtype(geometry: TileGeometry) -> np.dtype[Any]:
 def _files_of(bank: Bank) -> Iterator[tuple[str, bytes]]:
     """Path below the model's folder and bytes of every file."""
     yield MANIFEST_FILE, bank.manifest.to_json()
-    yield bank.manifest.graph.file, bank.graph_bytes()
+    for graph in bank.manifest.graphs:
+        yield graph.file, bank.file_bytes(graph)
     yield bank.manifest.sensitivity.file, to_npy(bank.sensitivity())
-    for entry in bank.manifest.row_tables.values():
+    for entry in (*bank.manifest.row_tables.values(), *bank.manifest.boundary_files):
         yield entry.file, bank.file_bytes(entry)
     for layer in bank.manifest.layers:
         for plane in layer.planes:
@@ -170,6 +172,29 @@ def _read_rows(folder: Path, manifest: Manifest) -> dict[str, dict[str, NDArray[
             except ValueError as error:
                 raise BankFormatError(f"{folder / entry.file}: {error}: {_AGAIN}") from None
     return values
+
+
+def _read_boundary(folder: Path, manifest: Manifest, entry: BoundaryEntry) -> Arrays:
+    arrays = {}
+    for name, (dtype, shape) in entry.model.shapes(manifest).items():
+        data = _read_entry(folder, entry.arrays[name])
+        try:
+            arrays[name] = from_npy(data, dtype, shape)
+        except ValueError as error:
+            raise BankFormatError(
+                f"{folder / entry.arrays[name].file}: {error}: {_AGAIN}"
+            ) from None
+    return arrays
+
+
+def _read_entry(folder: Path, entry: FileEntry) -> bytes:
+    data = _read(folder, entry.file, entry.bytes)
+    if digest_of(data) != entry.blake2b:
+        raise BankIntegrityError(
+            f"{folder / entry.file} has BLAKE2b {digest_of(data)}, "
+            f"expected {entry.blake2b}: {_AGAIN}"
+        )
+    return data
 
 
 def _read_layer(folder: Path, layer: Layer) -> LayerCodes:
@@ -230,8 +255,8 @@ def _find_model(directory: Path) -> Path:
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
     """Exactly the files that the manifest implies must be there."""
-    tables = (manifest.graph, manifest.sensitivity, *manifest.row_tables.values())
-    expected = {MANIFEST_FILE, *(entry.file for entry in tables)} | {
+    tables = (manifest.sensitivity, *manifest.row_tables.values(), *manifest.boundary_files)
+    expected = {MANIFEST_FILE, *(entry.file for entry in (*manifest.graphs, *tables))} | {
         _chunk_file(layer, index, plane)
         for layer in manifest.layers
         for plane in layer.planes

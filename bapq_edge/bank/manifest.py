@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BankFormatError, BankPathError, BankVersionError
+from .boundary import Boundary, array_file
 from .layout import (
     BLOCK_COLUMNS,
     LEVELS,
@@ -30,6 +31,7 @@ from .layout import (
 )
 from .npy import (
     CHUNK_DTYPE,
+    array_bytes,
     chunk_table_bytes,
     digest_table_bytes,
     sensitivity_table_bytes,
@@ -38,12 +40,15 @@ from .rows import ROW_TABLES
 from .strict_json import Place, Rule, decode, encode, parse_json, shown
 
 __all__ = [
+    "BODY_FILE",
     "FORMAT_NAME",
     "FORMAT_VERSION",
     "GRAPH_FILE",
+    "HEAD_FILE",
     "MANIFEST_FILE",
     "MAX_MANIFEST_BYTES",
     "SENSITIVITY_FILE",
+    "BoundaryEntry",
     "Calibration",
     "FileEntry",
     "KeptNode",
@@ -53,6 +58,7 @@ __all__ = [
     "Operator",
     "PlaneEntry",
     "SourceModel",
+    "SplitGraph",
     "chunks_file",
     "digests_file",
     "plane_file",
@@ -64,6 +70,8 @@ FORMAT_NAME = "bapq-bank"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 GRAPH_FILE = "graph/main.onnx"
+HEAD_FILE = "graph/head.onnx"
+BODY_FILE = "graph/body.onnx"
 SENSITIVITY_FILE = "tables/sensitivity.npy"
 
 MAX_MANIFEST_BYTES = 4 << 20
@@ -96,7 +104,7 @@ _UNPRINTABLE = "\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
 _TEXT = re.compile(f"[^{_UNPRINTABLE}]{{0,1024}}")
 # 200 leaves room under the 255 bytes of a file name; "manifest.json" is taken in the exchange form.
 _NAME = re.compile(r"(?!(\.|\.\.|manifest\.json)\Z)[A-Za-z0-9._-]{1,200}")
-_FILE = re.compile(r"(graph|planes|tables)/(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,200}")
+_FILE = re.compile(r"(boundary|graph|planes|tables)/(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,200}")
 _HEX = re.compile("[0-9a-f]{32}")
 
 Text = Annotated[str, Rule("at most 1024 characters without control characters", _TEXT.fullmatch)]
@@ -108,7 +116,12 @@ Name = Annotated[
     ),
 ]
 File = Annotated[
-    str, Rule("a file in graph/, planes/ or tables/ of the bank", _FILE.fullmatch, BankPathError)
+    str,
+    Rule(
+        "a file in boundary/, graph/, planes/ or tables/ of the bank",
+        _FILE.fullmatch,
+        BankPathError,
+    ),
 ]
 Digest = Annotated[str, Rule("32 lower-case hexadecimal digits", _HEX.fullmatch)]
 # 2^53 - 1: the largest integer that every JSON reader keeps exact.
@@ -252,6 +265,26 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class SplitGraph:
+    """The graph cut in two at the tap of a gate; both halves together do what `graph` does."""
+
+    head: FileEntry
+    """From the model's inputs to the tap."""
+    body: FileEntry
+    """From the tap, and inputs that are read beyond it, to the outputs."""
+    head_layers: Size
+    """The first so many layers are the head's, the others the body's."""
+
+
+@dataclass(frozen=True)
+class BoundaryEntry:
+    """A boundary model and the files of its arrays."""
+
+    model: Boundary
+    arrays: dict[Name, FileEntry]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The whole manifest.json."""
 
@@ -269,6 +302,8 @@ class Manifest:
     then of every dropped one."""
     dropped_bias: FileEntry | None = None
     """tables/dropped_bias.npy, (dropped rows of all layers with a bias,) float32."""
+    boundary: tuple[BoundaryEntry, ...] = ()
+    split: SplitGraph | None = None
     kept_in_float: tuple[KeptNode, ...] = ()
     calibration: Calibration | None = None
     format: str = field(default=FORMAT_NAME)
@@ -300,6 +335,16 @@ class Manifest:
         """(chunk_count, levels): whether the chunk's layer has the level."""
         rows = [[level in layer.levels for level in self.levels] for layer in self.layers]
         return np.repeat(np.array(rows), [layer.chunk_count for layer in self.layers], axis=0)
+
+    @property
+    def graphs(self) -> tuple[FileEntry, ...]:
+        """The graph and, if it is split, its halves."""
+        return (self.graph, *((self.split.head, self.split.body) if self.split else ()))
+
+    @property
+    def boundary_files(self) -> list[FileEntry]:
+        """Arrays of all boundary models."""
+        return [entry for each in self.boundary for entry in each.arrays.values()]
 
     @property
     def row_tables(self) -> dict[str, FileEntry]:
@@ -381,6 +426,7 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
     check(bool(manifest.layers), "layers", "empty", "at least one layer")
     _check_layers(manifest, check)
     _check_files(manifest, check)
+    _check_boundary(manifest, check)
 
 
 def _require(where: str, good: bool, key: str, found: Any, expected: Any) -> None:
@@ -486,3 +532,35 @@ def _check_files(manifest: Manifest, check: Callable[..., None]) -> None:
             ("digests.bytes", digests.bytes, digest_table_bytes(chunk_count)),
         ):
             check(found == expected, f"planes.{plane}.{key}", found, expected)
+
+
+def _check_boundary(manifest: Manifest, check: Callable[..., None]) -> None:
+    names: dict[str, int] = {}
+    for i, entry in enumerate(manifest.boundary):
+        at, model = f"boundary[{i}]", entry.model
+        first = names.setdefault(model.name, i)
+        check(first == i, f"{at}.model.name", model.name, f"unlike boundary[{first}]'s")
+
+        def check_model(good: bool, key: str, found: Any, expected: Any, at: str = at) -> None:
+            check(good, f"{at}.model.{key}", found, expected)
+
+        model.check(manifest, check_model)
+        shapes = model.shapes(manifest)
+        check(
+            set(entry.arrays) == set(shapes), f"{at}.arrays", sorted(entry.arrays), sorted(shapes)
+        )
+        for name, file in entry.arrays.items():
+            expected = array_file(model.name, name)
+            check(file.file == expected, f"{at}.arrays.{name}.file", file.file, expected)
+            dtype, shape = shapes[name]
+            size = array_bytes(dtype, shape)
+            check(file.bytes == size, f"{at}.arrays.{name}.bytes", file.bytes, size)
+    split = manifest.split
+    if split is not None:
+        for key, found, expected in (
+            ("head.file", split.head.file, HEAD_FILE),
+            ("body.file", split.body.file, BODY_FILE),
+        ):
+            check(found == expected, f"split.{key}", found, expected)
+        most = len(manifest.layers)
+        check(split.head_layers <= most, "split.head_layers", split.head_layers, f"0 to {most}")

@@ -18,6 +18,7 @@ __all__ = [
     "DIGEST_BYTES",
     "ROW_DTYPE",
     "SENSITIVITY_DTYPE",
+    "array_bytes",
     "check_sensitivity",
     "chunk_table_bytes",
     "digest_table_bytes",
@@ -56,6 +57,11 @@ def digest_table_bytes(chunk_count: int) -> int:
 def sensitivity_table_bytes(chunk_count: int, level_count: int) -> int:
     """Size of the sensitivity table's file."""
     return _TABLE_HEADER_BYTES + chunk_count * level_count * SENSITIVITY_DTYPE.itemsize
+
+
+def array_bytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+    """Size of the file of a small array."""
+    return _TABLE_HEADER_BYTES + int(np.prod(shape)) * dtype.itemsize
 
 
 def row_table_bytes(rows: int) -> int:

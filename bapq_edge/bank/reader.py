@@ -21,6 +21,7 @@ from ..errors import (
     BankTruncatedError,
     MissingPlaneWarning,
 )
+from .boundary import Arrays, Boundary
 from .codes import LayerCodes, join_rows, unpack_chunk
 from .files import REPAIR, digest_of, file_size, inside, read_at
 from .layout import PLANES, PLANES_OF_LEVEL, Level, Plane, level_within
@@ -66,7 +67,8 @@ class Bank:
         self._root = os.path.realpath(path)
         self._first_chunks = [layer.first_chunk for layer in manifest.layers]
         self._layers = {layer.name: layer for layer in manifest.layers}
-        self._sized(manifest.graph.file, manifest.graph.bytes)
+        for graph in manifest.graphs:
+            self._sized(graph.file, graph.bytes)
         self.sensitivity()
         self._rows = {
             table.key: self._parsed(entry, partial(table.parse, layers=manifest.layers))
@@ -74,6 +76,8 @@ class Bank:
             else {}
             for table in ROW_TABLES
         }
+        for each in manifest.boundary:
+            self.boundary_arrays(each.model)
         tables = {plane: self._read_table(plane) for plane in PLANES if plane in manifest.planes}
         self._plane_files = {
             plane: self._sized(entry.file, entry.bytes)
@@ -171,6 +175,19 @@ class Bank:
     def dropped_bias(self, layer: Layer) -> NDArray[np.float32] | None:
         """(dropped rows,): what they give before the clip; None where that is 0."""
         return self._rows[DROPPED_BIAS.key].get(layer.name)
+
+    def boundary_arrays(self, model: Boundary) -> Arrays:
+        """Arrays of a boundary model of the manifest, by name; read and checked at every call."""
+        manifest = self.manifest
+        files = next(each.arrays for each in manifest.boundary if each.model is model)
+        shapes = model.shapes(manifest)
+        arrays = {name: self._array(files[name], *shapes[name]) for name in shapes}
+        try:
+            model.check_arrays(arrays, manifest)
+        except ValueError as error:
+            where = self.path / "boundary" / model.name
+            raise BankFormatError(f"{where}: {error}: {REPAIR}") from None
+        return arrays
 
     def graph_bytes(self) -> bytes:
         """The ONNX graph without the heavy weights, checked against its digest."""

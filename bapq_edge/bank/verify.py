@@ -56,11 +56,14 @@ def verify(path: str | os.PathLike[str]) -> VerifyReport:
     chunks is counted, file by file. Absent planes give a MissingPlaneWarning.
     """
     bank = Bank.open(path)
-    graph = bank.manifest.graph
+    manifest = bank.manifest
     # `Bank.open` has just checked these, and the tables below.
-    tables = (bank.manifest.sensitivity, *bank.manifest.row_tables.values())
+    tables = (manifest.sensitivity, *manifest.row_tables.values(), *manifest.boundary_files)
     reports = [
-        _report(graph.file, graph.bytes, iter([bank.graph_bytes])),
+        *(
+            _report(graph.file, graph.bytes, iter([partial(bank.file_bytes, graph)]))
+            for graph in manifest.graphs
+        ),
         *(_report(table.file, table.bytes, iter(())) for table in tables),
     ]
     for plane in bank.planes:

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,15 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BankFormatError
+from .boundary import Arrays, Boundary, array_file
 from .codes import LayerCodes, pack_chunk
 from .files import digest_of
 from .layout import TILE_ROWS, Level, Plane, blocks_of, planes_for, tiles_of
 from .manifest import (
+    BODY_FILE,
     FORMAT_NAME,
     GRAPH_FILE,
+    HEAD_FILE,
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
     SENSITIVITY_FILE,
+    BoundaryEntry,
     Calibration,
     FileEntry,
     KeptNode,
@@ -33,6 +37,7 @@ from .manifest import (
     Operator,
     PlaneEntry,
     SourceModel,
+    SplitGraph,
     chunks_file,
     digests_file,
     plane_file,
@@ -47,6 +52,7 @@ from .staging import Staging, storage_errors, sync_directory
 __all__ = ["BankWriter", "chunk_rows_for"]
 
 _FOLDERS = ("graph", "planes", "tables")
+_BOUNDARY_FOLDER = "boundary"
 
 _CHUNK_BYTES = 128 << 10
 """Of plane p4: large enough that an SD card or NVMe reads near its full speed, small enough that
@@ -229,9 +235,22 @@ class BankWriter:
         self._first_chunk += layer.chunk_count
         return layer
 
-    def finish(self, graph: bytes, kept_in_float: Iterable[KeptNode] = ()) -> Manifest:
-        """Write graph, tables and manifest, then put the bank at its name in one step."""
+    def finish(
+        self,
+        graph: bytes,
+        kept_in_float: Iterable[KeptNode] = (),
+        boundary: Sequence[tuple[Boundary, Arrays]] = (),
+        split: tuple[bytes, bytes, int] | None = None,
+    ) -> Manifest:
+        """Write graph, tables and manifest, then put the bank at its name in one step.
+
+        `boundary` are models with their arrays; `split` the two halves of the graph and how many
+        layers are the first half's.
+
+        Raises BankFormatError when they do not fit together, StorageError.
+        """
         directory = self._staging.path
+        folders = (*_FOLDERS, _BOUNDARY_FOLDER) if boundary else _FOLDERS
         with storage_errors(self.path):
             planes = {}
             for plane, output in self._planes.items():
@@ -246,6 +265,8 @@ class BankWriter:
             sensitivity = np.concatenate(
                 [np.empty((0, len(self._levels)), SENSITIVITY_DTYPE), *self._sensitivity]
             )
+            if boundary:
+                (directory / _BOUNDARY_FOLDER).mkdir()
             manifest = Manifest(
                 model=self._source,
                 levels=self._levels,
@@ -265,11 +286,26 @@ class BankWriter:
                     for node in kept_in_float
                 ),
                 calibration=self._calibration,
+                boundary=tuple(
+                    BoundaryEntry(
+                        model,
+                        {
+                            name: self._write(array_file(model.name, name), to_npy(array))
+                            for name, array in sorted(arrays.items())
+                        },
+                    )
+                    for model, arrays in boundary
+                ),
+                split=None
+                if split is None
+                else SplitGraph(
+                    self._write(HEAD_FILE, split[0]), self._write(BODY_FILE, split[1]), split[2]
+                ),
             )
             self._write(MANIFEST_FILE, manifest.to_json())
             # What was written is read back by the rules that every reader applies.
             Bank.open(directory)
-            for folder in _FOLDERS:
+            for folder in folders:
                 sync_directory(directory / folder)
             self._staging.commit()
         return manifest
@@ -309,7 +345,7 @@ def check_is_bank(path: Path) -> None:
     if not manifest.is_file():
         raise BankFormatError(f"{path} is there and is not a bank: {step}")
     for entry in sorted(os.listdir(path)):
-        if entry not in (*_FOLDERS, MANIFEST_FILE):
+        if entry not in (*_FOLDERS, _BOUNDARY_FOLDER, MANIFEST_FILE):
             raise BankFormatError(f"{path} holds {entry!a}, which is no part of a bank: {step}")
     with manifest.open("rb") as file:
         # Not parsed: a damaged bank, or one of another version, may be built anew.

@@ -60,7 +60,7 @@ def test_calibration_is_optional_and_kept(document):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("surprise", 1, "unknown key surprise, allowed are calibration, dropped_bias"),
+        ("surprise", 1, "unknown key surprise, allowed are boundary, calibration"),
         ("layers/1/surprise", 1, "unknown key layers[1].surprise, allowed are chunk_rows"),
         ("planes/p5", {}, "unknown key planes.p5, allowed are f32, m1, p4, r8, s1"),
         ("layers/0/scale_columns/8", 32, "layers[0].scale_columns is for levels [1, 2, 4, 8]"),

@@ -1,0 +1,210 @@
+"""Boundary models: what the bank says of an input, from a few features of one tensor.
+
+tap ──pool──► values ──project──► features ──tree or k-means──► region ──operating point──► wish
+
+Their parameters stand in the manifest, their arrays in boundary/<name>.<array>.npy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .layout import Level
+from .strict_json import Rule
+
+if TYPE_CHECKING:
+    from .manifest import Manifest
+
+__all__ = ["Arrays", "Boundary", "Stage", "Wish", "array_file"]
+
+Stage = Literal["gate", "answer"]
+"""When the region is found: from a tensor before the body has run, or from the answer."""
+
+Kind = Literal["tree", "kmeans"]
+Scores = Literal["none", "logits", "probabilities"]
+Agreement = Literal["argmax", "cosine", "tolerance"]
+Arrays = dict[str, NDArray[Any]]
+
+MAX_VALUES = 1 << 16
+MAX_FEATURES = 256
+MAX_REGIONS = 256
+MAX_WISHES = 64
+MAX_POINTS = 256
+MAX_NODES = 2 * MAX_REGIONS - 1
+
+_F4, _F8, _I4, _U1 = (np.dtype(name) for name in ("<f4", "<f8", "<i4", "u1"))
+
+
+def _count(low: int, high: int) -> Rule:
+    return Rule(f"an integer from {low} to {high}", lambda n: low <= n <= high)
+
+
+def _number(low: float, high: float) -> Rule:
+    return Rule(f"a number from {low:g} to {high:g}", lambda x: low <= x <= high)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """The precision of a run: one level for all chunks, or the planner's best plan of some bits."""
+
+    level: Level | None = None
+    bits: Annotated[float, _number(1, 32)] | None = None
+    region: Annotated[int, _count(0, MAX_REGIONS - 1)] | None = None
+    """Region whose rows of low contribution are skipped; None: no row is."""
+
+    def __str__(self) -> str:
+        """For people."""
+        precision = f"level {self.level}" if self.bits is None else f"{self.bits:g} bits"
+        return precision if self.region is None else f"{precision}, rows of region {self.region}"
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """One boundary model, as the manifest describes it."""
+
+    name: Annotated[
+        str,
+        Rule(
+            "1 to 60 small letters, digits and '-'",
+            lambda s: 0 < len(s) <= 60 and set(s) <= set("abcdefghijklmnopqrstuvwxyz0123456789-"),
+        ),
+    ]
+    stage: Stage
+    tap: Annotated[str, Rule("1 to 1024 characters", lambda s: 0 < len(s) <= 1024)]
+    """Tensor that the features are taken from: for a gate an input, or the output of graph/head;
+    for an answer an output of the model."""
+    base: Wish
+    """What the tap is computed at. Of an answer it is the first wish: the answer may stand."""
+    pool: tuple[Annotated[int, _count(1, MAX_VALUES)], ...]
+    """Length that every axis of the tap but the first is averaged down to."""
+    scores: Scores
+    """What the projected values are: "logits" adds their margin and entropy to the features;
+    "probabilities" takes their logarithm first."""
+    features: Annotated[int, _count(1, MAX_FEATURES)]
+    """Projected values; margin and entropy come on top."""
+    kind: Kind
+    regions: Annotated[int, _count(1, MAX_REGIONS)]
+    """Numbered from the one whose answers are most in doubt."""
+    nodes: Annotated[int, _count(0, MAX_NODES)]
+    """Of the tree; 0 for k-means."""
+    wishes: tuple[Wish, ...]
+    """What a region can be run at."""
+    points: Annotated[int, _count(1, MAX_POINTS)]
+    """Operating points: each gives every region a wish."""
+    samples: Annotated[int, _count(1, 1 << 31)]
+    """Held-out samples that losses and bounds were measured on."""
+    confidence: Annotated[float, _number(0.5, 1)]
+    """Of the bounds."""
+
+    @property
+    def values(self) -> int:
+        """Values of the tap after pooling."""
+        return math.prod(self.pool)
+
+    @property
+    def all_features(self) -> int:
+        """Features that regions are found from."""
+        return self.features + (2 if self.scores != "none" else 0)
+
+    @property
+    def skips(self) -> bool:
+        """Whether some wish skips rows."""
+        return any(wish.region is not None for wish in self.wishes)
+
+    def shapes(self, manifest: Manifest) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Type and shape of every array."""
+        regions, wishes = self.regions, len(self.wishes)
+        shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+            "center": (_F4, (self.values,)),  # features = (values - center) @ projection + offset
+            "projection": (_F4, (self.values, self.features)),
+            "offset": (_F4, (self.features,)),
+            "mix": (_F4, (regions,)),  # share of the samples
+            "loss": (_F4, (regions, wishes)),  # 1 - mean agreement with the reference
+            "loss_bound": (_F4, (regions, wishes)),
+            "assignment": (_U1, (self.points, regions)),  # wish of every region
+            "outlook": (_F4, (self.points, 3)),  # mean bits, mean agreement, its lower bound
+        }
+        if self.kind == "tree":
+            shapes |= {
+                "node_feature": (_I4, (self.nodes,)),  # -1: a leaf
+                "node_threshold": (_F8, (self.nodes,)),  # to the first child where not above it
+                "node_children": (_I4, (self.nodes, 2)),
+                "node_region": (_I4, (self.nodes,)),
+            }
+        else:
+            shapes |= {
+                "scale": (_F4, (self.all_features,)),  # features are multiplied by it
+                "centers": (_F8, (regions, self.all_features)),
+            }
+        if self.skips:
+            rows = sum(layer.stored_rows for layer in manifest.layers)
+            shapes |= {
+                "skipped": (_U1, (regions, manifest.chunk_count)),  # 1: the chunk is skipped
+                "row_values": (_F4, (regions, rows)),  # what stands in for skipped rows
+            }
+        return shapes
+
+    def check(self, manifest: Manifest, check: Callable[[bool, str, Any, Any], None]) -> None:
+        """Checks that span several fields; `check(good, key, found, expected)`."""
+        wishes = [(f"wishes[{i}]", wish) for i, wish in enumerate(self.wishes)]
+        for key, wish in [("base", self.base), *wishes]:
+            check((wish.level is None) != (wish.bits is None), key, wish, "a level or bits")
+            levels = manifest.levels
+            check(wish.level in (None, *levels), key, wish, f"of the levels {list(levels)}")
+            check((wish.region or 0) < self.regions, key, wish, f"of {self.regions} regions")
+        count = len(self.wishes)
+        check(1 <= count <= MAX_WISHES, "wishes", f"{count} wishes", f"1 to {MAX_WISHES}")
+        check(len(set(self.wishes)) == count, "wishes", "with one twice", "each once")
+        check(self.base.region is None, "base", self.base, "without skipped rows")
+        answers = self.stage == "answer"
+        check(not answers or self.wishes[0] == self.base, "wishes[0]", self.wishes[0], self.base)
+        check(self.values <= MAX_VALUES, "pool", self.pool, f"at most {MAX_VALUES} values")
+        tree = self.kind == "tree"
+        check((self.nodes > 0) == tree, "nodes", self.nodes, "above 0 for a tree, else 0")
+
+    def check_arrays(self, arrays: Mapping[str, NDArray[Any]], manifest: Manifest) -> None:
+        """Raise ValueError where the arrays, of the right types and shapes, make no model."""
+        for name, array in arrays.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise ValueError(f"{name} holds a value that is no finite number")
+        _within("mix", arrays["mix"], 0, 1)
+        if abs(float(arrays["mix"].sum()) - 1) > 1e-3:
+            raise ValueError(f"mix adds up to {float(arrays['mix'].sum()):g}, must be 1")
+        _within("assignment", arrays["assignment"], 0, len(self.wishes) - 1)
+        if self.kind == "tree":
+            _check_tree(arrays, self.all_features, self.regions)
+        if self.skips:
+            _within("skipped", arrays["skipped"], 0, 1)
+            for layer in manifest.layers:
+                if "Gather" in layer.operators and arrays["skipped"][:, layer.chunk_range].any():
+                    raise ValueError(f"skipped: layer {layer.name} is gathered, none may be")
+
+
+def array_file(boundary: str, array: str) -> str:
+    """Path of an array in the bank."""
+    return f"boundary/{boundary}.{array}.npy"
+
+
+def _within(name: str, array: NDArray[Any], low: float, high: float) -> None:
+    if array.size and not (low <= array.min() and array.max() <= high):
+        raise ValueError(
+            f"{name} has values from {array.min()} to {array.max()}, allowed are {low} to {high}"
+        )
+
+
+def _check_tree(arrays: Mapping[str, NDArray[Any]], features: int, regions: int) -> None:
+    feature, children = arrays["node_feature"], arrays["node_children"]
+    nodes = len(feature)
+    _within("node_feature", feature, -1, features - 1)
+    inner = np.flatnonzero(feature >= 0)
+    _within("node_region", arrays["node_region"][feature < 0], 0, regions - 1)
+    below = children[inner]
+    # Children come after their parent, so every walk ends.
+    if ((below <= inner[:, None]) | (below >= nodes)).any():
+        raise ValueError(f"node_children must be after their node, and below {nodes}")

@@ -1,0 +1,59 @@
+"""Policies: who decides, run by run, at which precision an input is answered.
+
+A policy is a small object with one method. The session asks it before a run, where the graph is
+split once more between head and body, and after the answer; what it returns is run next.
+
+start ──► Choice ──► head ──► gate ──► Choice ──► body ──► answer ──► None: the answer stands
+                                                             └──► Choice: answered again at it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bank.boundary import Wish
+
+__all__ = ["Choice", "Moment", "Policy", "Wish"]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a policy may look at."""
+
+    stage: Literal["start", "gate", "answer"]
+    values: Mapping[str, NDArray[np.generic]]
+    """by tensor name: the feed at the start, the tap at the gate, the outputs of an answer"""
+    wish: Wish
+    """what the values were computed at; at the start, what the session runs at otherwise"""
+    elapsed_s: float
+    """since the run began"""
+    again_s: float | None
+    """how long a run at another wish after an answer took lately; None: none was made yet"""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to run next, and why."""
+
+    wish: Wish
+    region: int | None = None
+    """Region of the input, for `stats()` and the drift watch."""
+
+
+class Policy(Protocol):
+    """Anything with this method; it may be called from several threads at a time.
+
+    An attribute `mix`, a mapping from every Wish to the share of runs that it is for, tells the
+    planner which chunks are worth their memory; without it, wishes are planned as they come. An
+    attribute `splits` that is true has the split graph run, with the stage "gate". An attribute
+    `reads` names outputs that the stage "answer" must see, whatever the caller asked for.
+    """
+
+    def choose(self, moment: Moment) -> Choice | None:
+        """What to run next; None: go on as it is, or let the answer stand."""
+        ...

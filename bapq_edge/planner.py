@@ -17,7 +17,19 @@ from .bank.reader import Bank
 from .errors import BudgetTooSmallError, RequestError, UnknownLevelError
 from .units import format_size
 
-__all__ = ["Plan", "Problem", "Request", "plan", "problem_of", "smallest_limit"]
+__all__ = [
+    "Plan",
+    "Problem",
+    "Request",
+    "aligned",
+    "columns_for",
+    "plan",
+    "problem_of",
+    "ring_bytes_for",
+    "smallest_for",
+    "smallest_limit",
+    "spread",
+]
 
 _RING_CHUNKS = 3
 """One chunk being computed on, one ready, one being read: reading and computing never wait for a
@@ -136,15 +148,12 @@ def smallest_limit(problem: Problem, request: Request) -> int:
 
     It holds all chunks or a ring of two of the largest, whichever is less.
     """
-    first = _first_allowed(problem, request)
-    if request.bits is not None:
-        columns = _columns_for_bits(problem, request.bits, first)
-    elif request.level == "auto":
+    if request.level == "auto" and request.bits is None:
         columns = np.full(len(problem.weights), len(problem.levels) - 1)
     else:
-        columns = np.full(len(problem.weights), max(_column(problem, request.level), first))
+        columns = columns_for(problem, request)
     sizes = problem.level_bytes[np.arange(len(columns)), columns]
-    return _smallest(sizes[~problem.row_read])
+    return smallest_for(sizes[~problem.row_read])
 
 
 def plan(problem: Problem, request: Request, resident: NDArray[np.bool_] | None = None) -> Plan:
@@ -156,21 +165,24 @@ def plan(problem: Problem, request: Request, resident: NDArray[np.bool_] | None 
     Raises UnknownLevelError for a level that the problem lacks, RequestError for fewer bits than
     its lowest level, BudgetTooSmallError with the smallest limit that works.
     """
+    columns = columns_for(problem, request)
     first = _first_allowed(problem, request)
-    capped = first > 0
+    wish = "auto" if request.level == "auto" else f"level {request.level}"
     if request.bits is not None:
-        columns = _columns_for_bits(problem, request.bits, first)
         wish = f"{request.bits:g} bits"
-    elif request.level == "auto":
-        columns = _columns_for_limit(problem, request, first)
-        wish = "auto"
-    else:
-        wanted = _column(problem, request.level)
-        columns = np.full(len(problem.weights), max(wanted, first))
-        wish, capped = f"level {request.level}", wanted < first
-    if capped:
+    if first and (request.level == "auto" or _column(problem, request.level) < first):
         wish += f", capped at {problem.levels[first]}"
     return _place(problem, columns, request.weight_bytes_limit, resident, wish)
+
+
+def columns_for(problem: Problem, request: Request) -> NDArray[np.intp]:
+    """(chunks,): column of `problem.levels` that each chunk runs at. Raises what `plan` raises."""
+    first = _first_allowed(problem, request)
+    if request.bits is not None:
+        return _columns_for_bits(problem, request.bits, first)
+    if request.level == "auto":
+        return _columns_for_limit(problem, request, first)
+    return np.full(len(problem.weights), max(_column(problem, request.level), first))
 
 
 def _first_allowed(problem: Problem, request: Request) -> int:
@@ -215,10 +227,10 @@ def _columns_for_limit(problem: Problem, request: Request, first: int) -> NDArra
     if readable > 0:
         # A ring for larger chunks leaves less to pin, so every highest level is tried.
         for top in range(sizes.shape[1]):
-            largest = _aligned(int(sizes[:, top].max()))
+            largest = aligned(int(sizes[:, top].max()))
             if _LEAST_RING_CHUNKS * largest <= limit:
                 # Pinning whole chunks may fall short of its share by less than one.
-                pinned = limit - _ring_bytes(limit, largest) - largest
+                pinned = limit - ring_bytes_for(limit, largest) - largest
                 most = int(min(pinned + readable, sizes[:, top].sum()))
                 candidates.append(ladder.climb(most, top))
     rows = np.arange(len(sizes))
@@ -318,15 +330,15 @@ def _place(
     pinned, ring_bytes, pinned_bytes = ~problem.row_read, 0, total
     reason = f"{wish}: all {format_size(total)} pinned"
     if limit is not None and total > limit:
-        smallest = _smallest(sizes)
+        smallest = smallest_for(sizes)
         if smallest > limit:
             raise BudgetTooSmallError(
                 f"{limit} bytes are allowed for weights, {wish} needs {smallest}: allow more"
             )
-        ring_bytes = _ring_bytes(limit, _aligned(int(sizes.max())))
+        ring_bytes = ring_bytes_for(limit, aligned(int(sizes.max())))
         streamable = np.flatnonzero(pinned)
         stay = None if resident is None else resident[streamable]
-        pinned[streamable] = _spread(sizes[streamable], limit - ring_bytes, stay)
+        pinned[streamable] = spread(sizes[streamable], limit - ring_bytes, stay)
         pinned_bytes = int(sizes[pinned].sum())
         reason = (
             f"{wish}: {format_size(pinned_bytes)} of {format_size(total)} pinned, "
@@ -345,7 +357,7 @@ def _place(
     )
 
 
-def _spread(
+def spread(
     sizes: NDArray[np.int64], pinned_bytes: int, resident: NDArray[np.bool_] | None
 ) -> NDArray[np.bool_]:
     """Chunks to pin, spread evenly over the execution order: (chunks,).
@@ -367,17 +379,19 @@ def _spread(
     return pinned
 
 
-def _smallest(sizes: NDArray[np.int64]) -> int:
+def smallest_for(sizes: NDArray[np.int64]) -> int:
     """Smallest limit for chunks of these sizes."""
     if not len(sizes):
         return 0
-    return min(int(sizes.sum()), _LEAST_RING_CHUNKS * _aligned(int(sizes.max())))
+    return min(int(sizes.sum()), _LEAST_RING_CHUNKS * aligned(int(sizes.max())))
 
 
-def _ring_bytes(limit: int, largest: int) -> int:
+def ring_bytes_for(limit: int, largest: int) -> int:
+    """Ring for chunks of up to `largest` bytes, within a limit."""
     share = min(limit // _RING_SHARE, _RING_BYTES)
     return min(max(_RING_CHUNKS * largest, share), limit) // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """What a chunk of this size takes in the ring."""
     return -(-size // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT

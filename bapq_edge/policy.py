@@ -43,6 +43,8 @@ class Choice:
     wish: Wish
     region: int | None = None
     """Region of the input, for `stats()` and the drift watch."""
+    late: bool = False
+    """The answer stands for want of time; counted, and an event."""
 
 
 class Policy(Protocol):

@@ -5,10 +5,12 @@ bank on disk ── Bank.open ──► manifest, tables, graph
                               Store (libbapq)   open_graph (ONNX Runtime + our operators)
                                  │                │
 run():     ticket = store.begin_run() ─► graph.run(feed + ticket) ─► store.end_run(ticket)
+           with a policy, the pilot makes one or more such passes, each at its own plan
 
 budget ──► ledger ──► bytes for weights ─┐
 sensors ──► controller ──► envelope ─────┼─► planner.plan ──► store.publish
-level, bits, latency: what is wanted ────┘       runs that began before keep their plan
+level, bits, latency: what is wanted ────┤       runs that began before keep their plan
+policy ──► mix of wishes ──► mix.plan_mix┘
 """
 
 from __future__ import annotations
@@ -20,17 +22,19 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 
+from .bank.boundary import Wish
 from .bank.layout import Level
 from .bank.reader import Bank
 from .controller import Decision, automatic_budget_bytes
 from .engine.feeds import element_count, zeros
-from .engine.graph import RUN_INPUT, open_graph
+from .engine.graph import RUN_INPUT, Graphs, Part
 from .engine.native import RunReport, Store, kernels_name
 from .errors import (
     BudgetExceededWarning,
@@ -43,7 +47,11 @@ from .errors import (
     UnknownLevelError,
 )
 from .ledger import MemoryLedger
-from .planner import Plan, Request, plan, problem_of, smallest_limit
+from .pilot import Answer, Pilot
+from .planner import Plan, Request
+from .plans import Plans
+from .policies import open_policy
+from .policy import Policy
 from .profiles import find_profile, load_profile
 from .sensors import Sensors, open_sensors
 from .telemetry import Event, EventLog, SessionStats, rss_bytes, trim_heap
@@ -60,6 +68,9 @@ class _Totals:
     runs: int = 0
     bits: float = 0.0
     last_bits: float = 0.0
+    escalated: int = 0
+    late: int = 0
+    region: int | None = None
 
 
 class Session:
@@ -76,7 +87,10 @@ class Session:
         memory_budget: int | str | None = None,
         level: Level | str = "auto",
         bits: float | None = None,
+        policy: Policy | Literal["static", "gate", "escalate"] | None = None,
+        target_agreement: float | None = None,
         latency_ms: float | None = None,
+        weight_budget: int | str | None = None,
         threads: int | None = None,
         controller: Literal["auto"] | None = None,
         profile: str | os.PathLike[str] | None = None,
@@ -92,8 +106,16 @@ class Session:
                 None is no limit.
             level: 32, 8, 4, 2 or 1 for all chunks, or "auto": the planner's choice.
             bits: bits per weight on average over all weights; the planner's best plan of so many.
+            policy: who chooses the precision of every run: "gate" or "escalate", by the bank's
+                boundary models; an object with a method `choose` (see bapq_edge.policy); "static"
+                or None: nobody, unless `target_agreement` is given.
+            target_agreement: share of inputs, 0 to 1, that are to be answered as the float model
+                does; the boundary model that keeps it with the fewest bits is chosen. With a policy
+                by name `bits` may be given instead: the best agreement at so many bits on average.
             latency_ms: time that a run may take for reading: with level "auto" the planner then
-                streams what can be read in it, if that makes the answer better.
+                streams what can be read in it, if that makes the answer better. Escalating: an
+                answer that would come later is not asked for.
+            weight_budget: most bytes of weights in memory, whatever `memory_budget` leaves.
             threads: threads that one operator runs on; None is one per core this process may use.
             controller: "auto" watches memory, power and temperature on a thread and replans; None
                 leaves all switching to the caller, and the session is deterministic.
@@ -112,8 +134,13 @@ class Session:
             raise RequestError(f"threads is {threads}, the least is 1")
         self._bank = Bank.open(bank)
         self._profile = find_profile() if profile is None else load_profile(profile)
-        self._request = self._wish(level, bits, latency_ms)
-        self._problem = problem_of(self._bank)
+        self._weight_budget_bytes = None if weight_budget is None else parse_size(weight_budget)
+        self._latency_ms = latency_ms
+        steered = self._open_policy(policy, level, bits, target_agreement)
+        self._request = self._request_for(level, None if steered else bits, latency_ms)
+        self._pilot = None
+        if steered is not None:
+            self._pilot = Pilot(steered, self._default_wish(level, bits), self._record)
 
         self._lock = threading.Lock()  # short: counts and the closing
         self._idle = threading.Condition(self._lock)
@@ -121,8 +148,6 @@ class Session:
         self._closed = False
         self._running = 0
         self._totals = _Totals()
-        self._plan: Plan | None = None
-        self._bits_of_plan: dict[int, float] = {}  # by plan number: the n-th published is n
         self._unheard: list[Event] = []  # switches that on_switch has not been told of
         self._executor: ThreadPoolExecutor | None = None
         self._watch: Watch | None = None
@@ -131,19 +156,56 @@ class Session:
         with contextlib.ExitStack() as undo:
             self._store = Store(self._bank, direct=direct_io)
             undo.callback(self._store.close)
-            self._graph = open_graph(self._bank.graph_bytes(), self._threads)
-            self._inputs = [value for value in self._graph.get_inputs() if value.name != RUN_INPUT]
+            splits = self._pilot is not None and self._pilot.splits
+            self._graphs = Graphs(self._bank, self._threads, split=splits)
+            self._plans = Plans(self._bank, self._store, self._pilot)
+            self._plans.add_regions()
             self._ledger.settle(rss_bytes(), weight_bytes=0)
             self._ledger.budget_bytes = self._budget_bytes(memory_budget, sensors)
             if controller == "auto" and sensors is not None:
                 self._watch = self._make_watch(sensors)
-            self._publish(self._make_plan(frugal=self._ledger.budget_bytes is not None))
+            self._adopt(self._make_plans(frugal=self._ledger.budget_bytes is not None))
             self._record("open", f"kernels {kernels_name()}, {self._threads} threads")
             if self._ledger.budget_bytes is not None:
                 self._warm_up()
             undo.pop_all()
         if self._watch is not None:
             self._watch.start()
+
+    def _open_policy(
+        self,
+        policy: Policy | str | None,
+        level: Level | str,
+        bits: float | None,
+        target_agreement: float | None,
+    ) -> Policy | None:
+        named = policy is None or isinstance(policy, str)
+        if policy == "static" or (policy is None and target_agreement is None):
+            if target_agreement is not None:
+                raise RequestError(
+                    "target_agreement needs a policy that looks at inputs: leave policy out"
+                )
+            return None
+        if not named and target_agreement is not None:
+            raise RequestError("target_agreement is for policies by name: leave it out")
+        if not named:
+            return policy  # type: ignore[return-value]
+        if level != "auto":
+            raise RequestError(f"level {level} and a policy are both asked for: choose one")
+        latency_s = None if self._latency_ms is None else self._latency_ms / 1e3
+        return open_policy(
+            self._bank,
+            policy,  # type: ignore[arg-type]
+            target_agreement=target_agreement,
+            bits=bits,
+            latency_s=latency_s,
+        )
+
+    def _default_wish(self, level: Level | str, bits: float | None) -> Wish:
+        """What a policy's runs are made at where it does not say."""
+        if self._request.level != "auto":
+            return Wish(level=self._request.level)
+        return Wish(level=self._bank.levels[0]) if bits is None else Wish(bits=bits)
 
     # ---- running ----
 
@@ -160,16 +222,18 @@ class Session:
         Where a lower level is in memory the run takes that instead, with a DegradedWarning and an
         event.
         """
-        wanted = [value.name for value in self._inputs]
+        wanted = [value.name for value in self._graphs.inputs]
         if set(input_feed) != set(wanted):
             raise RunInputError(
                 f"the feed has {sorted(input_feed)}, the model needs {sorted(wanted)}"
             )
         with self._open_run() as running:
             self._make_room(input_feed, running)
-            outputs, report = self._run_once(output_names, input_feed, run_options)
-            self._finish(report)
-        return outputs
+            if self._pilot is not None:
+                return self._steer(self._pilot, output_names, input_feed, run_options)
+            outputs, bits = self._run_part("whole", None, input_feed, output_names, run_options)
+            self._count(bits)
+        return list(outputs.values())
 
     def run_async(
         self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any]
@@ -194,35 +258,70 @@ class Session:
                 self._running -= 1
                 self._idle.notify_all()
 
-    def _run_once(
-        self, output_names: Sequence[str] | None, feed: Mapping[str, Any], run_options: Any
-    ) -> tuple[list[Any], RunReport]:
-        ticket = self._store.begin_run()
-        failure: Exception | None = None
-        outputs: list[Any] = []
+    def _steer(
+        self,
+        pilot: Pilot,
+        output_names: Sequence[str] | None,
+        feed: Mapping[str, Any],
+        run_options: Any,
+    ) -> list[Any]:
+        if output_names is None:
+            output_names = [value.name for value in self._graphs.outputs]
+        run = partial(self._run_part, run_options=run_options)
+        answer = pilot.answer(run, feed, output_names)
+        self._count(answer.bits, answer)
+        self._plans.rest()
+        return [answer.outputs[name] for name in output_names]
+
+    def _run_part(
+        self,
+        part: Part,
+        wish: Wish | None,
+        feed: Mapping[str, Any],
+        names: Sequence[str] | None,
+        run_options: Any = None,
+    ) -> tuple[dict[str, Any], float]:
+        """One pass over a part of the graph; its outputs by name, and the bits per weight read."""
+        outputs, bits, report = self._pass(part, wish, feed, names, run_options)
+        if report is not None:
+            self._settle(report)
+        return outputs, bits
+
+    def _pass(
+        self,
+        part: Part,
+        wish: Wish | None,
+        feed: Mapping[str, Any],
+        names: Sequence[str] | None = None,
+        run_options: Any = None,
+    ) -> tuple[dict[str, Any], float, RunReport | None]:
+        if not self._graphs.takes_ticket(part):
+            return self._graphs.call(part, names, feed, run_options), 0.0, None
+        if wish is not None and wish not in self._plans:
+            self._learn(wish)
+        ticket, bits = self._plans.begin(part, wish)
         try:
             run_feed = {**feed, RUN_INPUT: np.array(ticket, dtype=np.int64)}
-            outputs = self._graph.run(output_names, run_feed, run_options)
-        except Exception as error:  # ONNX Runtime raises classes of its own, without a common base
-            failure = error
+            outputs = self._graphs.call(part, names, run_feed, run_options)
         finally:
             report = self._store.end_run(ticket)  # an operator of ours that failed raises here
-        if failure is not None:
-            reason = str(failure).splitlines()[0]
-            kind = RunInputError if _is_input_error(failure) else ExecutionError
-            raise kind(f"{self._bank.path}: ONNX Runtime: {reason}") from failure
-        return outputs, report
+        return outputs, bits, report
 
-    def _finish(self, report: RunReport) -> None:
-        bits = self._bits_of_plan[report.plan_number]
+    def _count(self, bits: float, answer: Answer | None = None) -> None:
         with self._lock:
             self._totals.runs += 1
             self._totals.last_bits = bits
             self._totals.bits += bits
+            if answer is not None:
+                self._totals.escalated += answer.escalated
+                self._totals.late += answer.late
+                self._totals.region = answer.region
+
+    def _settle(self, report: RunReport) -> None:
         if report.degraded_by is not None:
             reason = f"{report.degraded_chunks} chunks ran at a lower level: {report.degraded_by}"
             self._record("degraded", reason)
-            warnings.warn(reason, DegradedWarning, stacklevel=3)
+            warnings.warn(reason, DegradedWarning, stacklevel=4)
         if self._ledger.budget_bytes is not None:
             with self._changing():
                 grown = self._ledger.settle(report.rss_bytes, report.weight_bytes)
@@ -246,16 +345,20 @@ class Session:
 
     def _warm_up(self) -> None:
         """Runs on zeros, so that a budget too small is refused now rather than later."""
-        feed = zeros(self._inputs)
+        feed = zeros(self._graphs.inputs)
         if feed is None:
             return  # strings, sequences: the first real run measures
         self._ledger.is_heavier(element_count(feed))
         for _ in range(_WARM_UP_RUNS):
+            values = dict(feed)
             try:
-                _, report = self._run_once(None, feed, None)
+                for part in self._graphs.parts:
+                    outputs, _, report = self._pass(part, self._plans.main, values)
+                    values |= outputs
+                    if report is not None:
+                        self._ledger.settle(report.rss_bytes, report.weight_bytes)
             except (RunInputError, ExecutionError):
                 return  # a model that zeros of the smallest shape do not fit
-            self._ledger.settle(report.rss_bytes, report.weight_bytes)
         self._replan("memory", _MEASURED)
 
     def _follow_ledger(self) -> None:
@@ -264,7 +367,7 @@ class Session:
         except BudgetTooSmallError as error:
             # The run is over and its answer right: keep as little as can be, and say it.
             if not self._frugal:
-                self._publish(self._make_plan(frugal=True))
+                self._adopt(self._make_plans(frugal=True))
             self._record("budget", f"exceeded: {error}")
             warnings.warn(str(error), BudgetExceededWarning, stacklevel=4)
 
@@ -275,7 +378,7 @@ class Session:
         with self._planning:
             heavier = self._ledger.is_heavier(element_count(feed) * running)
             if heavier and not self._frugal:
-                self._publish(self._make_plan(frugal=True))
+                self._adopt(self._make_plans(frugal=True))
 
     def set_memory_budget(self, budget: int | str | None) -> None:
         """Take another budget, live. Raises BudgetTooSmallError and then changes nothing."""
@@ -290,8 +393,7 @@ class Session:
                 self._ledger.budget_bytes = previous
                 raise
             if self._watch is not None:
-                minimum = smallest_limit(self._problem, self._request)
-                self._watch.set_budget(size_bytes, minimum)
+                self._watch.set_budget(size_bytes, self._plans.smallest_limit(self._request))
 
     # ---- precision ----
 
@@ -300,16 +402,20 @@ class Session:
 
         Raises UnknownLevelError or BudgetTooSmallError and then changes nothing.
         """
-        self._change_wish(self._wish(level, None, self._latency_ms), f"set_level({level!r})")
+        self._change_wish(self._request_for(level, None, self._latency_ms), f"set_level({level!r})")
 
     def set_bits(self, bits: float) -> None:
         """Run at so many bits per weight on average, as the planner spreads them best.
 
         Raises RequestError or BudgetTooSmallError and then changes nothing.
         """
-        self._change_wish(self._wish("auto", bits, self._latency_ms), f"set_bits({bits})")
+        self._change_wish(self._request_for("auto", bits, self._latency_ms), f"set_bits({bits})")
 
     def _change_wish(self, request: Request, reason: str) -> None:
+        if self._pilot is not None:
+            raise RequestError(
+                "a policy decides about precision here: open a session without one, or write one"
+            )
         with self._changing():
             self._check_open()
             previous, self._request = self._request, request
@@ -319,7 +425,9 @@ class Session:
                 self._request = previous
                 raise
 
-    def _wish(self, level: Level | str, bits: float | None, latency_ms: float | None) -> Request:
+    def _request_for(
+        self, level: Level | str, bits: float | None, latency_ms: float | None
+    ) -> Request:
         held = self._bank.levels
         chosen: Level | Literal["auto"] | None = "auto" if level == "auto" else None
         for candidate in held:
@@ -329,7 +437,6 @@ class Session:
             raise UnknownLevelError(
                 f"level {level!r} is not in the bank, which holds {', '.join(map(str, held))}"
             )
-        self._latency_ms = latency_ms
         return Request(
             level=chosen,
             bits=bits,
@@ -339,66 +446,60 @@ class Session:
 
     # ---- plans: with _planning held, except while opening ----
 
-    def _make_plan(self, *, frugal: bool = False) -> Plan:
+    def _make_plans(self, *, frugal: bool = False) -> dict[Wish | None, Plan]:
         request, threads = self._request, self._threads
-        if self._watch is not None and request.level == "auto":
+        if self._watch is not None and (request.level == "auto" or self._pilot is not None):
             cap = self._watch.envelope.highest_level
             request = replace(request, highest_level=cap)  # type: ignore[arg-type]
-        smallest = smallest_limit(self._problem, request)
+        smallest = self._plans.smallest_limit(request)
         row_cache_bytes = self._store.stats().row_cache_limit_bytes
         limit: int | None = smallest
         if not frugal:
             limit = self._ledger.weight_limit_bytes(smallest + row_cache_bytes)
             limit = None if limit is None else limit - row_cache_bytes
+            if self._weight_budget_bytes is not None:
+                limit = min(limit or self._weight_budget_bytes, self._weight_budget_bytes)
         if self._watch is not None:
             envelope = self._watch.envelope
             threads = envelope.threads
             if envelope.weight_bytes_limit is not None:
                 allowed = envelope.weight_bytes_limit
                 limit = max(smallest, allowed if limit is None else min(limit, allowed))
-        resident = None if self._plan is None else self._plan.pinned
-        made = plan(self._problem, replace(request, weight_bytes_limit=limit), resident)
+        made = self._plans.make(replace(request, weight_bytes_limit=limit))
         self._frugal = frugal
         self._threads_now = threads
         return made
 
-    def _publish(self, new: Plan) -> None:
-        number = next(reversed(self._bits_of_plan), 0) + 1
-        self._bits_of_plan[number] = new.bits_per_weight  # before a run can begin on it
-        try:
-            self._store.publish(
-                new.levels,
-                new.pinned,
-                new.ring_bytes,
-                new.resident_bytes - new.ring_bytes,
-                self._threads_now,
-                kept=new.kept,
-                region=new.region,
-            )
-        except BaseException:
-            del self._bits_of_plan[number]
-            raise
-        with self._lock:
-            if self._running == 0:  # a run that begins now is on this plan or a later one
-                self._bits_of_plan = {number: new.bits_per_weight}
-        self._plan = new
+    def _adopt(self, plans: dict[Wish | None, Plan]) -> None:
+        self._plans.adopt(plans, self._threads_now)
+
+    def _learn(self, wish: Wish) -> None:
+        """Plan for a wish that the policy did not announce."""
+        assert self._pilot is not None
+        with self._planning:
+            if wish in self._plans:
+                return
+            self._pilot.mix[wish] = 0.0
+            try:
+                plans = self._make_plans(frugal=self._frugal)
+            except BaseException:
+                del self._pilot.mix[wish]
+                raise
+            self._adopt(plans)
 
     def _replan(self, kind: str, reason: str) -> None:
-        """Publish the plan that now fits, if it is another one, and say so."""
-        previous, threads = self._plan, self._threads_now
-        new = self._make_plan()
+        """Publish the plans that now fit, if they are others, and say so."""
+        previous, threads = self._plans.current, self._threads_now
+        new = self._make_plans()
         assert previous is not None
-        same_levels = np.array_equal(new.levels, previous.levels)
-        same_pins = np.array_equal(new.pinned, previous.pinned)
-        same_rest = (new.ring_bytes, self._threads_now) == (previous.ring_bytes, threads)
-        if same_levels and same_pins and same_rest:
+        levels_differ = self._plans.levels_differ(new)
+        if not (levels_differ or self._plans.places_differ(new) or self._threads_now != threads):
             return
-        self._publish(new)
-        if same_levels:
-            self._record(kind, reason)
+        self._adopt(new)
+        if levels_differ:
+            self._unheard.append(self._record("switch", reason, previous.bits_per_weight))
         else:
-            event = self._record("switch", reason, previous.bits_per_weight)
-            self._unheard.append(event)
+            self._record(kind, reason)
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
@@ -419,7 +520,7 @@ class Session:
             levels=self._bank.levels,
             threads=self._threads,
             budget_bytes=self._ledger.budget_bytes,
-            minimum_bytes=smallest_limit(self._problem, self._request),
+            minimum_bytes=self._plans.smallest_limit(self._request),
             follow=self._follow_watch,
         )
 
@@ -438,20 +539,20 @@ class Session:
 
     def get_inputs(self) -> list[Any]:
         """The model's inputs, as `onnxruntime.NodeArg` (name, shape, type)."""
-        return list(self._inputs)
+        return list(self._graphs.inputs)
 
     def get_outputs(self) -> list[Any]:
         """The model's outputs, as `onnxruntime.NodeArg` (name, shape, type)."""
         with self._lock:
             self._check_open()
-        return list(self._graph.get_outputs())
+        return list(self._graphs.outputs)
 
     def stats(self) -> SessionStats:
         """Memory, precision and counts at this moment."""
         with self._planning, self._lock:
             self._check_open()
             store = self._store.stats()
-            current, totals = self._plan, self._totals
+            current, totals = self._plans.current, self._totals
             assert current is not None
             return SessionStats(
                 level=_uniform_level(current),
@@ -464,8 +565,9 @@ class Session:
                 mean_bits_per_weight=totals.bits / totals.runs if totals.runs else 0.0,
                 runs=totals.runs,
                 switches=self._log.count("switch"),
-                escalated=0,
-                region=None,
+                escalated=totals.escalated,
+                late=totals.late,
+                region=totals.region,
             )
 
     def events(self) -> list[Event]:
@@ -473,7 +575,7 @@ class Session:
         return self._log.events()
 
     def _record(self, kind: str, reason: str, previous_bits: float | None = None) -> Event:
-        current = self._plan
+        current = self._plans.current
         return self._log.record(
             kind,
             reason,
@@ -498,7 +600,7 @@ class Session:
                 self._idle.wait()
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
-        del self._graph
+        self._graphs.close()
         self._store.close()
         trim_heap()
         self._record("close", "closed")
@@ -522,7 +624,8 @@ class Session:
 
     def __repr__(self) -> str:
         """Bank, plan and whether it is open."""
-        state = self._plan.reason if self._plan and not self._closed else "closed"
+        current = self._plans.current
+        state = current.reason if current and not self._closed else "closed"
         return f"<bapq_edge.Session {Path(self._bank.path).name}: {state}>"
 
 
@@ -535,7 +638,3 @@ _WARM_UP_RUNS = 2
 def _uniform_level(current: Plan) -> int | None:
     first = int(current.levels[0])
     return first if bool((current.levels == first).all()) else None
-
-
-def _is_input_error(error: Exception) -> bool:
-    return type(error).__name__ == "InvalidArgument" or isinstance(error, ValueError | RuntimeError)

@@ -36,7 +36,9 @@ class SessionStats:
     runs: int
     switches: int
     escalated: int
-    """runs that were answered twice, the second time at a higher level"""
+    """runs that were answered again, at a higher precision"""
+    late: int
+    """runs whose answer stands though in doubt, for want of time"""
     region: int | None
     """region of the last input, where the bank has a boundary model"""
 
@@ -49,7 +51,7 @@ class Event:
     """seconds since the session opened"""
     kind: str
     """open, switch (other levels), budget, memory, request, controller (other pinned chunks),
-    degraded, sensor or close"""
+    degraded, sensor, drift (other inputs than calibration saw), latency or close"""
     bits_per_weight: float
     """planned, after the event"""
     previous_bits_per_weight: float | None

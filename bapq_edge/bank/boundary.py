@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Arrays", "Boundary", "Stage", "Wish", "array_file"]
 
-Stage = Literal["gate", "answer"]
-"""When the region is found: from a tensor before the body has run, or from the answer."""
+Stage = Literal["start", "gate", "answer"]
+"""When the region is found: from an input before the run, from the tensor that the split graph's
+head ends in, or from an output. The first two gate, the last escalates."""
 
 Kind = Literal["tree", "kmeans"]
 Scores = Literal["none", "logits", "probabilities"]
@@ -77,8 +78,7 @@ class Boundary:
     ]
     stage: Stage
     tap: Annotated[str, Rule("1 to 1024 characters", lambda s: 0 < len(s) <= 1024)]
-    """Tensor that the features are taken from: for a gate an input, or the output of graph/head;
-    for an answer an output of the model."""
+    """Tensor that the features are taken from: an input, the head's output, or an output."""
     base: Wish
     """What the tap is computed at. Of an answer it is the first wish: the answer may stand."""
     pool: tuple[Annotated[int, _count(1, MAX_VALUES)], ...]
@@ -162,8 +162,12 @@ class Boundary:
         check(1 <= count <= MAX_WISHES, "wishes", f"{count} wishes", f"1 to {MAX_WISHES}")
         check(len(set(self.wishes)) == count, "wishes", "with one twice", "each once")
         check(self.base.region is None, "base", self.base, "without skipped rows")
+        split = manifest.split is not None
+        check(split or self.stage != "gate", "stage", "gate", "start or answer without a split")
         answers = self.stage == "answer"
         check(not answers or self.wishes[0] == self.base, "wishes[0]", self.wishes[0], self.base)
+        fewest = 1 if self.scores == "none" else 2
+        check(self.features >= fewest, "features", self.features, f"at least {fewest}")
         check(self.values <= MAX_VALUES, "pool", self.pool, f"at most {MAX_VALUES} values")
         tree = self.kind == "tree"
         check((self.nodes > 0) == tree, "nodes", self.nodes, "above 0 for a tree, else 0")

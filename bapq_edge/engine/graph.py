@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
-from bapq_edge.errors import BankFormatError, PlatformError
+from bapq_edge.bank.manifest import FileEntry
+from bapq_edge.bank.reader import Bank
+from bapq_edge.errors import (
+    BankFormatError,
+    ExecutionError,
+    PlatformError,
+    RequestError,
+    RunInputError,
+)
 
 from .native import library_path
 
-__all__ = ["RUN_INPUT", "open_graph"]
+__all__ = ["RUN_INPUT", "Graphs", "Part"]
+
+Part = Literal["whole", "head", "body"]
 
 RUN_INPUT = "bapq.run"
 """Graph input that carries the ticket of a run (int64, no axes) to every operator of ours."""
@@ -27,7 +38,77 @@ def _import_onnxruntime() -> ModuleType | ImportError:
 _onnxruntime = _import_onnxruntime()
 
 
-def open_graph(model: bytes, threads: int) -> Any:
+class Graphs:
+    """ONNX Runtime's sessions of a bank: of its whole graph, or of the two halves of it."""
+
+    def __init__(self, bank: Bank, threads: int, *, split: bool) -> None:
+        """An operator runs on up to `threads` threads.
+
+        Raises RequestError when the bank has no halves, and what `_open` raises.
+        """
+        manifest, self._path = bank.manifest, bank.path
+        files: dict[Part, FileEntry] = {"whole": manifest.graph}
+        if split and manifest.split is None:
+            raise RequestError(
+                f"{bank.path}: the policy looks between two halves of the graph, the bank has "
+                "one whole: fit it with a tap"
+            )
+        if split and manifest.split is not None:
+            files = {"head": manifest.split.head, "body": manifest.split.body}
+        self.parts: tuple[Part, ...] = tuple(files)
+        self._graphs = {part: _open(bank.file_bytes(file), threads) for part, file in files.items()}
+        self._inputs = {part: graph.get_inputs() for part, graph in self._graphs.items()}
+        self.outputs: list[Any] = list(self._graphs[self.parts[-1]].get_outputs())
+        """as onnxruntime.NodeArg"""
+        made = {value.name for part in self.parts[:-1] for value in self._outputs_of(part)}
+        fed = {value.name: value for values in self._inputs.values() for value in values}
+        if RUN_INPUT not in fed:
+            raise BankFormatError(
+                f"the bank's graph has no input {RUN_INPUT!r}: build the bank again"
+            )
+        self.inputs: list[Any] = [
+            value for name, value in fed.items() if name not in made and name != RUN_INPUT
+        ]
+        """as onnxruntime.NodeArg, without our own"""
+
+    def takes_ticket(self, part: Part) -> bool:
+        """Whether operators of ours are in it."""
+        return any(value.name == RUN_INPUT for value in self._inputs[part])
+
+    def call(
+        self,
+        part: Part,
+        names: Sequence[str] | None,
+        feed: Mapping[str, Any],
+        run_options: Any = None,
+    ) -> dict[str, Any]:
+        """Outputs of a part by name, all or those of `names`; of the feed it takes what it needs.
+
+        Raises RunInputError or ExecutionError.
+        """
+        names = [value.name for value in self._outputs_of(part)] if names is None else list(names)
+        own = {v.name: feed[v.name] for v in self._inputs[part] if v.name in feed}
+        try:
+            outputs = self._graphs[part].run(names, own, run_options)
+        except Exception as error:  # ONNX Runtime raises classes of its own, without a common base
+            reason = str(error).splitlines()[0]
+            kind = RunInputError if _is_input_error(error) else ExecutionError
+            raise kind(f"{self._path}: ONNX Runtime: {reason}") from error
+        return dict(zip(names, outputs, strict=True))
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._graphs.clear()
+
+    def _outputs_of(self, part: Part) -> list[Any]:
+        return list(self._graphs[part].get_outputs())
+
+
+def _is_input_error(error: Exception) -> bool:
+    return type(error).__name__ == "InvalidArgument" or isinstance(error, ValueError | RuntimeError)
+
+
+def _open(model: bytes, threads: int) -> Any:
     """Make the onnxruntime.InferenceSession of a bank's graph, which is all of `model`.
 
     An operator runs on up to `threads` threads, and one operator runs at a time. Raises
@@ -56,6 +137,4 @@ def open_graph(model: bytes, threads: int) -> Any:
     except Exception as error:  # ONNX Runtime raises classes of its own, without a common base
         reason = str(error).splitlines()[0]
         raise BankFormatError(f"ONNX Runtime refuses the bank's graph: {reason}") from error
-    if RUN_INPUT not in (value.name for value in session.get_inputs()):
-        raise BankFormatError(f"the bank's graph has no input {RUN_INPUT!r}: build the bank again")
     return session

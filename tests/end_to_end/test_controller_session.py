@@ -134,7 +134,7 @@ def test_memory_that_others_take_is_given_at_once_and_comes_back_slowly(by_hand,
     count = play({"available_bytes": int(value * MIB)} for value in free)
     outputs = resident_outputs(bank, [X], [{"level": level} for level in LEVELS])
     with Session(bank, controller="auto", threads=2) as session:
-        smallest = smallest_limit(session._problem, Request())
+        smallest = smallest_limit(session._plans.problem, Request())
         full = settled(session)
         run(session, X)
         full = settled(session).home_bytes
@@ -149,10 +149,10 @@ def test_memory_that_others_take_is_given_at_once_and_comes_back_slowly(by_hand,
                 level = session.stats().level
                 np.testing.assert_array_equal(y, outputs[LEVELS.index(level)][0])
             else:
-                planned = session._plan
-                session._publish(all_resident(session._problem, planned))
+                planned = session._plans.current
+                session._adopt({None: all_resident(session._plans.problem, planned)})
                 np.testing.assert_array_equal(run(session, X), y)
-                session._publish(planned)
+                session._adopt({None: planned})
                 run(session, X)
         assert resident[:2] == [full] * 2
         assert all(size <= smallest for size in resident[2:5])

@@ -130,7 +130,7 @@ def test_a_flipped_bit_is_named_while_streaming(original, bank, level, plane, ch
     _, x, outputs = original
     with Session(bank, threads=2) as session:
         request = Request(level=level)
-        request = replace(request, weight_bytes_limit=limits(session._problem, request)[0])
+        request = replace(request, weight_bytes_limit=limits(session._plans.problem, request)[0])
         position, name = place_of(session, plane, chunk)
         message = rf"m.bank: layer {name}: plane {plane}, chunk {chunk}: CRC-32 is"
         for _ in range(2):
@@ -156,7 +156,9 @@ def test_a_flipped_bit_is_named_or_a_lower_level_stands_in(original, bank, level
         flip(bank, plane, position)
         session.set_level(level)
         if plane in LOWER:
-            base = all_resident(session._problem, plan(session._problem, Request(level=level)))
+            base = all_resident(
+                session._plans.problem, plan(session._plans.problem, Request(level=level))
+            )
             levels = base.levels.copy()
             levels[chunk] = LOWER[plane]
             for _ in range(2):
@@ -164,7 +166,7 @@ def test_a_flipped_bit_is_named_or_a_lower_level_stands_in(original, bank, level
                     y = run(session, x)
                 assert session.events()[-1].kind == "degraded"
                 with Session(original[0]) as sound:
-                    sound._publish(replace(base, levels=levels))
+                    sound._adopt({None: replace(base, levels=levels)})
                     np.testing.assert_array_equal(run(sound, x), y)
         else:
             for _ in range(2):
@@ -184,7 +186,9 @@ def test_a_file_cut_short_while_running_is_named(original, bank, streamed):
         data = plane_file(bank, "p4").read_bytes()
         request = Request(level=4)
         if streamed:
-            request = replace(request, weight_bytes_limit=limits(session._problem, request)[0])
+            request = replace(
+                request, weight_bytes_limit=limits(session._plans.problem, request)[0]
+            )
         for size in (len(data) - 1, len(data) // 2, 0):
             session.set_level(1)
             os.truncate(plane_file(bank, "p4"), size)
@@ -204,7 +208,9 @@ def test_a_file_overwritten_while_running_is_refused(original, bank, streamed):
         data = plane_file(bank, "p4").read_bytes()
         request = Request(level=4)
         if streamed:
-            request = replace(request, weight_bytes_limit=limits(session._problem, request)[0])
+            request = replace(
+                request, weight_bytes_limit=limits(session._plans.problem, request)[0]
+            )
         plane_file(bank, "p4").write_bytes(data[::-1])
         publish(session, request)
         with pytest.raises(BankIntegrityError, match="layer fc0: plane p4, chunk 0: CRC-32"):
@@ -228,7 +234,7 @@ def test_a_bank_that_is_replaced_or_removed_serves_on(original, bank, change):
                 other.rename(file)
         for level in (8, 32, 2, 4):
             request = Request(level=level)
-            for limit in (limits(session._problem, request)[0], None):
+            for limit in (limits(session._plans.problem, request)[0], None):
                 publish(session, replace(request, weight_bytes_limit=limit))
                 np.testing.assert_array_equal(run(session, x), outputs[level])
 

@@ -67,7 +67,7 @@ def _run(path, levels_of_layers, x, threads=1):
         levels = np.empty_like(base.levels)
         for layer, level in zip(session._bank.manifest.layers, levels_of_layers, strict=True):
             levels[layer.chunk_range] = level
-        session._publish(replace(base, levels=levels))
+        session._adopt({None: replace(base, levels=levels)})
         return session.run(None, {"x": x})[0]
 
 
@@ -82,9 +82,9 @@ def test_each_layer_runs_at_its_own_level_to_the_last_bit(banks, x, level, expec
     for streamed in (False, True):
         with Session(some, level=level, threads=1, direct_io=direct) as session:
             if streamed:
-                limit = session._make_plan().resident_bytes - 64
+                limit = session._make_plans()[None].resident_bytes - 64
                 request = Request(level=level, weight_bytes_limit=limit)
-                session._publish(plan(session._problem, request))
+                session._adopt({None: plan(session._plans.problem, request)})
             np.testing.assert_array_equal(session.run(None, {"x": x})[0], reference)
 
 

@@ -193,8 +193,8 @@ def test_levels_can_differ_from_chunk_to_chunk(tmp_path):
         for level in LEVELS:
             session.set_level(level)
             (uniform[level],) = session.run(None, {"x": x})
-        mixed_plan = replace(session._plan, levels=np.array(LEVELS, np.uint8))
-        session._publish(mixed_plan)
+        mixed_plan = replace(session._plans.current, levels=np.array(LEVELS, np.uint8))
+        session._adopt({None: mixed_plan})
         (mixed,) = session.run(None, {"x": x})
     for chunk, level in enumerate(LEVELS):
         rows = slice(chunk * 16, chunk * 16 + 16)

@@ -50,8 +50,8 @@ def pruned_layer(rng, name, operator, codes, description, dropped, reordered):
 def skip(session, skipped, values):
     """Skip these chunks from the next run on, the other ones as before; rows take these values."""
     region = session._store.add_region(values.astype(np.float32))
-    levels = np.where(skipped, 0, session._plan.levels).astype(np.uint8)
-    session._publish(replace(session._plan, levels=levels, region=region))
+    levels = np.where(skipped, 0, session._plans.current.levels).astype(np.uint8)
+    session._adopt({None: replace(session._plans.current, levels=levels, region=region)})
 
 
 def check_every_level(session, rng, x, layer, order, dropped_values, reference, clip):
@@ -178,16 +178,16 @@ def test_what_cannot_be_skipped_is_refused_and_changes_nothing(tmp_path):
     x = np.array([[1, 2], [3, 0]])
     with Session(tied_bank(tmp_path / "m.bank"), level=8) as session:
         before = run(session, x)
-        none = np.zeros(len(session._plan.levels), bool)
+        none = np.zeros(len(session._plans.current.levels), bool)
         values = np.zeros(stored_rows(session))
         for name in ("tied", "positions"):
             with pytest.raises(UnknownLevelError, match="cannot run at level 0: Gather reads it"):
                 skip(session, chunks_of(session, name), values)
         levels = np.where(chunks_of(session, "fc"), 0, 8).astype(np.uint8)
         with pytest.raises(UnknownLevelError, match="the plan names none"):
-            session._publish(replace(session._plan, levels=levels))
+            session._adopt({None: replace(session._plans.current, levels=levels)})
         with pytest.raises(UnknownLevelError, match="region 7 is unknown, 2 are registered"):
-            session._publish(replace(session._plan, levels=levels, region=7))
+            session._adopt({None: replace(session._plans.current, levels=levels, region=7)})
         with pytest.raises(ValueError, match=r"a region's values are \(3,\), expected \(254,\)"):
             session._store.add_region(values[:3])
         np.testing.assert_array_equal(run(session, x), before)
@@ -206,7 +206,7 @@ def test_a_skipped_chunk_is_not_read(tmp_path):
             sizes = session._bank.chunks("p4")["bytes"] + session._bank.chunks("r8")["bytes"]
             skipped = np.arange(len(sizes)) % 3 == 1
             pins = np.full(len(sizes), pinned)
-            session._plan = replace(session._plan, pinned=pins, ring_bytes=1 << 16)
+            session._adopt({None: replace(session._plans.current, pinned=pins, ring_bytes=1 << 16)})
             skip(session, skipped, np.zeros(stored_rows(session)))
             run(session, x)
             run(session, x)
@@ -233,7 +233,7 @@ def test_kept_planes_are_neither_dropped_nor_read_again(tmp_path):
     x = np.random.default_rng(0).standard_normal((3, 96)).astype(np.float32)
     bank = BANKS["chain"](tmp_path / "m.bank")
     with Session(bank, level=4) as session:
-        low, plan4 = run(session, x), session._plan
+        low, plan4 = run(session, x), session._plans.current
         r8 = int(session._bank.chunks("r8")["bytes"].sum())
         p4 = int(session._bank.chunks("p4")["bytes"].sum())
         for streamed in (True, False):
@@ -246,13 +246,13 @@ def test_kept_planes_are_neither_dropped_nor_read_again(tmp_path):
                 kept=np.full(len(plan4.levels), 1 << PLANE_ORDER.index("p4"), np.uint8),
             )
             before = session._store.stats().read_bytes
-            session._publish(plan8)
+            session._adopt({None: plan8})
             high = run(session, x)
             read = session._store.stats().read_bytes - before
             assert r8 <= read <= 3 * r8 if streamed else read == r8  # it reads ahead, too
             assert session._store.stats().home_bytes == p4 + (0 if streamed else r8)
             before = session._store.stats().read_bytes
-            session._publish(plan4)
+            session._adopt({None: plan4})
             np.testing.assert_array_equal(run(session, x), low)
             assert settled(session).home_bytes == p4
             after = session._store.stats().read_bytes
@@ -268,10 +268,10 @@ def test_every_run_sees_one_region(tmp_path):
         plans, legal = [], []
         rng = np.random.default_rng(1)
         for _ in range(4):
-            chunks = len(session._plan.levels)
+            chunks = len(session._plans.current.levels)
             session.set_level(int(rng.choice(LEVELS)))
             skip(session, rng.random(chunks) < 0.4, rng.standard_normal(stored_rows(session)))
-            plans.append(session._plan)
+            plans.append(session._plans.current)
             legal.append(run(session, x).tobytes())
         assert len(set(legal)) == 4
         seen, stop = [], threading.Event()
@@ -285,7 +285,7 @@ def test_every_run_sees_one_region(tmp_path):
             worker.start()
         for i in range(200):
             with session._planning:
-                session._publish(plans[i % 4])
+                session._adopt({None: plans[i % 4]})
         stop.set()
         for worker in workers:
             worker.join()

@@ -73,26 +73,26 @@ def test_a_streamed_run_equals_the_resident_one(bank, threads):
     with Session(path, threads=threads) as session:
         for wish, expected in zip(WISHES, outputs, strict=True):
             request = Request(**{"level": "auto", **wish})
-            for limit in limits(session._problem, request):
+            for limit in limits(session._plans.problem, request):
                 assert_streams_right(session, request, limit, xs, expected)
 
 
 def test_levels_chosen_for_a_limit_give_what_they_give_in_memory(bank):
     _, path, xs, _ = bank
     with Session(path) as session:
-        whole = session._problem.level_bytes[:, 0].sum()
+        whole = session._plans.problem.level_bytes[:, 0].sum()
         seen = set()
         for share in (0.03, 0.06, 0.12, 0.2, 0.5):
             request = Request(
                 weight_bytes_limit=max(
-                    int(whole * share), *limits(session._problem, Request())[:1]
+                    int(whole * share), *limits(session._plans.problem, Request())[:1]
                 ),
                 latency_s=0.001,
                 storage_bytes_s=whole * 500,
             )
             planned = publish(session, request)
             streamed = [run(session, x) for x in xs]
-            session._publish(all_resident(session._problem, planned))
+            session._adopt({None: all_resident(session._plans.problem, planned)})
             for x, y in zip(xs, streamed, strict=True):
                 np.testing.assert_array_equal(run(session, x), y)
             seen.add(planned.bits_per_weight)
@@ -116,7 +116,7 @@ def test_the_digits_cnn_streams_right(tmp_path):
         assert session.get_inputs()[0].name == INPUT_NAMES["cnn"]
         for wish, expected in zip(WISHES, outputs, strict=True):
             request = Request(**{"level": "auto", **wish})
-            limit = limits(session._problem, request)[0]
+            limit = limits(session._plans.problem, request)[0]
             assert_streams_right(session, request, limit, xs, expected)
 
 
@@ -135,7 +135,7 @@ def test_direct_reads_give_the_same_bits_or_are_refused_by_name(request):
             with session:
                 for wish, expected in zip(WISHES[1:3], outputs, strict=True):
                     wanted = Request(**wish)
-                    for limit in limits(session._problem, wanted):
+                    for limit in limits(session._plans.problem, wanted):
                         assert_streams_right(session, wanted, limit, inputs(kind), expected)
 
 
@@ -145,7 +145,9 @@ def test_more_runs_at_once_than_the_ring_can_serve(bank):
     wrong = []
     with Session(path, threads=2) as session:
         request = Request(level=8)
-        publish(session, replace(request, weight_bytes_limit=limits(session._problem, request)[0]))
+        publish(
+            session, replace(request, weight_bytes_limit=limits(session._plans.problem, request)[0])
+        )
 
         def work():
             for _ in range(10):
@@ -197,7 +199,7 @@ def test_a_thousand_random_changes_under_two_running_threads(bank, seed):
                     session.set_memory_budget(budgets[rng.integers(len(budgets))])
                 case _:
                     request = Request(**{"level": "auto", **wish})
-                    low, _, high = limits(session._problem, request)
+                    low, _, high = limits(session._plans.problem, request)
                     limit = int(rng.integers(low, 2 * high))
                     publish(session, replace(request, weight_bytes_limit=limit))
             if rng.random() < 0.3:
@@ -213,7 +215,7 @@ def test_a_thousand_random_changes_under_two_running_threads(bank, seed):
             for x in xs:
                 run(session, x)
             stats = settled(session)
-            in_memory = session._problem.level_bytes[~session._problem.row_read]
+            in_memory = session._plans.problem.level_bytes[~session._plans.problem.row_read]
             assert stats.live_plans == 1
             assert stats.home_bytes == in_memory[:, LEVELS.index(level)].sum()
 
@@ -222,20 +224,18 @@ def test_a_run_outlives_any_number_of_changes(tmp_path, monkeypatch):
     (x, _) = inputs("chain")
     with Session(chain_bank(tmp_path / "m.bank"), level=8, threads=1) as session:
         expected = run(session, x)
-        graph = session._graph
+        call = session._graphs.call
 
-        class Switching:
-            def run(self, *arguments):
-                for i in range(2000):
-                    session.set_level((4, 8)[i % 2])
-                return graph.run(*arguments)
+        def switching(*arguments):
+            for i in range(2000):
+                session.set_level((4, 8)[i % 2])
+            return call(*arguments)
 
-        monkeypatch.setattr(session, "_graph", Switching())
+        monkeypatch.setattr(session._graphs, "call", switching)
         np.testing.assert_array_equal(run(session, x), expected)
         assert session.stats().bits_per_weight == 8
         assert settled(session).live_plans == 1
         session.set_level(4)
-        assert len(session._bits_of_plan) == 1
 
 
 # ---- memory ----

@@ -102,7 +102,7 @@ def interrupted(directory: Path) -> None:
             with Session(bank, threads=2) as session:
                 for wish, expected in zip(WISHES, outputs, strict=True):
                     request = Request(**{"level": "auto", **wish})
-                    for limit in (limits(session._problem, request)[0], None):
+                    for limit in (limits(session._plans.problem, request)[0], None):
                         publish(session, replace(request, weight_bytes_limit=limit))
                         for x, y in zip(xs, expected, strict=True):
                             np.testing.assert_array_equal(run(session, x), y)
@@ -119,7 +119,7 @@ def slow(directory: Path) -> None:
     with Session(bank, threads=1) as session:
         request = Request(level=8)
         disk.answer(microseconds=300)
-        limit = limits(session._problem, request)[0]
+        limit = limits(session._plans.problem, request)[0]
         publish(session, replace(request, weight_bytes_limit=limit))
 
         def work() -> None:
@@ -138,14 +138,14 @@ def slow(directory: Path) -> None:
 
 def mixtures(session: Session, x: np.ndarray) -> set[bytes]:
     """What level 8 gives, and level 8 with any one chunk at level 4."""
-    problem = session._problem
+    problem = session._plans.problem
     base = all_resident(problem, plan(problem, Request(level=8)))
     found = set()
     for chunk in range(-1, len(base.levels)):
         levels = base.levels.copy()
         if chunk >= 0:
             levels[chunk] = 4
-        session._publish(replace(base, levels=levels))
+        session._adopt({None: replace(base, levels=levels)})
         found.add(run(session, x).tobytes())
     assert len(found) == len(base.levels) + 1
     return found
@@ -158,10 +158,10 @@ def failing(directory: Path) -> None:
     ((expected,),) = resident_outputs(bank, [x], [{"level": 8}])
     seen = {"right": 0, "degraded": 0, "failed": 0}  # depends on how far the reader is ahead
     with Session(bank, level=1, threads=1) as session:
-        chunks = len(session._problem.weights)
+        chunks = len(session._plans.problem.weights)
         legal = mixtures(session, x)
         request = Request(level=8)
-        for limit in (None, *limits(session._problem, request)[::2]):
+        for limit in (None, *limits(session._plans.problem, request)[::2]):
             for well in range(0, 2 * chunks, 5):
                 for fail, error in ((1, errno.EIO), (2, 0), (-1, errno.EIO), (-1, 0)):
                     session.set_level(1)
@@ -174,7 +174,7 @@ def failing(directory: Path) -> None:
                         assert isinstance(failure, StorageError if error else BankTruncatedError)
                     elif degraded:
                         seen["degraded"] += 1
-                        assert limit != limits(session._problem, request)[0]
+                        assert limit != limits(session._plans.problem, request)[0]
                         assert y.tobytes() in legal - {expected.tobytes()}
                     else:
                         seen["right"] += 1
@@ -211,7 +211,7 @@ def dead(directory: Path) -> None:
         disk.answer()
         for wish, expected in zip(WISHES, outputs, strict=True):
             request = Request(**{"level": "auto", **wish})
-            for limit in (None, limits(session._problem, request)[0]):
+            for limit in (None, limits(session._plans.problem, request)[0]):
                 publish(session, replace(request, weight_bytes_limit=limit))
                 for x, y in zip(xs, expected, strict=True):
                     np.testing.assert_array_equal(run(session, x), y)
@@ -275,7 +275,7 @@ def flapping(directory: Path) -> None:
             worker.start()
         for _ in range(400):
             request = Request(level=chance.choice(LEVELS))
-            limit = chance.choice([None, *limits(session._problem, request)])
+            limit = chance.choice([None, *limits(session._plans.problem, request)])
             disk.answer(
                 well=chance.randrange(60),
                 fail=chance.choice([0, 1, 3, -1]),

@@ -179,9 +179,9 @@ def limits(problem: Problem, request: Request) -> list[int]:
 
 def publish(session: Session, request: Request) -> Plan:
     """Run this request from now on, whatever the session was asked for."""
-    planned = plan(session._problem, request)
+    planned = plan(session._plans.problem, request)
     with session._planning:
-        session._publish(planned)
+        session._adopt({None: planned})
     return planned
 
 

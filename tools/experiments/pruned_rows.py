@@ -133,7 +133,7 @@ def _measure(case: _Case, plain: Path, reordered: Path, level: Level) -> list[st
             session.run(None, feed)
 
         in_order, scattered = _best_s(run, lambda: other.run(None, feed))
-        plan = session._plan
+        plan = session._plans.current
         assert plan is not None
         chunks = len(plan.levels)
         region = session._store.add_region(np.zeros(_rows(plain), np.float32))
@@ -150,7 +150,7 @@ def _measure(case: _Case, plain: Path, reordered: Path, level: Level) -> list[st
 
         def switch_and_run() -> None:
             plans.reverse()
-            session._publish(plans[0])
+            session._adopt({None: plans[0]})
             run()
 
         switched, skipping = _best_s(switch_and_run, run)

@@ -1,0 +1,132 @@
+"""The pilot: takes one input through the stages of a policy and counts what came of it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from .bank.boundary import Wish
+from .boundary import DriftWatch
+from .engine.graph import Part
+from .errors import RequestError
+from .policy import Choice, Moment, Policy
+
+__all__ = ["Answer", "Pilot", "RunPart"]
+
+_MOST_ANSWERS = 8
+"""A policy that asks for more would go on for ever."""
+
+_AGAIN_WEIGHT = 0.2
+"""Of the last time that an input was answered again, in the running mean of such times."""
+
+
+class RunPart(Protocol):
+    """Runs a part of the graph at a wish; gives the values by name, and the bits per weight read.
+
+    `names` are outputs of the part, None: all of them.
+    """
+
+    def __call__(
+        self, part: Part, wish: Wish, feed: Mapping[str, Any], names: Sequence[str] | None
+    ) -> tuple[dict[str, Any], float]:
+        """Run it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one input."""
+
+    outputs: dict[str, Any]
+    bits: float
+    """weight bits read per weight, all passes together"""
+    wish: Wish
+    """that the answer was made at"""
+    region: int | None
+    escalated: bool
+    """answered again"""
+    late: bool
+    """not answered again, for want of time"""
+
+
+class Pilot:
+    """Steers the runs of a session by a policy. Safe to use from several threads."""
+
+    def __init__(self, policy: Policy, default: Wish, tell: Callable[[str, str], object]) -> None:
+        """`default` is run where the policy does not say; `tell(kind, reason)` records events."""
+        self._policy = policy
+        self._default = default
+        self._tell = tell
+        self.splits: bool = getattr(policy, "splits", False)
+        self._reads: tuple[str, ...] = tuple(getattr(policy, "reads", ()))
+        mix: Mapping[Wish, float] = getattr(policy, "mix", None) or {default: 1.0}
+        self.mix: dict[Wish, float] = dict(mix)
+        """share of the runs that read each wish, as far as the policy tells"""
+        self.main: Wish = max(self.mix, key=lambda wish: self.mix[wish])
+        """what most runs read"""
+        model = getattr(policy, "model", None)
+        self._drift = None
+        if model is not None:
+            self._drift = DriftWatch(model.mix, model.description.samples)
+        self._lock = threading.Lock()
+        self._again_s: float | None = None
+
+    def answer(self, run: RunPart, feed: Mapping[str, Any], names: Iterable[str]) -> Answer:
+        """Answer one input; `names` are the outputs that the caller wants."""
+        started_s = time.perf_counter()
+        asked = list(dict.fromkeys([*names, *self._reads]))
+        wish, region, total_bits, late = self._default, None, 0.0, False
+
+        def ask(stage: Literal["start", "gate", "answer"], values: Mapping[str, Any]) -> bool:
+            """Whether the wish is another one now."""
+            nonlocal wish, region, late
+            elapsed_s = time.perf_counter() - started_s
+            choice = self._policy.choose(Moment(stage, values, wish, elapsed_s, self._again_s))
+            if choice is None:
+                return False
+            if not isinstance(choice, Choice):
+                raise RequestError(
+                    f"the policy's choose() gave {type(choice).__name__}, expected Choice or None"
+                )
+            changed = choice.wish != wish
+            wish, late = choice.wish, choice.late
+            region = region if choice.region is None else choice.region
+            return changed
+
+        ask("start", feed)
+        for answers in range(_MOST_ANSWERS):
+            begun_s = time.perf_counter()
+            values: Mapping[str, Any] = feed
+            if self.splits:
+                tap, bits = run("head", wish, feed, None)
+                total_bits += bits
+                if not answers:
+                    ask("gate", tap)
+                values = {**feed, **tap}
+            outputs, bits = run("body" if self.splits else "whole", wish, values, asked)
+            total_bits += bits
+            if answers:
+                self._learn(time.perf_counter() - begun_s)
+            made_at = wish
+            if not ask("answer", outputs):
+                self._note(region, late)
+                return Answer(outputs, total_bits, made_at, region, answers > 0, late)
+        raise RequestError(f"the policy asked for more than {_MOST_ANSWERS} answers to one input")
+
+    def _learn(self, again_s: float) -> None:
+        before = self._again_s
+        weight = 1.0 if before is None else _AGAIN_WEIGHT
+        self._again_s = weight * again_s + (1 - weight) * (before or 0.0)
+
+    def _note(self, region: int | None, late: bool) -> None:
+        if late:
+            self._tell("latency", "an answer in doubt stands: another would have come too late")
+        if region is None or self._drift is None:
+            return
+        with self._lock:
+            reason = self._drift.saw(region)
+        if reason is not None:
+            self._tell("drift", reason)

@@ -7,11 +7,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from .errors import ProfileError
 
 __all__ = ["DeviceProfile", "find_profile", "load_profile", "profile_names"]
+
+_BOARD_MODEL = "proc/device-tree/model"
+if os.path.exists(f"/{_BOARD_MODEL}"):
+    # On a board every session reads a profile: what that takes comes with the package, not out of
+    # the first session's memory budget. Elsewhere the package goes without.
+    import yaml  # noqa: F401
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ def profile_names() -> list[str]:
 
 def load_profile(profile: str | os.PathLike[str]) -> DeviceProfile:
     """The profile of that name, or of that YAML file. Raises ProfileError."""
+    import yaml
+
     path = Path(profile)
     if path.suffix not in (".yaml", ".yml"):
         path = _directory() / f"{profile}.yaml"
@@ -94,7 +100,7 @@ def load_profile(profile: str | os.PathLike[str]) -> DeviceProfile:
 def find_profile(root: str | os.PathLike[str] = "/") -> DeviceProfile | None:
     """The profile of the board that this runs on; None where the package knows none."""
     try:
-        model = Path(root, "proc/device-tree/model").read_text(encoding="utf-8", errors="replace")
+        model = Path(root, _BOARD_MODEL).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     fitting = [load_profile(name) for name in profile_names()]

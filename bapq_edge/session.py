@@ -25,14 +25,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from .bank.boundary import Wish
 from .bank.layout import Level
 from .bank.reader import Bank
-from .controller import Decision, automatic_budget_bytes
 from .engine.feeds import element_count, zeros
 from .engine.graph import RUN_INPUT, Graphs, Part
 from .engine.native import RunReport, Store, kernels_name
@@ -53,10 +52,13 @@ from .plans import Plans
 from .policies import open_policy
 from .policy import Policy
 from .profiles import find_profile, load_profile
-from .sensors import Sensors, open_sensors
 from .telemetry import Event, EventLog, SessionStats, rss_bytes, trim_heap
 from .units import format_size, parse_size
-from .watch import Watch
+
+if TYPE_CHECKING:
+    from .controller import Decision
+    from .sensors import Sensors
+    from .watch import Watch
 
 __all__ = ["Session"]
 
@@ -152,7 +154,11 @@ class Session:
         self._executor: ThreadPoolExecutor | None = None
         self._watch: Watch | None = None
 
-        sensors = open_sensors() if controller == "auto" or memory_budget == "auto" else None
+        sensors: Sensors | None = None
+        if controller == "auto" or memory_budget == "auto":
+            from .sensors import open_sensors  # only such a session pays for them
+
+            sensors = open_sensors()
         with contextlib.ExitStack() as undo:
             self._store = Store(self._bank, direct=direct_io)
             undo.callback(self._store.close)
@@ -334,6 +340,8 @@ class Session:
         if budget is None:
             return None
         if budget == "auto" and sensors is not None:
+            from .controller import automatic_budget_bytes
+
             size_bytes, reason = automatic_budget_bytes(sensors.read())
             self._record("budget", f"{format_size(size_bytes)}: {reason}")
             return size_bytes
@@ -514,6 +522,8 @@ class Session:
                 self.on_switch(event)
 
     def _make_watch(self, sensors: Sensors) -> Watch:
+        from .watch import Watch
+
         return Watch(
             sensors,
             self._profile,

@@ -100,7 +100,7 @@ class EventLog:
 
 
 def _status_bytes(field: str) -> int:
-    with open("/proc/self/status", encoding="ascii") as status:
+    with open("/proc/self/status", encoding="utf-8") as status:
         for line in status:
             if line.startswith(field):
                 return int(line.split()[1]) * 1024

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,9 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import BankError, BankIntegrityError
-from .files import REPAIR
+from .files import REPAIR, raw_digest_of
 from .layout import Plane
-from .npy import DIGEST_BYTES
 from .reader import Bank
 
 __all__ = ["FileReport", "VerifyReport", "verify"]
@@ -91,7 +89,7 @@ def _plane_checks(bank: Bank, plane: Plane) -> Iterator[Callable[[], object]]:
 
 
 def _check_chunk(bank: Bank, plane: Plane, chunk: int, digest: bytes) -> None:
-    found = hashlib.blake2b(bank.read_chunk(plane, chunk), digest_size=DIGEST_BYTES).digest()
+    found = raw_digest_of(bank.read_chunk(plane, chunk))
     if found != digest:
         raise BankIntegrityError(
             f"{bank.plane_path(plane)}: chunk {chunk} (layer {bank.layer_of(chunk).name}) has "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from ..errors import BankFormatError
 from .boundary import Arrays, Boundary, array_file
 from .codes import LayerCodes, pack_chunk
-from .files import digest_of
+from .files import digest_of, raw_digest_of
 from .layout import TILE_ROWS, Level, Plane, blocks_of, planes_for, tiles_of
 from .manifest import (
     BODY_FILE,
@@ -96,7 +95,7 @@ class _PlaneFile:
     def append(self, data: bytes) -> None:
         self.file.write(data)
         self.rows.append((self.end, len(data), zlib.crc32(data)))
-        self.digests.append(hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest())
+        self.digests.append(raw_digest_of(data))
         self.end += len(data)
 
     def tables(self) -> tuple[bytes, bytes]:

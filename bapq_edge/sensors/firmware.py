@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 
 from .power import pmic_w
@@ -22,6 +20,9 @@ _TIMEOUT_S = 1.0
 
 def system_vcgencmd() -> Vcgencmd | None:
     """This machine's vcgencmd; None where there is none."""
+    import shutil
+    import subprocess
+
     path = shutil.which("vcgencmd")
     if path is None:
         return None

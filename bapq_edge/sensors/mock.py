@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 import os
@@ -60,6 +59,8 @@ def load_trace(path: str | os.PathLike[str]) -> list[Readings]:
 
     An empty cell is an absent reading. Raises SensorError with file, line and column.
     """
+    import csv
+
     try:
         lines = list(csv.reader(Path(path).read_text(encoding="utf-8").splitlines()))
     except (OSError, UnicodeDecodeError, csv.Error) as error:

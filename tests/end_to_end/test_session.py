@@ -338,3 +338,23 @@ assert min(inside) - before > 30e6, (inside, before)
 assert after <= before * 1.05, (before, after)
 """
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ})
+
+
+def test_a_session_loads_no_module_that_the_package_did_not(bank):
+    # It would count against the session's memory budget, and stay when the session is closed.
+    script = f"""
+import sys
+import numpy as np
+import bapq_edge
+loaded = set(sys.modules)
+with bapq_edge.Session({str(bank)!r}, memory_budget="64MiB") as session:
+    session.run(None, {{"x": np.ones((3, 96), np.float32)}})
+    session.set_level(4)
+    session.run_async(None, {{"x": np.ones((3, 96), np.float32)}}).result()
+    session.stats(), session.events()
+print(sorted(set(sys.modules) - loaded))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True
+    )
+    assert result.stdout == "[]\n"

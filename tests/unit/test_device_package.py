@@ -22,13 +22,24 @@ def modules_after(statement):
     result = subprocess.run(
         [sys.executable, "-c", script], check=True, capture_output=True, text=True
     )
-    return {name.partition(".")[0] for name in result.stdout.split()}
+    return set(result.stdout.split())
 
 
 @pytest.mark.parametrize("statement", ["import bapq_edge", "import bapq_edge.engine.graph"])
 def test_importing_the_device_package_loads_no_host_package(statement):
     host = {"onnx", "sklearn", "scipy", "bapq_tools", "rich", "joblib", "matplotlib"}
-    assert not modules_after(statement) & host
+    assert not {name.partition(".")[0] for name in modules_after(statement)} & host
+
+
+def test_importing_the_device_package_loads_only_what_every_session_needs():
+    # Each costs a board memory: hashlib with its OpenSSL 3.5 MB, YAML 0.7 MB.
+    added = modules_after("import bapq_edge") - modules_after("import numpy, onnxruntime")
+    some_need = {"yaml", "csv", "subprocess", "hashlib", "psutil", "bapq_edge.controller"}
+    some_need |= {"bapq_edge.sensors", "bapq_edge.commands", "bapq_edge.bank.writer"}
+    if Path("/proc/device-tree/model").exists():
+        some_need.remove("yaml")  # on a board every session does
+    assert not added & some_need
+    assert "onnxruntime" in modules_after("import bapq_edge")
 
 
 def test_every_error_has_an_exit_code_of_its_own_and_a_place_in_the_tree():

@@ -147,8 +147,11 @@ def decode(hint: Any, value: Any, place: Place) -> Any:
     if type(value) is not dict and (origin is dict or is_dataclass(hint)):
         raise place.wrong(value, "an object")
     if origin is dict:
-        keys = {str(key): key for key in get_args(arguments[0])}
-        _check_keys(value, keys, (), place)
+        if get_origin(arguments[0]) is Literal:
+            keys = {str(key): key for key in get_args(arguments[0])}
+            _check_keys(value, keys, (), place)
+        else:
+            keys = {key: decode(arguments[0], key, place) for key in value}
         return {keys[k]: decode(arguments[1], v, place.key_of(k)) for k, v in value.items()}
     if is_dataclass(hint):
         members = _fields_of(hint)  # type: ignore[arg-type]

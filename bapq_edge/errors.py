@@ -36,7 +36,8 @@
     ├── MissingPlaneWarning             a plane file is absent: fewer levels
     ├── UncalibratedWarning             built without calibration data
     ├── DegradedWarning                 a run used a lower level than planned
-    └── BudgetExceededWarning           a run needed more memory than the budget leaves
+    ├── BudgetExceededWarning           a run needed more memory than the budget leaves
+    └── BoundaryDroppedWarning          a bank is written again without its boundary models
 
 Each exception also derives from the builtin that fits, and carries the exit code that the command
 line ends with. A message is one line: what was wrong, both values, the next step.
@@ -54,6 +55,7 @@ __all__ = [
     "BankVersionError",
     "BapqError",
     "BapqWarning",
+    "BoundaryDroppedWarning",
     "BudgetExceededWarning",
     "BudgetTooSmallError",
     "CalibrationArrayError",
@@ -288,3 +290,7 @@ class DegradedWarning(BapqWarning):
 
 class BudgetExceededWarning(BapqWarning):
     """A run needed more memory besides weights than the budget leaves; nothing is pinned now."""
+
+
+class BoundaryDroppedWarning(BapqWarning):
+    """A bank is written again with other rows or chunks, so its boundary models do not fit it."""

@@ -20,6 +20,8 @@ from .errors import RequestError, RunInputError
 __all__ = ["BoundaryModel", "DriftWatch", "OperatingPoint"]
 
 _LEAST_PROBABILITY = np.float32(1e-30)
+_LEAST_LOGIT = np.float32(-80)
+"""Below the highest: e to this is no part of a sum, and still a number."""
 
 DEFAULT_AGREEMENT = 0.99
 """Target where neither a target nor bits are asked for, as far as the bank can state it."""
@@ -77,7 +79,7 @@ class BoundaryModel:
             projected = np.log(np.maximum(projected, _LEAST_PROBABILITY))
         top = np.partition(projected, -2, axis=1)
         highest = top[:, -1:]
-        below = projected - highest
+        below = np.maximum(projected - highest, _LEAST_LOGIT)
         power = np.exp(below)
         total = power.sum(1, keepdims=True)
         entropy = np.log(total) - (power * below).sum(1, keepdims=True) / total
@@ -121,8 +123,15 @@ class BoundaryModel:
         return found
 
     def region_of(self, tap: NDArray[Any]) -> int:
-        """Region of a run's input: of several samples the one most in doubt decides."""
-        found = self.regions(self.features(tap))
+        """Region of a run's input: of several samples the one most in doubt decides.
+
+        What is no number is most in doubt.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            features = self.features(tap)
+        if not np.isfinite(features).all():
+            return 0
+        found = self.regions(features)
         return int(found.min()) if len(found) else len(self.mix) - 1
 
     # ---- what a region is run at ----

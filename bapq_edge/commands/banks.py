@@ -11,6 +11,7 @@ from ..bank.layout import Level
 from ..bank.manifest import Layer
 from ..bank.reader import Bank
 from ..bank.verify import verify
+from ..boundary import BoundaryModel
 from ..errors import BankIntegrityError
 from ..units import format_size
 
@@ -52,11 +53,25 @@ def _inspect(arguments: argparse.Namespace) -> None:
         print(f"{layer.name:{width}}  {operators:14}  {shape:>15}  {layer.chunk_count:6}{values}")
     if levels:
         print("\nerror: relative, of the layer's output; codes: c compensated, n nearest")
+    for entry in manifest.boundary:
+        _show_boundary(BoundaryModel.of(bank, entry.model))
     if manifest.kept_in_float:
         print("\nkept in float by the graph engine:")
         width = max(len(node.name) for node in manifest.kept_in_float)
         for node in manifest.kept_in_float:
             print(f"  {node.name:{width}}  {node.operator:14} {node.weights:>10,}  {node.reason}")
+
+
+def _show_boundary(model: BoundaryModel) -> None:
+    about = model.description
+    kind = "gate" if about.stage != "answer" else "escalate"
+    print(
+        f"\nboundary model {about.name}: {kind} at {about.tap}, {about.kind} of {about.regions} "
+        f"regions, held out {about.samples} samples"
+    )
+    print(f"    bits  agreement  at {about.confidence:.0%} confidence")
+    for point in model.points:
+        print(f"{point.bits:8.2f}  {point.agreement:9.4f}  {point.agreement_bound:.4f} or more")
 
 
 def _error(layer: Layer, level: Level) -> str:

@@ -29,6 +29,13 @@ def add_run(commands: Any) -> None:
         "--budget", metavar="SIZE", help="what the process may grow by, such as 64MiB, or auto"
     )
     add_precision(run)
+    run.add_argument("--policy", choices=("static", "gate", "escalate"), help="who chooses bits")
+    run.add_argument(
+        "--target-agreement",
+        type=float,
+        metavar="A",
+        help="share of inputs, 0 to 1, to be answered as the float model does",
+    )
     run.add_argument("--threads", type=int)
     run.add_argument("--json", action="store_true", help="print the report as JSON")
     run.set_defaults(command=_run)
@@ -42,6 +49,8 @@ def _run(arguments: argparse.Namespace) -> None:
         memory_budget=arguments.budget,
         level=arguments.level,
         bits=arguments.bits,
+        policy=arguments.policy,
+        target_agreement=arguments.target_agreement,
         threads=arguments.threads,
     ) as session:
         load_s = time.perf_counter() - started_s
@@ -66,6 +75,9 @@ def _run(arguments: argparse.Namespace) -> None:
         f"read {format_size(stats.streamed_bytes)}, "
         f"process grew by {format_size(stats.peak_bytes)} at its peak"
     )
+    if stats.region is not None:
+        again = ", answered again" if stats.escalated else ""
+        print(f"region {stats.region} of the boundary model{again}")
     for name, value in zip(names, outputs, strict=True):
         array = np.asarray(value)
         print(f"{name}: {array.dtype} {list(array.shape)}")

@@ -17,8 +17,8 @@ from bapq_edge.bank.reader import Bank
 from bapq_edge.engine.graph import RUN_INPUT
 from bapq_edge.errors import BapqError, BudgetTooSmallError, RequestError, UnknownLevelError
 from bapq_edge.policy import Choice
-from tests.support.boundaries import HIGH, LOW, model, with_boundary
-from tests.support.streaming import chain_bank, run
+from support.boundaries import HIGH, LOW, model, with_boundary
+from support.streaming import chain_bank, run
 
 WISHES = (LOW, HIGH, Wish(level=4), Wish(level=32), Wish(bits=3.5))
 PLUS = np.abs(np.random.default_rng(1).standard_normal((1, 96))).astype(np.float32)

@@ -17,8 +17,8 @@ from bapq_edge.bank.reader import Bank
 from bapq_edge.bank.verify import verify
 from bapq_edge.boundary import BoundaryModel, DriftWatch
 from bapq_edge.errors import BankFormatError, BankIntegrityError, RunInputError
-from tests.support.boundaries import HIGH, LOW, model, with_boundary
-from tests.support.streaming import chain_bank
+from support.boundaries import HIGH, LOW, model, with_boundary
+from support.streaming import chain_bank
 
 
 def described(**changes):

@@ -2,9 +2,8 @@
 
     python -m bapq_tools.experiments.build_cost [NAME ...] [--workers N] [-o table|md]
 
-Memory is the largest sum of the anonymous memory (smaps_rollup) of the build and its workers, sampled
-ten times a second: what the kernel cannot take back. Pages of mapped files, which it can, do not
-count.
+Memory is the largest sum of anonymous memory (smaps_rollup) over the build and its workers, ten
+times a second: what the kernel cannot take back. Pages of mapped files, which it can, do not count.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ __all__ = [
     "digits_cnn_path",
     "digits_mlp_path",
     "load_digits_split",
+    "scale_images",
     "split_of",
 ]
 
@@ -52,7 +53,7 @@ def load_digits_split(seed: int = 0, *, flat: bool = False, side: int = 8) -> Sp
     pixels, labels = load_digits(return_X_y=True)
     images = (pixels / 16).astype(np.float32)
     if not flat:
-        images = _scale(images.reshape(-1, 1, 8, 8), side)
+        images = scale_images(images.reshape(-1, 1, 8, 8), side)
     labels = labels.astype(np.int64)
     x_rest, x_test, y_rest, y_test = train_test_split(
         images, labels, test_size=TEST_SAMPLES, stratify=labels, random_state=seed
@@ -68,7 +69,7 @@ def split_of(model: DigitsModel) -> Split:
     return load_digits_split(flat=model == "mlp", side=32 if model == "resnet" else 8)
 
 
-def _scale(images: np.ndarray, side: int) -> np.ndarray:
+def scale_images(images: np.ndarray, side: int) -> np.ndarray:
     """(n, 1, 8, 8) to (n, 1, side, side), between the centres of pixels; the edge goes on outside.
 
     Exact in float32 where side is 16, 32 or 64, so the same on every machine.

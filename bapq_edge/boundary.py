@@ -6,18 +6,18 @@ The format, and what each array means, is in bank/boundary.py and docs/boundary.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .bank.boundary import Arrays, Boundary, Wish
+from .bank.boundary import Arrays, Boundary, Scores, Wish
 from .bank.reader import Bank
 from .errors import RequestError, RunInputError
 
-__all__ = ["BoundaryModel", "DriftWatch", "OperatingPoint"]
+__all__ = ["BoundaryModel", "DriftWatch", "OperatingPoint", "pooled", "score_features"]
 
 _LEAST_PROBABILITY = np.float32(1e-30)
 _LEAST_LOGIT = np.float32(-80)
@@ -39,6 +39,37 @@ class OperatingPoint:
     """mean agreement with the float model on samples held out from the fit"""
     agreement_bound: float
     """its lower bound at the model's confidence"""
+
+
+def pooled(tap: NDArray[Any], pool: Sequence[int]) -> NDArray[np.float32]:
+    """(n, ...) -> (n, values) float32: every axis but the first averaged down to its length."""
+    values = np.asarray(tap, np.float32)
+    for axis, count in enumerate(pool, 1):
+        length = values.shape[axis]
+        if length == count:
+            continue
+        edges = np.rint(np.linspace(0, length, count + 1)).astype(np.intp)
+        shape = [1] * values.ndim
+        shape[axis] = count
+        sums = np.add.reduceat(values, edges[:-1], axis)
+        lengths = np.diff(edges).astype(np.float32).reshape(shape)
+        values = np.asarray(sums / lengths, np.float32)
+    return values.reshape(len(values), -1)
+
+
+def score_features(projected: NDArray[np.float32], scores: Scores) -> NDArray[np.float32]:
+    """(n, scores) -> (n, scores + 2): their margin and entropy added; others stay as they are."""
+    if scores == "none":
+        return projected
+    if scores == "probabilities":
+        projected = np.log(np.maximum(projected, _LEAST_PROBABILITY))
+    top = np.partition(projected, -2, axis=1)
+    highest = top[:, -1:]
+    below = np.maximum(projected - highest, _LEAST_LOGIT)
+    power = np.exp(below)
+    total = power.sum(1, keepdims=True)
+    entropy = np.log(total) - (power * below).sum(1, keepdims=True) / total
+    return np.concatenate([projected, highest - top[:, -2:-1], entropy], 1, dtype=np.float32)
 
 
 class BoundaryModel:
@@ -73,17 +104,7 @@ class BoundaryModel:
         arrays = self._arrays
         values = self.values(tap) - arrays["center"]
         projected = values @ arrays["projection"] + arrays["offset"]
-        if self.description.scores == "none":
-            return projected
-        if self.description.scores == "probabilities":
-            projected = np.log(np.maximum(projected, _LEAST_PROBABILITY))
-        top = np.partition(projected, -2, axis=1)
-        highest = top[:, -1:]
-        below = np.maximum(projected - highest, _LEAST_LOGIT)
-        power = np.exp(below)
-        total = power.sum(1, keepdims=True)
-        entropy = np.log(total) - (power * below).sum(1, keepdims=True) / total
-        return np.concatenate([projected, highest - top[:, -2:-1], entropy], 1, dtype=np.float32)
+        return score_features(projected, self.description.scores)
 
     def values(self, tap: NDArray[Any]) -> NDArray[np.float32]:
         """(n, values) float32: every axis but the first averaged down to its length in `pool`."""
@@ -94,18 +115,7 @@ class BoundaryModel:
                 f"tensor {self.description.tap} is {tap.shape}, boundary model "
                 f"{self.description.name} needs (n, ...) with axes of at least {pool}"
             )
-        values = np.asarray(tap, np.float32)
-        for axis, count in enumerate(pool, 1):
-            length = values.shape[axis]
-            if length == count:
-                continue
-            edges = np.rint(np.linspace(0, length, count + 1)).astype(np.intp)
-            shape = [1] * values.ndim
-            shape[axis] = count
-            sums = np.add.reduceat(values, edges[:-1], axis)
-            lengths = np.diff(edges).astype(np.float32).reshape(shape)
-            values = np.asarray(sums / lengths, np.float32)
-        return values.reshape(len(values), -1)
+        return pooled(tap, pool)
 
     def regions(self, features: NDArray[np.float32]) -> NDArray[np.intp]:
         """(n,): region of each row of features; for a tree exactly scikit-learn's leaf."""

@@ -24,6 +24,11 @@
     │   ├── RecipeError                 a recipe that is malformed, or does not fit the model
     │   ├── ProfileError                a device profile that is unknown or malformed
     │   └── SensorError                 a malformed mock trace, or a needed reading is absent
+    ├── BoundaryError                   a boundary model cannot be fitted
+    │   ├── TooFewSamplesError          the message says how many are needed
+    │   ├── SingleClassError            every sample has the same answer
+    │   ├── NoTapError                  no tensor to find regions from, or not the one named
+    │   └── TargetNotMetError           the message says which agreement can be met
     ├── SessionClosedError              the session was closed before
     ├── ExecutionError                  the graph engine failed during a run
     ├── StorageError                    the disk: full, unreadable, not writable
@@ -37,7 +42,8 @@
     ├── UncalibratedWarning             built without calibration data
     ├── DegradedWarning                 a run used a lower level than planned
     ├── BudgetExceededWarning           a run needed more memory than the budget leaves
-    └── BoundaryDroppedWarning          a bank is written again without its boundary models
+    ├── BoundaryDroppedWarning          a bank is written again without its boundary models
+    └── BoundaryWarning                 a fit left something out, or doubts what it was given
 
 Each exception also derives from the builtin that fits, and carries the exit code that the command
 line ends with. A message is one line: what was wrong, both values, the next step.
@@ -56,6 +62,8 @@ __all__ = [
     "BapqError",
     "BapqWarning",
     "BoundaryDroppedWarning",
+    "BoundaryError",
+    "BoundaryWarning",
     "BudgetExceededWarning",
     "BudgetTooSmallError",
     "CalibrationArrayError",
@@ -70,6 +78,7 @@ __all__ = [
     "ModelError",
     "ModelFormatError",
     "NoHeavyLayerError",
+    "NoTapError",
     "PlatformError",
     "ProfileError",
     "RecipeError",
@@ -77,8 +86,11 @@ __all__ = [
     "RunInputError",
     "SensorError",
     "SessionClosedError",
+    "SingleClassError",
     "SizeError",
     "StorageError",
+    "TargetNotMetError",
+    "TooFewSamplesError",
     "UncalibratedWarning",
     "UnknownLevelError",
     "UnsupportedModelError",
@@ -230,6 +242,36 @@ class RecipeError(RequestError):
     exit_code = 49
 
 
+class BoundaryError(BapqError, ValueError):
+    """A boundary model cannot be fitted to this bank and these samples."""
+
+    exit_code = 70
+
+
+class TooFewSamplesError(BoundaryError):
+    """There are too few samples for regions; the message says how many are needed."""
+
+    exit_code = 71
+
+
+class SingleClassError(BoundaryError):
+    """All samples have the same answer, so there is no boundary between answers."""
+
+    exit_code = 72
+
+
+class NoTapError(BoundaryError):
+    """There is no tensor that regions could be found from, or not the one that was named."""
+
+    exit_code = 73
+
+
+class TargetNotMetError(BoundaryError):
+    """Held-out samples do not show the wished agreement; the message says what they show."""
+
+    exit_code = 74
+
+
 class SessionClosedError(BapqError, RuntimeError):
     """The session was closed before this call."""
 
@@ -282,6 +324,10 @@ class MissingPlaneWarning(BapqWarning):
 
 class UncalibratedWarning(BapqWarning):
     """The bank is built without calibration data; its low levels will be less accurate."""
+
+
+class BoundaryWarning(BapqWarning):
+    """A fit goes on without something, or doubts that its reference belongs to the bank."""
 
 
 class DegradedWarning(BapqWarning):

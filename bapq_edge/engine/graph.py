@@ -19,7 +19,7 @@ from bapq_edge.errors import (
 
 from .native import library_path
 
-__all__ = ["RUN_INPUT", "Graphs", "Part"]
+__all__ = ["RUN_INPUT", "Graphs", "Part", "open_graph"]
 
 Part = Literal["whole", "head", "body"]
 
@@ -44,7 +44,7 @@ class Graphs:
     def __init__(self, bank: Bank, threads: int, *, split: bool) -> None:
         """An operator runs on up to `threads` threads.
 
-        Raises RequestError when the bank has no halves, and what `_open` raises.
+        Raises RequestError when the bank has no halves, and what `open_graph` raises.
         """
         manifest, self._path = bank.manifest, bank.path
         files: dict[Part, FileEntry] = {"whole": manifest.graph}
@@ -56,7 +56,9 @@ class Graphs:
         if split and manifest.split is not None:
             files = {"head": manifest.split.head, "body": manifest.split.body}
         self.parts: tuple[Part, ...] = tuple(files)
-        self._graphs = {part: _open(bank.file_bytes(file), threads) for part, file in files.items()}
+        self._graphs = {
+            part: open_graph(bank.file_bytes(file), threads) for part, file in files.items()
+        }
         self._inputs = {part: graph.get_inputs() for part, graph in self._graphs.items()}
         self.outputs: list[Any] = list(self._graphs[self.parts[-1]].get_outputs())
         """as onnxruntime.NodeArg"""
@@ -108,7 +110,7 @@ def _is_input_error(error: Exception) -> bool:
     return type(error).__name__ == "InvalidArgument" or isinstance(error, ValueError | RuntimeError)
 
 
-def _open(model: bytes, threads: int) -> Any:
+def open_graph(model: bytes, threads: int) -> Any:
     """Make the onnxruntime.InferenceSession of a bank's graph, which is all of `model`.
 
     An operator runs on up to `threads` threads, and one operator runs at a time. Raises

@@ -144,7 +144,9 @@ def class_probe(
 
     tried = {penalty: out_of_fold(penalty) for penalty in _CLASS_PENALTIES}
     at = np.searchsorted(classes, wanted[known])
-    losses = {c: log_loss(at, _softmax(z[known]), labels=range(len(classes))) for c, z in tried.items()}
+    losses = {
+        c: log_loss(at, _softmax(z[known]), labels=range(len(classes))) for c, z in tried.items()
+    }
     best = min(losses, key=losses.__getitem__)
     weight, offset = fit(np.ones(len(values), bool), best)
     projection = basis.projection(weight.T, offset, "logits", _margin(len(classes)))

@@ -38,7 +38,11 @@ class Held:
         if self.binary:
             worth = n / self.design_effect
             wrong = float(chosen.mean()) * worth
-            return float(stats.beta.ppf(self.confidence, wrong + 1, worth - wrong)) if wrong < worth else 1.0
+            return (
+                float(stats.beta.ppf(self.confidence, wrong + 1, worth - wrong))
+                if wrong < worth
+                else 1.0
+            )
         count, error = _group_error(chosen, groups)
         if count < 2:
             return 1.0

@@ -18,7 +18,15 @@ from .features import Floats
 from .folds import folds_of
 from .points import climb, region_losses
 
-__all__ = ["LEAST_SAMPLES", "Partition", "Task", "area", "choose_regions"]
+__all__ = [
+    "LEAST_SAMPLES",
+    "Partition",
+    "Task",
+    "choose_regions",
+    "loss_left",
+    "nothing_found",
+    "wishes_of",
+]
 
 LEAST_SAMPLES = 20
 """Of a region, among those that it is fitted to: with fewer its losses are mere chance."""
@@ -28,6 +36,7 @@ _BANDS = (2, 4, 6, 8, 12, 16)
 _TREES = ((4, 20), (8, 20), (8, 50), (16, 20), (16, 50))
 """(leaves, samples of a leaf)"""
 _CLUSTERS = (4, 8, 16)
+_GRID = 200
 _PRIOR = 1.0
 """Samples of average loss that are added to every region: few samples without a loss do not make
 it safe."""
@@ -43,6 +52,8 @@ class Task:
     """(wishes,)"""
     groups: NDArray[np.intp]
     """(n,)"""
+    span: tuple[float, float]
+    """bits that a good choice between the wishes is wanted for"""
     seed: int
 
 
@@ -84,42 +95,48 @@ Fit = Callable[[Floats, Task], Partition]
 def choose_regions(
     features: Floats, doubt: Sequence[tuple[int, int]], task: Task
 ) -> tuple[Partition, float]:
-    """The regions that save most, and how much loss they leave: see `area`.
-
-    Every candidate is fitted without a fold, chooses wishes, and is judged on the fold.
-    """
-    folds = folds_of(task.groups, _FOLDS, task.seed)
-    found: dict[Fit, float] = {}
-    for fit in _candidates(len(features), doubt):
-        scores = []
-        for fold in range(_FOLDS):
-            here, there = folds != fold, folds == fold
-            partition = fit(features[here], _rows(task, here))
-            chosen = _climb(partition, features[here], _rows(task, here))
-            scores.append(area(chosen, partition.of(features[there]), _rows(task, there)))
-        found[fit] = float(np.mean(scores))
+    """The regions that save most, and the loss that they leave, as `loss_left` has it."""
+    found = {fit: loss_left(fit, features, task) for fit in _candidates(len(features), doubt)}
     best = min(found, key=found.__getitem__)
     return best(features, task), found[best]
 
 
+def loss_left(fit: Fit, features: Floats, task: Task) -> float:
+    """Mean `area` of folds; without each the regions are fitted and given their wishes."""
+    folds = folds_of(task.groups, _FOLDS, task.seed)
+    scores = []
+    for fold in range(_FOLDS):
+        here, there = folds != fold, folds == fold
+        partition = fit(features[here], _rows(task, here))
+        chosen = wishes_of(partition.of(features[here]), partition.count, _rows(task, here))
+        scores.append(area(chosen, partition.of(features[there]), _rows(task, there)))
+    return float(np.mean(scores))
+
+
 def area(assignment: NDArray[np.uint8], regions: NDArray[np.intp], task: Task) -> float:
-    """Mean of the logarithm of the loss over the bits, from the cheapest wish to the dearest.
+    """Mean of the logarithm of the loss over the bits of `task.span`.
 
     The logarithm, as it takes half the loss to be half the loss wherever the target lies.
     """
-    rows = np.arange(len(regions))
+    rows, size = np.arange(len(regions)), 1 / len(regions)
     chosen = [wishes[regions] for wishes in assignment]
-    bits = np.array([task.bits[wishes].mean() for wishes in chosen])
-    loss = np.array([task.losses[rows, wishes].mean() for wishes in chosen])
-    loss = np.minimum.accumulate(np.log(loss + 1 / len(rows)))
-    length = np.diff(bits)
-    whole = task.bits.max() - task.bits.min()
-    return float((length * (loss[1:] + loss[:-1]) / 2).sum() / whole)
+    bits = [float(task.bits[wishes].mean()) for wishes in chosen]
+    loss = np.minimum.accumulate([task.losses[rows, wishes].mean() for wishes in chosen])
+    # Bits that no assignment is as low as are left to the worst.
+    worst = np.log(task.losses.mean(0).max() + size)
+    grid = np.linspace(*task.span, _GRID)
+    return float(np.interp(grid, bits, np.log(loss + size), left=worst).mean())
 
 
-def _climb(partition: Partition, features: Floats, task: Task) -> NDArray[np.uint8]:
-    losses = region_losses(partition.of(features), task.losses, partition.count, _PRIOR)
-    return climb(task.bits, losses)
+def nothing_found(features: Floats, task: Task) -> Partition:
+    """One region of all."""
+    zero = np.zeros(1, np.intp)
+    return Partition("tree", 1, _tree_arrays(zero - 1, zero.astype(float), zero, zero, zero))
+
+
+def wishes_of(regions: NDArray[np.intp], count: int, task: Task) -> NDArray[np.uint8]:
+    """Assignments from the cheapest wish everywhere to the dearest: see `climb`."""
+    return climb(task.bits, region_losses(regions, task.losses, count, _PRIOR))
 
 
 def _rows(task: Task, rows: NDArray[np.bool_]) -> Task:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from bapq_edge.engine.native import Store
 from bapq_edge.errors import ExecutionError
 from bapq_edge.planner import Plan, Request, plan, problem_of
 
-__all__ = ["Feed", "Runner", "spread"]
+__all__ = ["Feed", "Runner", "run_graph", "spread"]
 
 Feed = Mapping[str, NDArray[Any]]
 T = TypeVar("T")
@@ -36,7 +36,7 @@ def spread(
 
 
 class Runner:
-    """Context manager: the bank's chunks, all in memory, and the graphs that ran on them."""
+    """The bank's chunks, all in memory, and the graphs that ran on them; `close` frees them."""
 
     def __init__(self, bank: Bank) -> None:
         self._bank = bank
@@ -44,10 +44,8 @@ class Runner:
         self._store = Store(bank)
         self._graphs: dict[bytes, Any] = {}
 
-    def __enter__(self) -> Runner:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
+        """Give the memory back."""
         self._graphs.clear()
         self._store.close()
 
@@ -71,10 +69,11 @@ class Runner:
         graph: bytes,
         wish: Wish,
         outputs: Sequence[str],
-        feeds: Iterable[Feed],
+        feeds: Sequence[Feed],
+        keep: Callable[[list[NDArray[Any]]], T],
         advance: Callable[..., None],
-    ) -> list[list[NDArray[Any]]]:
-        """The outputs of one run per feed.
+    ) -> list[T]:
+        """What `keep` makes of the outputs of one run per feed; a feed may hold more than is read.
 
         Raises ExecutionError where the graph fails, BankIntegrityError and its like where the
         weights cannot be read.
@@ -82,23 +81,36 @@ class Runner:
         if graph not in self._graphs:
             self._graphs[graph] = open_graph(graph, threads=1)
         session = self._graphs[graph]
+        inputs = {item.name for item in session.get_inputs()}
         chosen = self.plan(wish)
         self._store.publish(chosen.levels, chosen.pinned, chosen.ring_bytes, None, threads=1)
-        return spread(lambda feed: self._once(session, outputs, feed), list(feeds), advance)
 
-    def _once(self, session: Any, outputs: Sequence[str], feed: Feed) -> list[NDArray[Any]]:
+        def once(feed: Feed) -> T:
+            own = {name: value for name, value in feed.items() if name in inputs}
+            return keep(self._once(session, outputs, own, RUN_INPUT in inputs))
+
+        return spread(once, feeds, advance)
+
+    def _once(
+        self, session: Any, outputs: Sequence[str], feed: Feed, takes_ticket: bool
+    ) -> list[NDArray[Any]]:
+        if not takes_ticket:
+            return run_graph(session, outputs, feed, str(self._bank.path))
         ticket = self._store.begin_run()
-        failure: Exception | None = None
-        found: list[NDArray[Any]] = []
         try:
-            found = session.run(outputs, {**feed, RUN_INPUT: np.array(ticket, dtype=np.int64)})
-        except Exception as error:  # ONNX Runtime raises classes of its own, without a common base
-            failure = error
+            run_feed = {**feed, RUN_INPUT: np.array(ticket, dtype=np.int64)}
+            found = run_graph(session, outputs, run_feed, str(self._bank.path))
         finally:
-            report = self._store.end_run(ticket)
-        if failure is not None:
-            reason = str(failure).splitlines()[0]
-            raise ExecutionError(f"{self._bank.path}: ONNX Runtime: {reason}") from failure
+            report = self._store.end_run(ticket)  # an operator of ours that failed raises here
         if report.degraded_by is not None:  # its answer is not that of the wish
             raise report.degraded_by
         return found
+
+
+def run_graph(session: Any, outputs: Sequence[str], feed: Feed, where: str) -> list[NDArray[Any]]:
+    """One run of an ONNX Runtime session; raises ExecutionError."""
+    try:
+        return list(session.run(outputs, dict(feed)))
+    except Exception as error:  # ONNX Runtime raises classes of its own, without a common base
+        reason = str(error).splitlines()[0]
+        raise ExecutionError(f"{where}: ONNX Runtime: {reason}") from error

@@ -9,13 +9,12 @@ import onnx
 from onnx import TensorProto, helper
 
 from bapq_edge.bank.reader import Bank
-from bapq_edge.engine.graph import RUN_INPUT
 from bapq_edge.errors import NoTapError
 
 from ..passes import graph as graphs
 from ..passes.assemble import DOMAIN
 
-__all__ = ["Cut", "Graph", "float_input"]
+__all__ = ["Cut", "Graph"]
 
 MOST_SHARE = 0.15
 """Of the weight bits, before a tap: a gate that decides later saves little."""
@@ -32,14 +31,6 @@ class Cut:
     """of the weights, those of layers that are only read row by row left out"""
     nodes: tuple[int, ...]
     """that compute the tap, by their place in the graph"""
-
-
-def float_input(model: onnx.ModelProto) -> str | None:
-    """The model's input, if there is one alone, of float32."""
-    inputs = [item for item in model.graph.input if item.name != RUN_INPUT]
-    if len(inputs) == 1 and inputs[0].type.tensor_type.elem_type == TensorProto.FLOAT:
-        return str(inputs[0].name)
-    return None
 
 
 class Graph:
@@ -134,9 +125,7 @@ class Graph:
         return found
 
     def _share(self, count: int) -> float:
-        weights = [
-            0 if layer.operators == ("Gather",) else layer.weights for layer in self._layers
-        ]
+        weights = [0 if layer.operators == ("Gather",) else layer.weights for layer in self._layers]
         return sum(weights[:count]) / max(sum(weights), 1)
 
 

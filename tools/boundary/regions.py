@@ -68,7 +68,7 @@ class Partition:
     def of(self, features: Floats) -> NDArray[np.intp]:
         """(n,): region of each."""
         if self.kind == "kmeans":
-            scaled = (features * self.arrays["scale"]).astype(np.float64)
+            scaled = features * self.arrays["scale"].astype(np.float64)
             away = np.square(scaled[:, None] - self.arrays["centers"]).sum(2)
             return away.argmin(1)
         feature, children = self.arrays["node_feature"], self.arrays["node_children"]
@@ -209,7 +209,7 @@ def _tree(features: Floats, task: Task, leaves: int, least: int) -> Partition:
 def _clusters(features: Floats, task: Task, count: int) -> Partition:
     deviation = features.std(0, dtype=np.float64)
     scale = np.where(deviation > 0, 1 / np.maximum(deviation, 1e-30), 0).astype("<f4")
-    scaled = (features * scale).astype(np.float64)
+    scaled = features * scale.astype(np.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer points than clusters
         model = KMeans(count, n_init=2, random_state=task.seed).fit(scaled)

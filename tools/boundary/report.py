@@ -108,4 +108,5 @@ def _shown(model: ModelReport) -> list[int]:
 
 
 def _figures(each: StaticReport | PointReport) -> str:
-    return f"{each.bits:.2f} bits, agreement {each.agreement:.4f} (at least {each.agreement_bound:.4f})"
+    bound = f"(at least {each.agreement_bound:.4f})"
+    return f"{each.bits:.2f} bits, agreement {each.agreement:.4f} {bound}"

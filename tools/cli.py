@@ -20,7 +20,7 @@ from .extras import host_packages
 if TYPE_CHECKING:
     from .build import BuildReport
 
-__all__ = ["add_build_command", "run_build"]
+__all__ = ["add_build_command", "run_build", "show_warning"]
 
 
 def add_build_command(commands: Any) -> None:
@@ -90,7 +90,7 @@ def _build(arguments: argparse.Namespace, out: Path) -> BuildReport:
         from .build import build
     with warnings.catch_warnings():
         warnings.simplefilter("always", BapqWarning)
-        warnings.showwarning = _show_warning
+        warnings.showwarning = show_warning
         return build(
             arguments.model,
             out,
@@ -130,7 +130,8 @@ def _positive(text: str) -> int:
     return value
 
 
-def _show_warning(message: Warning | str, *_: Any) -> None:
+def show_warning(message: Warning | str, *_: Any) -> None:
+    """One line on stderr; stands in for `warnings.showwarning`."""
     print(f"bapq: {message}", file=sys.stderr)
 
 

@@ -286,6 +286,6 @@ def test_without_the_host_packages_the_extra_is_named(model_file, tmp_path):
 
 
 def test_public_names():
-    assert sorted(bapq_tools.__all__) == ["__version__", "build_bank"]
+    assert sorted(bapq_tools.__all__) == ["__version__", "build_bank", "fit"]
     with pytest.raises(AttributeError, match="nothing"):
         bapq_tools.nothing  # noqa: B018

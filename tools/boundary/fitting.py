@@ -21,7 +21,7 @@ from bapq_edge.errors import (
 
 from .features import Floats, Seen, class_probe, loss_probe, own_scores
 from .folds import held_out
-from .points import Held, escalate, operating_points, region_losses
+from .points import Held, operating_points, region_losses
 from .regions import (
     LEAST_SAMPLES,
     Partition,
@@ -158,7 +158,7 @@ class Fitting:
             seen = own_scores(values, study.judge.scores, study.classes[own])
         else:
             seen = loss_probe(values, losses[own, :1], study.groups[own], self._seed)
-        task = self._task(losses, bits, (float(bits[0]), float(bits[1])))
+        task = self._task(losses, bits, (float(bits[0]), float(bits[1])), escalates=True)
         partition, _ = choose_regions(seen.features, seen.projection.doubt, task)
         name = f"answer-{_short(base)}-{_short(goal)}"
         return self._measured(
@@ -168,7 +168,7 @@ class Fitting:
             tap,
             losses,
             bits,
-            escalate(partition.count),
+            wishes_of(np.arange(partition.count), partition.count, task),
         )
 
     def gate(self, names: Sequence[str]) -> Found | None:
@@ -217,7 +217,7 @@ class Fitting:
         )
 
     def _taps(self, names: Sequence[str]) -> Iterator[tuple[Tap, Wish, Cut | None]]:
-        """Taps to try, at what their heads could run at."""
+        """Taps to try, and what their heads run at."""
         study, cheapest = self._study, self._wishes[0]
         inputs = [item.name for item in study.inputs]
         if names:
@@ -236,12 +236,13 @@ class Fitting:
                 if names:
                     raise
         for cut in cuts:
-            for base in (cheapest, self._wishes[-1]) if cut.head_layers else (cheapest,):
-                try:
-                    yield study.tap(cut, base), base, cut
-                except NoTapError:
-                    if names:
-                        raise
+            # The error of a head at a low level would be in every answer.
+            base = self._wishes[-1]
+            try:
+                yield study.tap(cut, base), base, cut
+            except NoTapError:
+                if names:
+                    raise
 
     def _bits_behind(self, cut: Cut | None, base: Wish) -> NDArray[np.float64]:
         """(wishes,): bits of a run whose head runs at `base`."""
@@ -259,9 +260,14 @@ class Fitting:
         return loss_probe(values, self._losses[own], groups, self._seed)
 
     def _task(
-        self, losses: NDArray[np.float64], bits: NDArray[np.float64], span: tuple[float, float]
+        self,
+        losses: NDArray[np.float64],
+        bits: NDArray[np.float64],
+        span: tuple[float, float],
+        escalates: bool = False,
     ) -> Task:
-        return Task(losses[self._own], bits, self._study.groups[self._own], span, self._seed)
+        groups = self._study.groups[self._own]
+        return Task(losses[self._own], bits, groups, span, self._seed, escalates)
 
     def _held(self, losses: NDArray[np.float64]) -> Held:
         rest, study = self._rest, self._study

@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.isotonic import isotonic_regression
 from sklearn.tree import DecisionTreeRegressor
 
 from bapq_edge.bank.boundary import Arrays, Kind
 
 from .features import Floats
 from .folds import folds_of
-from .points import climb, region_losses
+from .points import climb, escalate, region_losses
 
 __all__ = [
     "LEAST_SAMPLES",
@@ -32,12 +33,12 @@ LEAST_SAMPLES = 20
 """Of a region, among those that it is fitted to: with fewer its losses are mere chance."""
 
 _FOLDS = 4
-_BANDS = (2, 4, 6, 8, 12, 16)
+_BANDS = (16, 12, 8, 6, 4, 2)
 _TREES = ((4, 20), (8, 20), (8, 50), (16, 20), (16, 50))
 """(leaves, samples of a leaf)"""
 _CLUSTERS = (4, 8, 16)
 _GRID = 200
-_PRIOR = 1.0
+_PRIOR = 5.0
 """Samples of average loss that are added to every region: few samples without a loss do not make
 it safe."""
 
@@ -55,6 +56,8 @@ class Task:
     span: tuple[float, float]
     """bits that a good choice between the wishes is wanted for"""
     seed: int
+    escalates: bool = False
+    """whether the riskiest regions get the second wish, rather than each what is best for it"""
 
 
 @dataclass(frozen=True)
@@ -95,14 +98,25 @@ Fit = Callable[[Floats, Task], Partition]
 def choose_regions(
     features: Floats, doubt: Sequence[tuple[int, int]], task: Task
 ) -> tuple[Partition, float]:
-    """The regions that save most, and the loss that they leave, as `loss_left` has it."""
-    found = {fit: loss_left(fit, features, task) for fit in _candidates(len(features), doubt)}
-    best = min(found, key=found.__getitem__)
-    return best(features, task), found[best]
+    """The regions that save most, and the loss that they leave, as `loss_left` has it.
+
+    To escalate, of candidates that are equal within their standard error the first one: narrow
+    bands leave the most to choose between. Elsewhere each region costs an estimate of its own.
+    """
+    candidates = list(_candidates(len(features), doubt))
+    scores = np.array([_scores(fit, features, task) for fit in candidates])
+    worse = scores - scores[scores.mean(1).argmin()]
+    error = worse.std(1, ddof=1) / np.sqrt(_FOLDS) if task.escalates else 0
+    chosen = int(np.argmax(worse.mean(1) <= error))
+    return candidates[chosen](features, task), float(scores[chosen].mean())
 
 
 def loss_left(fit: Fit, features: Floats, task: Task) -> float:
     """Mean `area` of folds; without each the regions are fitted and given their wishes."""
+    return float(np.mean(_scores(fit, features, task)))
+
+
+def _scores(fit: Fit, features: Floats, task: Task) -> list[float]:
     folds = folds_of(task.groups, _FOLDS, task.seed)
     scores = []
     for fold in range(_FOLDS):
@@ -110,7 +124,7 @@ def loss_left(fit: Fit, features: Floats, task: Task) -> float:
         partition = fit(features[here], _rows(task, here))
         chosen = wishes_of(partition.of(features[here]), partition.count, _rows(task, here))
         scores.append(area(chosen, partition.of(features[there]), _rows(task, there)))
-    return float(np.mean(scores))
+    return scores
 
 
 def area(assignment: NDArray[np.uint8], regions: NDArray[np.intp], task: Task) -> float:
@@ -135,8 +149,14 @@ def nothing_found(features: Floats, task: Task) -> Partition:
 
 
 def wishes_of(regions: NDArray[np.intp], count: int, task: Task) -> NDArray[np.uint8]:
-    """Assignments from the cheapest wish everywhere to the dearest: see `climb`."""
-    return climb(task.bits, region_losses(regions, task.losses, count, _PRIOR))
+    """Assignments from the cheapest wish everywhere to the dearest: `escalate` or `climb`."""
+    if task.escalates:
+        return escalate(count)
+    losses = region_losses(regions, task.losses, count, _PRIOR)
+    # Regions are in order of risk; what contradicts that is more likely chance.
+    size = np.bincount(regions, minlength=count) + _PRIOR
+    falling = [isotonic_regression(each, sample_weight=size, increasing=False) for each in losses.T]
+    return climb(task.bits, np.column_stack(falling))
 
 
 def _rows(task: Task, rows: NDArray[np.bool_]) -> Task:
@@ -147,7 +167,7 @@ def _candidates(samples: int, doubt: Sequence[tuple[int, int]]) -> Iterator[Fit]
     most = samples // LEAST_SAMPLES
     for feature, sign in doubt:
         for count in _BANDS:
-            if count <= max(most, 2):
+            if count <= max(most, 2):  # of fewer samples there would be fewer bands
                 yield lambda x, task, f=feature, s=sign, c=count: _bands(x[:, f], f, s, c)  # type: ignore[misc]
     for leaves, least in _TREES:
         if leaves <= most:

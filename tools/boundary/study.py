@@ -93,6 +93,14 @@ class Study:
         self.inputs = [item for item in self.graph.model.graph.input if item.name != RUN_INPUT]
         self._outputs = [item.name for item in self.graph.model.graph.output]
         data = load_calibration(calibration, self.inputs)
+        built_with = self.bank.manifest.calibration
+        if built_with is not None and built_with.blake2b == data.blake2b:
+            warnings.warn(
+                f"{self.bank.path} was built with these very samples, so its low levels may agree "
+                "with them more than with others: give samples that it has not seen",
+                BoundaryWarning,
+                stacklevel=3,
+            )
         self.samples = data.samples
         self.groups = _checked_groups(groups, data.samples)
         self.feeds: list[Feed] = [data.feed(sample) for sample in range(data.samples)]

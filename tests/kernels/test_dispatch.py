@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import re
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,22 @@ def test_available_is_what_by_name_finds(library: Library) -> None:
     order = OF_MACHINE[platform.machine()]
     assert names == [name for name in order if library.by_name(name) is not None]
     assert names[-1] == "scalar"
+
+
+def test_available_is_what_the_cpu_has(library: Library) -> None:
+    """A compiler whose library knows no CPU would leave all of them the scalar kernels."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    match = re.search(r"^(flags|Features)\s*: (.*)$", text, re.MULTILINE)
+    assert match is not None
+    needs = {
+        "avx2": {"avx2", "fma"},
+        "avx512vnni": {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"},
+        "neon": {"asimd"},
+        "neondot": {"asimd", "asimddp"},
+        "scalar": set(),
+    }
+    able = {name for name in OF_MACHINE[platform.machine()] if needs[name] <= set(match[2].split())}
+    assert {family.name for family in library.available()} == able
 
 
 def test_unknown_or_foreign_name_is_refused(library: Library) -> None:

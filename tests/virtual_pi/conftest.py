@@ -26,11 +26,12 @@ IMAGES = 16
 
 @dataclass
 class Case:
-    """A bank with the input of one run, and the outputs that this machine computes."""
+    """A bank with the input of one run; kernel family and outputs of this machine."""
 
     model: str
     bank: Path
     source: Path
+    family: str = ""
     outputs: dict[str, np.ndarray] = field(default_factory=dict)
 
     def run(self, python: Sequence[str | Path], target: Path) -> tuple[list[str], dict]:
@@ -59,6 +60,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
         source = folder / f"{model}.npz"
         np.savez(source, **{INPUT_NAMES[model]: split_of(model).x_test[:IMAGES]})
         case = Case(model, bank, source)
-        _, case.outputs = case.run([sys.executable, "-I"], folder / f"{model}.outputs.npz")
+        target = folder / f"{model}.outputs.npz"
+        (_, case.family), case.outputs = case.run([sys.executable, "-I"], target)
         found.append(case)
     return found

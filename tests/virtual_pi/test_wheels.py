@@ -114,6 +114,7 @@ def test_one_wheel_serves_every_python(python, cases, tmp_path):
     pip = [sys.executable, "-m", "pip", "--quiet", "--python", inside]
     subprocess.run([*pip, "install", wheel_of(platform.machine())], check=True, cwd=tmp_path)
     for case in cases:
-        _, outputs = case.run([inside, "-I"], tmp_path / f"{case.model}.npz")
+        (_, family), outputs = case.run([inside, "-I"], tmp_path / f"{case.model}.npz")
+        assert family == case.family
         for name, value in outputs.items():
             np.testing.assert_allclose(value, case.outputs[name], rtol=1e-5, atol=1e-5)

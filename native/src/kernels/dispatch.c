@@ -16,6 +16,8 @@
 #if defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif defined(__x86_64__)
+#include <cpuid.h>
 #endif
 
 #include "kernels.h"
@@ -23,14 +25,33 @@
 static bool always(void) { return true; }
 
 #if defined(__x86_64__)
-/* __builtin_cpu_supports also asks whether the operating system saves the wide registers. */
+/* By hand, because __builtin_cpu_supports needs a library of the compiler's, and that of zig, which
+ * builds our wheels, answers no to everything. XCR0 says which registers the operating system
+ * saves: bits 1 and 2 are xmm and ymm, 5 to 7 the masks and zmm. */
+enum { XCR0_AVX = 0x06, XCR0_AVX512 = 0xe6 };
+
+static bool saves(uint32_t registers) {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & bit_OSXSAVE) == 0) {
+        return false;
+    }
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & registers) == registers;
+}
+
 static bool has_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    unsigned a, b, c, d;
+    const unsigned basic = bit_AVX | bit_FMA;
+    return saves(XCR0_AVX) && __get_cpuid(1, &a, &b, &c, &d) && (c & basic) == basic &&
+           __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_AVX2) != 0;
 }
 
 static bool has_avx512vnni(void) {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    unsigned a, b, c, d;
+    const unsigned wide = bit_AVX512F | bit_AVX512BW | bit_AVX512VL;
+    return has_avx2() && saves(XCR0_AVX512) && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
+           (b & wide) == wide && (c & bit_AVX512VNNI) != 0;
 }
 #elif defined(__aarch64__)
 static bool has_dotprod(void) { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }

@@ -1,0 +1,70 @@
+"""Instructions that one inference takes on emulated boards: a table in Markdown.
+
+Needs what `make test-arm` makes, and Debian's qemu-user, whose emulator takes plugins.
+
+    .venv/bin/python tests/virtual_pi/count_instructions.py
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from run_counted import counted
+
+from bapq_tools import build_bank
+from bapq_tools.zoo import make_model
+from bapq_tools.zoo.digits import INPUT_NAMES, calibration_npz, split_of
+
+HERE = Path(__file__).parent
+ARM64 = HERE.parents[1] / ".cache" / "arm64"
+CPUS = ("cortex-a53", "cortex-a72", "cortex-a76")
+
+
+def print_row(*cells: str) -> None:
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        plugin = folder / "instructions.so"
+        subprocess.run(
+            ["gcc", "-shared", "-fPIC", "-O2", "-o", plugin, HERE / "instructions.c"], check=True
+        )
+        folders = [ARM64 / "bapq", ARM64 / "ort-newest"]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, folders)),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "BAPQ_ARM_QEMU": f"qemu-aarch64 -plugin {plugin}",
+        }
+        for model in ("mlp", "cnn", "resnet"):
+            files = [folder / f"{model}.{kind}" for kind in ("onnx", "bank", "npz")]
+            make_model(f"digits_{model}", files[0])
+            calibration_npz(folder / "calibration.npz", model)
+            calibration = folder / "calibration.npz"
+            build_bank(files[0], files[1], calibration, levels=(32, 8, 4, 2, 1), progress=False)
+            np.savez(files[2], **{INPUT_NAMES[model]: split_of(model).x_test[:1]})
+            for cpu in CPUS:
+                result = subprocess.run(
+                    [HERE / "arm_python.sh", HERE / "run_counted.py", *files],
+                    check=True,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    cwd=folder,
+                    env={**environment, "BAPQ_ARM_CPU": cpu},
+                )
+                counts = counted(result.stderr.splitlines())
+                if (model, cpu) == ("mlp", CPUS[0]):
+                    print_row("model", "CPU", *counts)
+                    print_row(*["---"] * (2 + len(counts)))
+                cells = (f"{count / 1e6:.2f} M" for count in counts.values())
+                print_row(f"digits_{model}", cpu, *cells)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """Digits as a camera would see them: shifted, turned, scaled, too bright or dark, and noisy.
 
-The clean test images are so easy that hardly an answer is in doubt; what tells plans and policies apart
-is how the doubtful ones are answered.
+The clean test images are so easy that hardly an answer is in doubt; what tells plans and policies
+apart is how the doubtful ones are answered.
 """
 
 from __future__ import annotations

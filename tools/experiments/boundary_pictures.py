@@ -89,4 +89,3 @@ def _regions(experiment: Experiment, split: Split, model: BoundaryModel, target:
     axes.set_title(f"{experiment.name}: regions of the answer at 2 bits, samples not seen")
     axes.legend()
     figure.savefig(target, metadata={"Date": None}, bbox_inches="tight")
-

@@ -119,7 +119,7 @@ def test_sensitivity_is_shared_out_by_rows(tmp_path):
 def model_of(name):
     return Boundary(
         name=name,
-        stage="gate",
+        stage="start",
         tap="x",
         base=Wish(level=8),
         pool=(2,),

@@ -7,7 +7,7 @@
 #   bapq          our wheel
 #   cpuinfo-*     what /proc/cpuinfo shows on a board with that CPU
 # Everything but our wheel is left as it is when it is there; remove DIRECTORY for newer packages.
-# Usage: make_arm64.sh DIRECTORY PYTHON WHEEL
+# Usage: make_arm64.sh DIRECTORY PYTHON WHEEL, all relative to the working directory
 set -eu
 directory=$1 python=$2 wheel=$3
 for tool in mmdebstrap qemu-aarch64-static aarch64-linux-gnu-gcc; do

@@ -466,7 +466,8 @@ class Session:
             limit = self._ledger.weight_limit_bytes(smallest + row_cache_bytes)
             limit = None if limit is None else limit - row_cache_bytes
             if self._weight_budget_bytes is not None:
-                limit = min(limit or self._weight_budget_bytes, self._weight_budget_bytes)
+                own = self._weight_budget_bytes - row_cache_bytes
+                limit = own if limit is None else min(limit, own)
         if self._watch is not None:
             envelope = self._watch.envelope
             threads = envelope.threads

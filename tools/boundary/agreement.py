@@ -41,8 +41,8 @@ class Judge:
         return self.kind != "cosine"
 
     def classes(self, outputs: Outputs) -> NDArray[np.intp]:
-        """(n,): the class with the highest score."""
-        return np.array([int(np.argmax(found)) for found in outputs])
+        """(n,): the class with the highest score; -1 where a score is no number."""
+        return np.array([-1 if np.isnan(found).any() else found.argmax() for found in outputs])
 
     def agreement(self, found: Outputs, wanted: Outputs) -> NDArray[np.float64]:
         """(n,) from 0 to 1."""

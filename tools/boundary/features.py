@@ -85,6 +85,7 @@ def pool_of(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
 
 def own_scores(values: Floats, scores: Scores, wanted: NDArray[np.intp]) -> Seen:
     """Class scores as they are; of very many classes those that answers are near to most often."""
+    _check_unlike(values)
     classes = values.shape[1]
     chosen = np.arange(classes)
     if classes > MAX_FEATURES:
@@ -190,10 +191,7 @@ class _Basis:
     """The values in their principal components, of one variance on average."""
 
     def __init__(self, values: Floats, seed: int) -> None:
-        if not np.ptp(values, axis=0).any():
-            raise NoTapError(
-                f"all {len(values)} samples have the same features: check that they differ"
-            )
+        _check_unlike(values)
         most = min(_COMPONENTS, len(values) - 1, values.shape[1])
         pca = PCA(most, svd_solver="full" if values.shape[1] <= 512 else "randomized")
         pca.set_params(random_state=seed).fit(values.astype(np.float64))
@@ -213,6 +211,13 @@ class _Basis:
         parts = (self._center, self._axes @ matrix, offset)
         center, whole, moved = (np.ascontiguousarray(part, np.float32) for part in parts)
         return Projection(center, whole, moved, scores, doubt)
+
+
+def _check_unlike(values: Floats) -> None:
+    if not np.ptp(values, axis=0).any():
+        raise NoTapError(
+            f"all {len(values)} samples have the same features: check that they differ"
+        )
 
 
 def _margin(classes: int) -> tuple[tuple[int, int], ...]:

@@ -224,13 +224,6 @@ class Study:
             source = os.fspath(model)
             if not Path(source).is_file():
                 raise ModelFormatError(f"{source} is missing or not a file; name an .onnx file")
-            if digest_of(Path(source).read_bytes()) != self.bank.manifest.model.blake2b:
-                warnings.warn(
-                    f"{source} is not the file that {self.bank.path} was built from; it is taken "
-                    "as the reference all the same",
-                    BoundaryWarning,
-                    stacklevel=5,
-                )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 4
         try:
@@ -248,7 +241,18 @@ class Study:
                     f"{where} has the {kind} {', '.join(found)}, the bank {', '.join(wanted)}: "
                     "give the model that the bank was built from"
                 )
+        if isinstance(source, str):
+            self._check_is_source(Path(source))
         return session
+
+    def _check_is_source(self, path: Path) -> None:
+        if digest_of(path.read_bytes()) != self.bank.manifest.model.blake2b:
+            warnings.warn(
+                f"{path} is not the file that {self.bank.path} was built from; it is taken as the "
+                "reference all the same",
+                BoundaryWarning,
+                stacklevel=6,
+            )
 
     def _check_outputs(self) -> None:
         graph, wish = self.bank.graph_bytes(), Wish(self.bank.levels[-1])

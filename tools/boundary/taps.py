@@ -83,10 +83,12 @@ class Graph:
         head = [self._nodes[i] for i in cut.nodes]
         outputs = list(self.model.graph.output)
         body = [self._nodes[i] for i in self._body(cut)]
-        tap = helper.make_tensor_value_info(cut.tap, TensorProto.FLOAT, None)
+        given = helper.make_tensor_value_info(cut.tap, TensorProto.FLOAT, None)
+        # Its type is what the head makes of it; whoever runs the head sees.
+        made = onnx.ValueInfoProto(name=cut.tap)
         return (
-            _extract(self.model, head, [tap], []),
-            _extract(self.model, body, outputs, [tap]),
+            _extract(self.model, head, [made], []),
+            _extract(self.model, body, outputs, [given]),
         )
 
     def _cut(self, tap: str, maker: int) -> Cut | None:

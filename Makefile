@@ -15,7 +15,7 @@ PIP := -m pip --disable-pip-version-check --quiet
 OLDEST_ORT = $(shell $(PYTHON) -c 'import sys; v = sys.version_info[1]; print("1.17.3" if v <= 12 else "1.20.1" if v == 13 else "1.24.1")')
 OLDEST_NUMPY = $(shell $(PYTHON) -c 'import sys; print("numpy<2" if sys.version_info[1] <= 12 else "numpy")')
 
-.PHONY: help demo test test-arm test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy lint format clean
+.PHONY: help demo test test-arm test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z0-9_-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
 
@@ -43,6 +43,9 @@ bench: $(VENV)/.ready $(MINILM)  ## measure speed, memory and accuracy
 
 bench-accuracy: $(VENV)/.ready $(MINILM)  ## measure accuracy and bytes at every level and by plan
 	$(BIN)/python -m bapq_tools.experiments.accuracy
+
+bench-boundary: $(VENV)/.ready $(MINILM)  ## measure what boundary models give
+	$(BIN)/python -m bapq_tools.experiments.boundary
 
 lint: $(VENV)/.ready  ## check style and types
 	$(BIN)/ruff check --quiet .

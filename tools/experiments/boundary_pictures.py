@@ -66,7 +66,7 @@ def _curve(experiment: Experiment, splits: list[Split], fits: list[Fit], target:
     axes.set_title(f"{experiment.name}: samples not seen, five splits")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(target, metadata={"Date": None}, bbox_inches="tight")
+    figure.savefig(target, metadata={"Date": None}, bbox_inches="tight", dpi=110)
 
 
 def _regions(experiment: Experiment, split: Split, model: BoundaryModel, target: Path) -> None:
@@ -78,7 +78,9 @@ def _regions(experiment: Experiment, split: Split, model: BoundaryModel, target:
     lost = experiment.study.losses(model.description.base)[rows] > 0
     figure = Figure(figsize=(6.4, 4))
     axes = figure.add_subplot()
-    dots = axes.scatter(margin, entropy, c=regions, cmap="RdYlGn", s=6, linewidths=0)
+    dots = axes.scatter(
+        margin, entropy, c=regions, cmap="RdYlGn", s=6, linewidths=0, rasterized=True
+    )
     axes.scatter(
         margin[lost], entropy[lost], marker="x", color="black", s=30, linewidths=1,
         label="answer differs from float32",
@@ -88,4 +90,4 @@ def _regions(experiment: Experiment, split: Split, model: BoundaryModel, target:
     axes.set_ylabel("entropy, nats")
     axes.set_title(f"{experiment.name}: regions of the answer at 2 bits, samples not seen")
     axes.legend()
-    figure.savefig(target, metadata={"Date": None}, bbox_inches="tight")
+    figure.savefig(target, metadata={"Date": None}, bbox_inches="tight", dpi=110)

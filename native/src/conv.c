@@ -1,6 +1,7 @@
 /* Convolution as a matrix product: a panel holds, for some output pixels, the input values under
  * the kernel window in the order (kernel_y, kernel_x, channel), which is the order of the layer's
- * columns. Panels are built anew for every chunk, so no unfolded image is ever held. */
+ * columns. Panels are built anew for every chunk, so no unfolded image is ever held; the one that a
+ * worker built last serves the next chunk, too, where the image is so small. */
 #include <math.h>
 #include <string.h>
 
@@ -56,6 +57,10 @@ typedef struct {
     float *scale; /* (panel_rows, blocks), all the image's scale */
     float *sum;   /* (panel_rows, blocks) */
     float *x;     /* (panel_rows, blocks*32), level 32 */
+    /* What they hold: a panel of a small image serves one chunk after another. */
+    const float *of_sample; /* NULL: nothing yet */
+    int64_t of_group, of_pixel;
+    int of_floats;
 } worker_buffers;
 
 typedef struct {
@@ -150,18 +155,26 @@ static void fill_float(const conv_job *j, int64_t group, int64_t pixel, int32_t 
 static bapq_panel build_panel(const conv_job *j, worker_buffers *buffers, int64_t group,
                               int64_t pixel, int32_t m) {
     bapq_panel panel = {0};
-    if (j->view.level == BAPQ_L32) {
-        fill_float(j, group, pixel, m, buffers->x);
+    int floats = j->view.level == BAPQ_L32;
+    int there = buffers->of_sample == j->x && buffers->of_group == group &&
+                buffers->of_pixel == pixel && buffers->of_floats == floats;
+    buffers->of_sample = j->x;
+    buffers->of_group = group;
+    buffers->of_pixel = pixel;
+    buffers->of_floats = floats;
+    if (floats) {
+        if (!there) fill_float(j, group, pixel, m, buffers->x);
         panel.x = buffers->x;
         return panel;
     }
-    panel.q = buffers->q;
-    if (is_pointwise(j->conv))
-        panel.q = j->image.q + pixel * j->conv->channels; /* a pixel is a row already */
-    else
-        fill_quantized(j, group, pixel, m, buffers->q);
-    for (int64_t i = 0; i < (int64_t)m * j->blocks; i++) buffers->scale[i] = j->image.scale;
-    j->kernels->block_sums(panel.q, m, j->blocks, buffers->sum);
+    /* Of a pointwise convolution a pixel is a row already. */
+    int pointwise = is_pointwise(j->conv);
+    panel.q = pointwise ? j->image.q + pixel * j->conv->channels : buffers->q;
+    if (!there) {
+        if (!pointwise) fill_quantized(j, group, pixel, m, buffers->q);
+        for (int64_t i = 0; i < (int64_t)m * j->blocks; i++) buffers->scale[i] = j->image.scale;
+        j->kernels->block_sums(panel.q, m, j->blocks, buffers->sum);
+    }
     panel.scale = buffers->scale;
     panel.sum = buffers->sum;
     return panel;
@@ -334,6 +347,7 @@ int32_t bapq_conv_run(bapq_run *run, int32_t layer, const bapq_conv *conv,
                          (long long)count.used);
     carve_buffers(&j, levels, threads, &carver);
     if (j.ones) fill_ones(&j);
+    for (int32_t i = 0; i < threads; i++) j.buffers[i].of_sample = NULL;
     for (int64_t n = 0; n < conv->batch; n++) {
         j.x = x + n * conv->channels * conv->height * conv->width;
         j.y = y + n * l->rows * conv->out_h * conv->out_w;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,14 +14,26 @@ from numpy.typing import NDArray
 from bapq_edge.bank.boundary import Wish
 from bapq_edge.bank.reader import Bank
 from bapq_edge.engine.graph import RUN_INPUT, open_graph
-from bapq_edge.engine.native import Store
+from bapq_edge.engine.native import PLANE_ORDER, Store
 from bapq_edge.errors import ExecutionError
 from bapq_edge.planner import Plan, Request, plan, problem_of
 
-__all__ = ["Feed", "Runner", "run_graph", "spread"]
+__all__ = ["Feed", "Runner", "Skip", "run_graph", "spread"]
 
 Feed = Mapping[str, NDArray[Any]]
 T = TypeVar("T")
+
+_ALL_PLANES = (1 << len(PLANE_ORDER)) - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Skip:
+    """What is neither read nor computed."""
+
+    chunks: NDArray[np.bool_]
+    """(chunks,)"""
+    region: int
+    """by `Runner.add_region`: what the rows give instead"""
 
 
 def spread(
@@ -64,6 +77,10 @@ class Runner:
             weights[layer.chunk_range] = self._problem.weights[layer.chunk_range]
         return float(self.plan(wish).levels @ weights / self._problem.weights.sum())
 
+    def add_region(self, values: NDArray[np.float32]) -> int:
+        """Register what stands in for skipped rows: see `Store.add_region`."""
+        return self._store.add_region(values)
+
     def run(
         self,
         graph: bytes,
@@ -71,7 +88,8 @@ class Runner:
         outputs: Sequence[str],
         feeds: Sequence[Feed],
         keep: Callable[[list[NDArray[Any]]], T],
-        advance: Callable[..., None],
+        advance: Callable[..., None] = lambda: None,
+        skip: Skip | None = None,
     ) -> list[T]:
         """What `keep` makes of the outputs of one run per feed; a feed may hold more than is read.
 
@@ -83,7 +101,14 @@ class Runner:
         session = self._graphs[graph]
         inputs = {item.name for item in session.get_inputs()}
         chosen = self.plan(wish)
-        self._store.publish(chosen.levels, chosen.pinned, chosen.ring_bytes, None, threads=1)
+        levels, region = chosen.levels, None
+        if skip is not None:
+            levels, region = np.where(skip.chunks, 0, levels), skip.region
+        # What one region skips another one reads.
+        kept = np.full(len(levels), _ALL_PLANES, np.uint8)
+        self._store.publish(
+            levels, chosen.pinned, chosen.ring_bytes, None, threads=1, kept=kept, region=region
+        )
 
         def once(feed: Feed) -> T:
             own = {name: value for name, value in feed.items() if name in inputs}

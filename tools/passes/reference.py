@@ -69,14 +69,11 @@ class Reference:
 
         Probabilities of a sure classifier hide errors until they flip an answer; its scores do not.
         """
-        producers = {name: node for node in self.graph.node for name in node.output}
-        judged = []
-        for item in self.graph.output:
-            if item.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
-                name = item.name
-                while name in producers and producers[name].op_type in _SQUASHING:
-                    name = producers[name].input[0]
-                judged.append(name)
+        judged = [
+            unsquashed(self.graph, item.name)
+            for item in self.graph.output
+            if item.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+        ]
         return list(dict.fromkeys(judged))
 
     def stages(self) -> Iterator[Stage]:
@@ -208,6 +205,14 @@ class Reference:
         name = graphs.fresh_name(name, taken)
         self._constants.append(numpy_helper.from_array(np.float32(value), name))
         return name
+
+
+def unsquashed(graph: onnx.GraphProto, output: str) -> str:
+    """The tensor behind an output that a Softmax, a Sigmoid or a change of shape makes."""
+    producers = {name: node for node in graph.node for name in node.output}
+    while output in producers and producers[output].op_type in _SQUASHING:
+        output = producers[output].input[0]
+    return output
 
 
 def observed(layer: HeavyLayer) -> bool:

@@ -17,11 +17,11 @@ _CONTRAST = 0.1
 _NOISE = 0.05
 
 
-def distort(images: np.ndarray, seed: int) -> np.ndarray:
+def distort(images: np.ndarray, seed: int, strength: float = 1.0) -> np.ndarray:
     """Images (n, side, side) in 0..1, each changed a little at random; the same for a seed.
 
-    Standard deviations: 0.15 rad, 8 % of the size, half a pixel of 8x8, 10 % of the contrast, noise
-    of 0.05.
+    Standard deviations, at strength 1: 0.15 rad, 8 % of the size, half a pixel of 8x8, 10 % of the
+    contrast, noise of 0.05.
     """
     from scipy.ndimage import affine_transform
 
@@ -30,12 +30,14 @@ def distort(images: np.ndarray, seed: int) -> np.ndarray:
     middle = np.full(2, (side - 1) / 2)
     result = np.empty_like(images, np.float32)
     for i, image in enumerate(images):
-        turn = rng.normal(0, _TURN_RAD)
-        scale = np.exp(rng.normal(0, _SCALE))
-        shift = rng.normal(0, _SHIFT_PIXELS * side / 8, 2)
+        turn = strength * rng.normal(0, _TURN_RAD)
+        scale = np.exp(strength * rng.normal(0, _SCALE))
+        shift = strength * rng.normal(0, _SHIFT_PIXELS * side / 8, 2)
         rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
         matrix = rotation / scale
         moved = affine_transform(image, matrix, middle - matrix @ middle + shift, order=1)
-        moved = moved * np.exp(rng.normal(0, _CONTRAST)) + rng.normal(0, _NOISE, image.shape)
+        moved = moved * np.exp(strength * rng.normal(0, _CONTRAST)) + strength * rng.normal(
+            0, _NOISE, image.shape
+        )
         result[i] = np.clip(moved, 0, 1)
     return result

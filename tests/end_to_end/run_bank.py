@@ -30,7 +30,7 @@ def main(bank: str, source: str, target: str) -> None:
             for kind, wish in (("resident", request), ("streamed", least)):
                 planned = plan(problem, wish)
                 with session._planning:
-                    session._publish(planned)
+                    session._adopt({None: planned})
                 session.run(None, feed)  # brings home what stays
                 read_bytes = session.stats().streamed_bytes
                 values = session.run(None, feed)

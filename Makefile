@@ -46,6 +46,7 @@ bench-accuracy: $(VENV)/.ready $(MINILM)  ## measure accuracy and bytes at every
 
 bench-boundary: $(VENV)/.ready $(MINILM)  ## measure what boundary models give
 	$(BIN)/python -m bapq_tools.experiments.boundary
+	$(BIN)/python -m bapq_tools.experiments.region_pruning
 
 lint: $(VENV)/.ready  ## check style and types
 	$(BIN)/ruff check --quiet .

@@ -137,7 +137,7 @@ def measure(name: str, advance: Callable[[], None]) -> dict[str, Any]:
                 split=gate.split,
             )
             outcomes.append(judged(study, gate, out, clean, distorted, labels))
-            if seed == 0:
+            if seed == 0 and gate.pruning.skipped_rows:
                 cost = costs(study, gate, out, clean[:TIMED_INPUTS])
             advance()
     layers = sorted({layer for each in outcomes for layer in each.share})
@@ -298,7 +298,8 @@ def costs(study: Study, gate: RowGate, bank: Path, samples: np.ndarray) -> list[
     for name in gate.pruning.skipped_rows:
         without[opened.layer(name).chunk_range] = True
     empty.plan(without, 0)()
-    seconds: dict[str, list[float]] = {"built": [], "skipped": [], "switched": [], "empty": []}
+    timed = ("built", "skipped", "switched", "empty", "region")
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
     read: dict[str, list[int]] = {"built": [], "skipped": []}
     for i, region in zip(samples, regions, strict=True):
         feed = dict(study.feeds[i])
@@ -319,6 +320,9 @@ def costs(study: Study, gate: RowGate, bank: Path, samples: np.ndarray) -> list[
             plan()
             skipping.run(feed)
             rounds["switched"].append(time.perf_counter() - started_s)
+            started_s = time.perf_counter()
+            device.region_of(tap.values[i])
+            rounds["region"].append(time.perf_counter() - started_s)
         for name, found in rounds.items():
             seconds[name].append(float(np.median(found)))
         plain.plan(none, 0, streamed=True)()
@@ -349,6 +353,7 @@ def costs(study: Study, gate: RowGate, bank: Path, samples: np.ndarray) -> list[
                 "-" if now is None else _change(now, bytes_["built"], 1 / 1024, "KiB"),
             ]
         )
+    rows.append(["finding the region", f"{1e6 * whole['region']:.0f} µs", "-", "-"])
     return rows
 
 

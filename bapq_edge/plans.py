@@ -52,6 +52,11 @@ class Plans:
         return None if self._pilot is None else self._pilot.main
 
     @property
+    def by_wish(self) -> Mapping[Wish | None, Plan]:
+        """All plans."""
+        return self._by_wish
+
+    @property
     def current(self) -> Plan | None:
         """Its plan."""
         return self._by_wish.get(self.main)

@@ -173,7 +173,10 @@ class Session:
             self._adopt(self._make_plans(frugal=self._ledger.budget_bytes is not None))
             self._record("open", f"kernels {kernels_name()}, {self._threads} threads")
             if self._ledger.budget_bytes is not None:
-                self._warm_up()
+                if self._warm_up():
+                    self._replan("memory", _MEASURED)
+                else:  # the first real run measures
+                    self._adopt(self._make_lean_plans(self._make_plans()))
             undo.pop_all()
         if self._watch is not None:
             self._watch.start()
@@ -351,11 +354,14 @@ class Session:
         stats = self._store.stats()
         return stats.home_bytes + stats.ring_bytes + stats.row_cache_bytes
 
-    def _warm_up(self) -> None:
-        """Runs on zeros, so that a budget too small is refused now rather than later."""
+    def _warm_up(self) -> bool:
+        """Run on zeros, so that a budget too small is refused now rather than later.
+
+        False when that is impossible.
+        """
         feed = zeros(self._graphs.inputs)
         if feed is None:
-            return  # strings, sequences: the first real run measures
+            return False  # strings, sequences
         self._ledger.is_heavier(element_count(feed))
         for _ in range(_WARM_UP_RUNS):
             values = dict(feed)
@@ -366,8 +372,8 @@ class Session:
                     if report is not None:
                         self._ledger.settle(report.rss_bytes, report.weight_bytes)
             except (RunInputError, ExecutionError):
-                return  # a model that zeros of the smallest shape do not fit
-        self._replan("memory", _MEASURED)
+                return False  # a model that zeros of the smallest shape do not fit
+        return True
 
     def _follow_ledger(self) -> None:
         try:
@@ -380,13 +386,14 @@ class Session:
             warnings.warn(str(error), BudgetExceededWarning, stacklevel=4)
 
     def _make_room(self, feed: Mapping[str, Any], running: int) -> None:
-        """Before a run that may need more memory than any before: keep as few weights as can be."""
+        """Before a run that may need more memory than any before: keep as few weights as can be,
+        and read the others as it needs them; at the same precision."""
         if self._ledger.budget_bytes is None:
             return
         with self._planning:
             heavier = self._ledger.is_heavier(element_count(feed) * running)
             if heavier and not self._frugal:
-                self._adopt(self._make_plans(frugal=True))
+                self._adopt(self._make_lean_plans(self._plans.by_wish))
 
     def set_memory_budget(self, budget: int | str | None) -> None:
         """Take another budget, live. Raises BudgetTooSmallError and then changes nothing."""
@@ -454,8 +461,20 @@ class Session:
 
     # ---- plans: with _planning held, except while opening ----
 
-    def _make_plans(self, *, frugal: bool = False) -> dict[Wish | None, Plan]:
-        request, threads = self._request, self._threads
+    def _make_lean_plans(self, plans: Mapping[Wish | None, Plan]) -> dict[Wish | None, Plan]:
+        """Plans of the same precision that hold as little in memory as can be."""
+        request = self._request
+        if self._pilot is None and request.level == "auto" and request.bits is None:
+            # Left to itself the planner meets a small limit with low levels.
+            bits = plans[None].bits_per_weight * (1 + 1e-9)  # rounded up
+            request = replace(request, bits=bits)
+        return self._make_plans(frugal=True, request=request)
+
+    def _make_plans(
+        self, *, frugal: bool = False, request: Request | None = None
+    ) -> dict[Wish | None, Plan]:
+        """Plans for the session's request, or another, in what memory allows; frugal: the least."""
+        request, threads = request or self._request, self._threads
         if self._watch is not None and (request.level == "auto" or self._pilot is not None):
             cap = self._watch.envelope.highest_level
             request = replace(request, highest_level=cap)  # type: ignore[arg-type]

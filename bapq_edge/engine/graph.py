@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, Literal
@@ -28,6 +29,9 @@ RUN_INPUT = "bapq.run"
 
 
 def _import_onnxruntime() -> ModuleType | ImportError:
+    # 1.31 reports its use over the network, from a database that it keeps on the board's storage,
+    # with a thread of its own and 2 MiB. Who wants that sets the variable to 0.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:  # such as on a 32-bit system: whoever opens a session is told

@@ -42,6 +42,20 @@ def test_importing_the_device_package_loads_only_what_every_session_needs():
     assert "onnxruntime" in modules_after("import bapq_edge")
 
 
+@pytest.mark.parametrize("chosen", [None, "0"])
+def test_onnxruntime_reports_nothing_unless_that_was_chosen(chosen, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))  # where its database would be
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("ORT_DISABLE_TELEMETRY", chosen)
+    script = "import bapq_edge, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == (chosen or "1")
+    assert chosen is not None or not list(tmp_path.iterdir())
+
+
 def test_every_error_has_an_exit_code_of_its_own_and_a_place_in_the_tree():
     classes = [
         value

@@ -103,5 +103,9 @@ def test_a_bank_that_is_absent_broken_or_incomplete(tmp_path):
     assert found["direct reads"].state in ("OK", "note") and "MB/s" in found["read speed"].found
     (bank / "planes" / "r8.bin").unlink()
     assert "r8" in findings("pi_4", bank)["bank"].found
+    aside = bank.rename(tmp_path / "a.bank.bapq-replaced")
+    assert "was cut off" in findings("pi_4", bank)["bank"].found
+    assert findings("pi_4", bank)["bank"].fix == "install the new bank again"
+    aside.rename(bank)
     (bank / "manifest.json").write_text("{}")
     assert findings("pi_4", bank)["bank"].state == "BAD"

@@ -37,8 +37,8 @@ from .writer import check_is_bank
 __all__ = ["InstallReport", "install"]
 
 _SYNC_BYTES = 8 << 20
-"""Written between two waits for the storage: progress is then true, and other programs on a small
-board keep their page cache."""
+"""Written between two waits for the storage: progress is then true, and what is not written yet
+cannot fill the memory of a small board."""
 
 _FILE_SLACK_BYTES = 8 << 10
 """What a file takes besides its bytes: its last block and its place in a directory."""

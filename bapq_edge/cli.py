@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 
 from . import __version__
-from .commands.banks import add_exchange, add_inspect, add_verify
+from .commands.banks import add_exchange, add_inspect, add_install, add_verify
 from .commands.bench import add_bench
 from .commands.doctor import add_doctor
 from .commands.profile import add_profile
@@ -50,8 +50,16 @@ def _parser() -> argparse.ArgumentParser:
     # The host tools bring `build`; on a device they may be absent.
     for entry in sorted(entry_points(group="bapq.commands"), key=lambda entry: entry.name):
         entry.load()(commands)
-    add = (add_run, add_bench, add_profile, add_doctor, add_inspect, add_verify, add_exchange)
-    for add_command in add:
+    for add_command in (
+        add_run,
+        add_bench,
+        add_profile,
+        add_doctor,
+        add_inspect,
+        add_verify,
+        add_install,
+        add_exchange,
+    ):
         add_command(commands)
     return parser
 

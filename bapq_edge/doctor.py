@@ -18,7 +18,7 @@ from typing import Literal
 
 from .bank.reader import Bank
 from .engine.native import kernels_name
-from .errors import BapqError, SensorError
+from .errors import BapqError, InterruptedUpdateWarning, SensorError
 from .profiles import DeviceProfile, find_profile
 from .sensors import Readings, Sensors, open_sensors
 from .sensors.files import read_text
@@ -283,10 +283,11 @@ def _bank(path: Path, profile: DeviceProfile | None) -> Iterator[Finding]:
         yield Finding("bank", "BAD", str(error), "build it again, or copy it again")
         return
     levels = ", ".join(map(str, bank.levels))
-    if caught:
-        fix = "copy the missing planes for the other levels"
-        yield Finding("bank", "note", str(caught[0].message), fix)
-    else:
+    for warning in caught:
+        cut_off = issubclass(warning.category, InterruptedUpdateWarning)
+        fix = "install the new bank again" if cut_off else "copy the planes for the other levels"
+        yield Finding("bank", "note", str(warning.message), fix)
+    if not caught:
         yield Finding("bank", "OK", f"{bank.manifest.model.name}, levels {levels}")
     file = max((bank.plane_path(plane) for plane in bank.planes), key=os.path.getsize)
     try:

@@ -39,6 +39,7 @@
 
     BapqWarning
     ├── MissingPlaneWarning             a plane file is absent: fewer levels
+    ├── InterruptedUpdateWarning        a bank's update was cut off: the old one is used
     ├── UncalibratedWarning             built without calibration data
     ├── DegradedWarning                 a run used a lower level than planned
     ├── BudgetExceededWarning           a run needed more memory than the budget leaves
@@ -73,6 +74,7 @@ __all__ = [
     "ClusterError",
     "DegradedWarning",
     "ExecutionError",
+    "InterruptedUpdateWarning",
     "MissingExtraError",
     "MissingPlaneWarning",
     "ModelError",
@@ -320,6 +322,10 @@ class BapqWarning(UserWarning):
 
 class MissingPlaneWarning(BapqWarning):
     """A plane file is absent, so the levels that need it cannot run."""
+
+
+class InterruptedUpdateWarning(BapqWarning):
+    """The update of a bank was cut off; the one from before is used, where the update left it."""
 
 
 class UncalibratedWarning(BapqWarning):

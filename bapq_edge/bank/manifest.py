@@ -352,6 +352,13 @@ class Manifest:
         entries = {table.key: getattr(self, table.key) for table in ROW_TABLES}
         return {key: entry for key, entry in entries.items() if entry is not None}
 
+    @property
+    def small_files(self) -> list[FileEntry]:
+        """Every file but the planes and the manifest itself."""
+        tables = [table for plane in self.planes.values() for table in plane.tables]
+        rest = (self.sensitivity, *self.row_tables.values(), *self.boundary_files)
+        return [*self.graphs, *rest, *tables]
+
     def chunk_layout(self, plane: Plane) -> NDArray[np.void]:
         """Where every chunk must stand: (chunk_count,) of `CHUNK_DTYPE`, with crc32 left 0.
 

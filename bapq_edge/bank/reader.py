@@ -19,11 +19,12 @@ from ..errors import (
     BankIntegrityError,
     BankNotFoundError,
     BankTruncatedError,
+    InterruptedUpdateWarning,
     MissingPlaneWarning,
 )
 from .boundary import Arrays, Boundary
 from .codes import LayerCodes, join_rows, unpack_chunk
-from .files import REPAIR, digest_of, file_size, inside, read_at
+from .files import REPAIR, digest_of, file_size, inside, raw_digest_of, read_at
 from .layout import PLANES, PLANES_OF_LEVEL, Level, Plane, level_within
 from .manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Layer, Manifest
 from .npy import (
@@ -94,11 +95,12 @@ class Bank:
 
         Raises BankNotFoundError, BankFormatError, BankVersionError, BankPathError,
         BankTruncatedError, BankIntegrityError (of a table) or StorageError. Warns with
-        MissingPlaneWarning when plane files are absent.
+        MissingPlaneWarning when plane files are absent, with InterruptedUpdateWarning when the old
+        bank is opened where a cut-off update has left it.
         """
         path = Path(path)
         if not path.exists():
-            raise BankNotFoundError(f"{path}: there is no bank: check the name, or build it")
+            path = _set_aside(path)
         if not path.is_dir():
             raise BankFormatError(f"{path} is a file, a bank is a directory: build one")
         if not os.path.lexists(path / MANIFEST_FILE):
@@ -207,21 +209,40 @@ class Bank:
         """The bytes of a chunk, checked against its CRC-32."""
         row = self._chunks[plane][chunk]
         data = read_at(self._plane_files[plane], int(row["offset"]), int(row["bytes"]))
-        found, expected = zlib.crc32(data), int(row["crc32"])
-        if found != expected:
+        self._check_crc(plane, chunk, data)
+        return data
+
+    def check_chunk(self, plane: Plane, chunk: int, digest: bytes, data: bytes) -> None:
+        """Check bytes in every way that a chunk can be: checksum, digest, padding, scales.
+
+        `digest` is its row of `chunk_digests`. Raises BankIntegrityError or BankFormatError.
+        """
+        self._check_crc(plane, chunk, data)
+        found = raw_digest_of(data)
+        if found != digest:
             raise BankIntegrityError(
-                f"{self._name(plane, chunk)} has CRC-32 {found:08x}, expected {expected:08x}: "
+                f"{self._name(plane, chunk)} has BLAKE2b {found.hex()}, expected {digest.hex()}: "
                 f"{REPAIR}"
             )
-        return data
+        self._codes(plane, chunk, data)
 
     def chunk_codes(self, plane: Plane, chunk: int) -> LayerCodes:
         """Codes, scales and bias of a chunk of one plane, checked down to the padding.
 
         None of them if the plane does not hold the layer.
         """
+        return self._codes(plane, chunk, self.read_chunk(plane, chunk))
+
+    def _check_crc(self, plane: Plane, chunk: int, data: bytes) -> None:
+        found, expected = zlib.crc32(data), int(self._chunks[plane][chunk]["crc32"])
+        if found != expected:
+            raise BankIntegrityError(
+                f"{self._name(plane, chunk)} has CRC-32 {found:08x}, expected {expected:08x}: "
+                f"{REPAIR}"
+            )
+
+    def _codes(self, plane: Plane, chunk: int, data: bytes) -> LayerCodes:
         layer = self.layer_of(chunk)
-        data = self.read_chunk(plane, chunk)
         if plane not in layer.planes:
             return LayerCodes()
         rows = layer.chunk_slice(chunk)
@@ -306,3 +327,22 @@ class Bank:
 
     def _name(self, plane: Plane, chunk: int) -> str:
         return f"{self.plane_path(plane)}: chunk {chunk} (layer {self.layer_of(chunk).name})"
+
+
+def _set_aside(path: Path) -> Path:
+    """Where the old bank stands if an update was cut off between its two renames.
+
+    It is whole: it is removed only once another one stands at `path`.
+    """
+    from .staging import aside_of  # hardly any session needs it
+
+    aside = aside_of(path)
+    if not aside.is_dir():
+        raise BankNotFoundError(f"{path}: there is no bank: check the name, or build it")
+    warnings.warn(
+        f"{path}: an update was cut off, {aside} is used, the bank from before: install the new "
+        "one again",
+        InterruptedUpdateWarning,
+        stacklevel=3,
+    )
+    return aside

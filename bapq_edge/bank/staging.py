@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..errors import BapqError, StorageError
 
-__all__ = ["TEMPORARY_SUFFIXES", "Staging", "storage_errors", "sync_directory"]
+__all__ = ["TEMPORARY_SUFFIXES", "Staging", "aside_of", "storage_errors", "sync_directory"]
 
 TEMPORARY_SUFFIXES = (".bapq-building", ".bapq-replaced")
 """Appended to the final name: where a build works, and where the old directory waits if need be."""
@@ -54,6 +54,12 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def aside_of(final: Path) -> Path:
+    """Where the old directory waits while two renames replace it."""
+    final = Path(os.path.realpath(final))
+    return final.with_name(final.name + TEMPORARY_SUFFIXES[1])
+
+
 class Staging:
     """Context manager: build in `path`, then `commit()`; without it nothing remains.
 
@@ -67,11 +73,10 @@ class Staging:
     def __init__(self, final: Path, check_replaceable: Callable[[Path], None]) -> None:
         # The target of a symbolic link is what gets replaced, not the link.
         self.final = Path(os.path.realpath(final))
-        self.path, self._aside = (
-            self.final.with_name(self.final.name + suffix) for suffix in TEMPORARY_SUFFIXES
-        )
+        self.path = self.final.with_name(self.final.name + TEMPORARY_SUFFIXES[0])
+        self._aside = aside_of(self.final)
         self._check_replaceable = check_replaceable
-        self._lock = -1
+        self._locks: list[int] = []
 
     def __enter__(self) -> Staging:
         with storage_errors(self.final):
@@ -82,7 +87,7 @@ class Staging:
                 self._remove_leftover()
             self.path.mkdir()
             try:
-                self._lock = self._locked()
+                self._locks.append(_locked(self.path))
             except BaseException:
                 with contextlib.suppress(OSError):
                     self.path.rmdir()
@@ -92,7 +97,8 @@ class Staging:
     def __exit__(self, *exception: object) -> None:
         # After a commit this is the directory that was replaced.
         shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
+        for lock in self._locks:
+            os.close(lock)
 
     def commit(self) -> None:
         """Put the directory at its final name in one step; the caller has synced its files."""
@@ -100,39 +106,29 @@ class Staging:
             sync_directory(self.path)
             if os.path.lexists(self.final):
                 self._check_replaceable(self.final)
+                # It takes the temporary name: no other build may begin there until it is removed.
+                self._locks.append(_locked(self.final))
                 if not _exchange(self.path, self.final):
                     self._replace_in_two_steps()
             else:
                 os.rename(self.path, self.final)
             sync_directory(self.final.parent)
 
-    def _locked(self) -> int:
-        """Lock the temporary directory, so that no other build takes it for a leftover."""
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise StorageError(
-                f"{self.path}: another program is building there: wait for it to finish"
-            ) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
-
     def _settle_aside(self) -> None:
         """Remove the directory that moved aside, or move it back when nothing took its place."""
+        if not os.path.lexists(self._aside):
+            return
+        if not os.path.lexists(self.final):
+            os.rename(self._aside, self.final)
+        # Before anything is removed: not every file system keeps the order of the two.
+        sync_directory(self.final.parent)
         if os.path.lexists(self._aside):
-            if os.path.lexists(self.final):
-                shutil.rmtree(self._aside)
-            else:
-                os.rename(self._aside, self.final)
+            shutil.rmtree(self._aside)
 
     def _remove_leftover(self) -> None:
         if not self.path.is_dir() or self.path.is_symlink():
             raise StorageError(f"{self.path}: is in the way of the build: rename or remove it")
-        lock = self._locked()
+        lock = _locked(self.path)
         try:
             shutil.rmtree(self.path)
         finally:
@@ -144,6 +140,22 @@ class Staging:
             os.rename(self.path, self.final)
         finally:
             self._settle_aside()
+
+
+def _locked(path: Path) -> int:
+    """Lock a directory, so that no other build takes it for a leftover; returns what to close."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StorageError(
+            f"{path}: another program is building there: wait for it to finish"
+        ) from None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..errors import BankError, BankIntegrityError
-from .files import REPAIR, raw_digest_of
+from ..errors import BankError
 from .layout import Plane
 from .reader import Bank
 
@@ -89,10 +88,4 @@ def _plane_checks(bank: Bank, plane: Plane) -> Iterator[Callable[[], object]]:
 
 
 def _check_chunk(bank: Bank, plane: Plane, chunk: int, digest: bytes) -> None:
-    found = raw_digest_of(bank.read_chunk(plane, chunk))
-    if found != digest:
-        raise BankIntegrityError(
-            f"{bank.plane_path(plane)}: chunk {chunk} (layer {bank.layer_of(chunk).name}) has "
-            f"BLAKE2b {found.hex()}, expected {digest.hex()}: {REPAIR}"
-        )
-    bank.chunk_codes(plane, chunk)
+    bank.check_chunk(plane, chunk, digest, bank.read_chunk(plane, chunk))

@@ -1,21 +1,25 @@
-"""`bapq inspect`, `verify`, `unpack` and `pack`: what looks at a bank or copies it."""
+"""`bapq inspect`, `verify`, `install`, `unpack` and `pack`: what looks at a bank or copies it."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from ..bank.exchange import pack, unpack
+from ..bank.install import install
 from ..bank.layout import Level
 from ..bank.manifest import Layer
 from ..bank.reader import Bank
 from ..bank.verify import verify
 from ..boundary import BoundaryModel
-from ..errors import BankIntegrityError
+from ..errors import BankIntegrityError, UnknownLevelError
 from ..units import format_size
 
-__all__ = ["add_exchange", "add_inspect", "add_verify"]
+__all__ = ["add_exchange", "add_inspect", "add_install", "add_verify"]
 
 
 def add_inspect(commands: Any) -> None:
@@ -92,6 +96,68 @@ def _verify(arguments: argparse.Namespace) -> None:
     if not report.ok:
         raise BankIntegrityError(str(report))
     print(report)
+
+
+# ---- install ----
+
+
+def add_install(commands: Any) -> None:
+    """Add `install`."""
+    command = commands.add_parser(
+        "install", help="copy a bank to its place, or update it; safe against power cuts"
+    )
+    command.add_argument("new", type=Path, help="the bank to copy, such as on a USB stick")
+    command.add_argument("bank", type=Path, help="its place; a bank that stands there is replaced")
+    command.add_argument("--levels", help="install only the planes of these, such as 4,2,1")
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    command.set_defaults(command=_install)
+
+
+def _install(arguments: argparse.Namespace) -> None:
+    progress = _Progress(sys.stderr.isatty())
+    try:
+        report = install(
+            arguments.new,
+            arguments.bank,
+            levels=None if arguments.levels is None else _levels(arguments.levels),
+            progress=progress.show,
+        )
+    finally:
+        progress.clear()
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(report), default=str))
+    else:
+        print(report)
+
+
+def _levels(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UnknownLevelError(
+            f"--levels {text!r} is not a list of levels; write it as 4,2,1"
+        ) from None
+
+
+class _Progress:
+    """A line on the terminal that tells how far a copy is; nothing where there is none."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._shown = -1
+
+    def show(self, done_bytes: int, total_bytes: int) -> None:
+        """Tell how far it is."""
+        percent = 100 * done_bytes // total_bytes
+        if self._enabled and percent != self._shown:
+            self._shown = percent
+            line = f"installing: {percent:3} % of {format_size(total_bytes)}"
+            print(f"\r{line}", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self._shown >= 0:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 # ---- unpack, pack ----

@@ -90,6 +90,32 @@ def test_build_inspect_verify_run_unpack_pack(place, tmp_path):
     assert "--level" in bapq("run", "--help")
 
 
+def test_install(place, tmp_path):
+    new, bank = place / "digits.bank", tmp_path / "m.bank"
+    line = bapq("install", new, bank, "--levels", "2,1")
+    assert line.startswith(f"{bank}: digits.onnx, levels 2, 1: ") and line.endswith(" 0 B reused\n")
+    report = json.loads(bapq("install", new, bank, "--json"))
+    assert report.keys() == {"path", "model", "levels", "bytes_copied", "bytes_reused"}
+    assert report["levels"] == [8, 4, 2, 1] and report["bytes_reused"] > 10_000
+    bapq("verify", bank)
+    assert "--levels 'two'" in refused(
+        errors.UnknownLevelError, "install", new, bank, "--levels", "two"
+    )
+    refused(errors.UnknownLevelError, "install", new, bank, "--levels", "32")
+    refused(errors.BankNotFoundError, "install", tmp_path / "none", bank)
+    refused(errors.StorageError, "install", new, tmp_path / "none/m.bank")
+
+
+def test_an_install_shows_its_progress_on_a_terminal(place, tmp_path):
+    terminal, other_end = os.openpty()
+    command = [BAPQ, "install", place / "digits.bank", tmp_path / "m.bank"]
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=other_end, check=True)
+    os.close(other_end)
+    shown = os.read(terminal, 1 << 16).decode()
+    os.close(terminal)
+    assert "\rinstalling: 100 % of " in shown and shown.endswith("\r\x1b[K")
+
+
 def test_build_without_calibration_warns(place, tmp_path):
     result = subprocess.run(
         [BAPQ, "build", place / "digits.onnx", "-o", tmp_path / "a.bank", "--quiet"],

@@ -16,6 +16,7 @@ from onnx import TensorProto
 
 import support
 from bapq_edge import Session
+from bapq_edge.bank.install import install
 from bapq_edge.bank.layout import PLANES_OF_LEVEL
 from bapq_edge.errors import (
     BankIntegrityError,
@@ -219,14 +220,16 @@ def test_a_file_overwritten_while_running_is_refused(original, bank, streamed):
         np.testing.assert_array_equal(run(session, x), outputs[4])
 
 
-@pytest.mark.parametrize("change", ["replaced", "removed"])
-def test_a_bank_that_is_replaced_or_removed_serves_on(original, bank, change):
+@pytest.mark.parametrize("change", ["replaced", "removed", "updated"])
+def test_a_bank_that_is_replaced_or_removed_serves_on(original, bank, change, tmp_path):
     """The session holds the files that it opened, whatever their names mean by now."""
     _, x, outputs = original
     with Session(bank, level=1, threads=2) as session:
         run(session, x)
         if change == "removed":
             shutil.rmtree(bank)
+        elif change == "updated":
+            install(tied_bank(tmp_path / "new.bank"), bank)
         else:
             for file in (bank / "planes").iterdir():
                 other = file.with_suffix(".new")
@@ -237,6 +240,9 @@ def test_a_bank_that_is_replaced_or_removed_serves_on(original, bank, change):
             for limit in (limits(session._plans.problem, request)[0], None):
                 publish(session, replace(request, weight_bytes_limit=limit))
                 np.testing.assert_array_equal(run(session, x), outputs[level])
+    if change == "updated":
+        with Session(bank) as session:
+            assert session._bank.manifest.layers[1].name == "positions"
 
 
 @pytest.mark.parametrize("plane", ["p4", "r8"])

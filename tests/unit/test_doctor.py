@@ -101,6 +101,10 @@ def test_a_bank_that_is_absent_broken_or_incomplete(tmp_path):
     found = findings("pi_4", bank)
     assert found["bank"].state == "OK" and "32, 8, 4, 2, 1" in found["bank"].found
     assert found["direct reads"].state in ("OK", "note") and "MB/s" in found["read speed"].found
+    aside = bank.rename(tmp_path / "a.bank.bapq-replaced")
+    assert "was cut off" in findings("pi_4", bank)["bank"].found
+    assert findings("pi_4", bank)["bank"].fix == "install the new bank again"
+    aside.rename(bank)
     (bank / "planes" / "r8.bin").unlink()
     assert "r8" in findings("pi_4", bank)["bank"].found
     (bank / "manifest.json").write_text("{}")

@@ -15,7 +15,7 @@ PIP := -m pip --disable-pip-version-check --quiet
 OLDEST_ORT = $(shell $(PYTHON) -c 'import sys; v = sys.version_info[1]; print("1.17.3" if v <= 12 else "1.20.1" if v == 13 else "1.24.1")')
 OLDEST_NUMPY = $(shell $(PYTHON) -c 'import sys; print("numpy<2" if sys.version_info[1] <= 12 else "numpy")')
 
-.PHONY: help demo test test-arm test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary lint format clean
+.PHONY: help demo test test-arm test-pi test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z0-9_-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
 
@@ -23,16 +23,21 @@ demo: $(VENV)/.ready  ## build a bank of a bundled model and run it under a budg
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.ready $(OLDEST)/.ready $(MINILM) lint  ## run the tests
-	BAPQ_OLDEST_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest -m "not slow and not arm"
+	BAPQ_OLDEST_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest -m "not slow and not arm and not pi"
 
 test-arm: $(VENV)/.ready dist/.x86_64 $(ARM64)/.ready  ## test the wheels, on emulated boards too
 	$(BIN)/python -m pytest -m "arm and not slow" --numprocesses logical --dist worksteal
 
+test-pi: $(VENV)/.ready dist/.aarch64 $(MINILM)  ## test on whole emulated Raspberry Pis; logs in build/virtual_pi
+	PYTHONPATH=tests $(BIN)/python -W ignore tests/virtual_pi/prepare.py
+	$(BIN)/python -m pytest -m "pi and not timed" --numprocesses logical --dist worksteal
+	$(BIN)/python -m pytest -m "pi and timed"
+
 test-wheels: $(VENV)/.ready dist/.aarch64 dist/.x86_64  ## test what is in the wheels, and this machine's
 	$(BIN)/python -m pytest -m arm tests/virtual_pi/test_wheels.py
 
-test-full: $(VENV)/.ready $(OLDEST)/.ready $(MINILM) lint dist/.x86_64 $(ARM64)/.ready  ## run all tests
-	BAPQ_OLDEST_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest
+test-full: $(VENV)/.ready $(OLDEST)/.ready $(MINILM) lint dist/.x86_64 $(ARM64)/.ready test-pi  ## run all tests
+	BAPQ_OLDEST_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest -m "not pi"
 
 wheel-aarch64: dist/.aarch64  ## build the wheel for 64-bit ARM
 wheel-x86_64: dist/.x86_64  ## build the wheel for x86-64

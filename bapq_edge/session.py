@@ -171,12 +171,12 @@ class Session:
             if controller == "auto" and sensors is not None:
                 self._watch = self._make_watch(sensors)
             self._adopt(self._make_plans(frugal=self._ledger.budget_bytes is not None))
-            self._record("open", f"kernels {kernels_name()}, {self._threads} threads")
             if self._ledger.budget_bytes is not None:
-                if self._warm_up():
-                    self._replan("memory", _MEASURED)
-                else:  # the first real run measures
-                    self._adopt(self._make_lean_plans(self._make_plans()))
+                measured = self._warm_up()
+                plans = self._make_plans()
+                # Else the first real run measures.
+                self._adopt(plans if measured else self._make_lean_plans(plans))
+            self._record("open", f"kernels {kernels_name()}, {self._threads} threads")
             undo.pop_all()
         if self._watch is not None:
             self._watch.start()

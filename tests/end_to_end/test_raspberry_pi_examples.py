@@ -25,9 +25,9 @@ import bapq_tools
 from bapq_edge import Session
 from bapq_edge.errors import BankNotFoundError
 from bapq_tools.zoo.digits import calibration_npz, digits_cnn_path, load_digits_split
+from support.documents import board_page, board_section, fenced
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-EXAMPLES = REPOSITORY / "examples" / "raspberry_pi"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "raspberry_pi"
 STUCK_S = 120
 """only a test that fails waits so long"""
 
@@ -343,22 +343,15 @@ def test_a_service_without_a_bank_is_never_ready(manager, place):
 # ---- the documents ----
 
 
-def blocks(text: str) -> list[tuple[str, str]]:
-    """(info string, content) of every fenced block."""
-    return re.findall(r"^```(.*?)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-
-
 def test_both_documents_install_alike_and_every_block_says_what_it_is():
-    page = blocks((EXAMPLES / "README.md").read_text())
-    readme = (REPOSITORY / "README.md").read_text()
-    section = readme.partition("\n## On a Raspberry Pi\n")[2].partition("\n## ")[0]
-    assert page[0] == blocks(section)[0] and page[0][0] == "sh"
-    kinds = {info for info, _ in page + blocks(section)}
+    page, section = fenced(board_page()), fenced(board_section())
+    assert page[0] == section[0] and page[0][0] == "sh"
+    kinds = {info for info, _ in page + section}
     assert kinds <= {"sh", "sh not-emulated", "python", "ini", "text"}
 
 
 def test_every_file_that_the_walk_names_is_there():
-    page = (EXAMPLES / "README.md").read_text()
+    page = board_page()
     named = set(re.findall(r"~/raspberry_pi/([\w.-]+)", page))
     assert {"serve.py", *named} == {path.name for path in EXAMPLES.iterdir()} - {"README.md"} - {
         "__pycache__"

@@ -86,6 +86,7 @@ typedef struct {
     bapq_run *leader; /* the one run that may take from the ring */
     int32_t next;     /* chunk that the reader looks at next */
     int32_t idle_for; /* chunks in a row that needed nothing: a whole round means rest */
+    bool misled;      /* reads ahead in an order that is known to be wrong now */
     uint8_t *ring;
     int64_t ring_bytes;
     int64_t ring_touched_bytes; /* from its start */

@@ -34,6 +34,7 @@ static void serve(bapq_store *store, plan *p, int32_t position) {
     s->first = s->count = 0;
     s->next = position;
     s->idle_for = 0;
+    s->misled = false;
     if (s->plan != p) {
         plan *old = s->plan;
         s->plan = p;
@@ -46,7 +47,7 @@ static void serve(bapq_store *store, plan *p, int32_t position) {
 
 void bapq_stream_follow(bapq_store *store) {
     stream *s = &store->stream;
-    if (s->leader == NULL && !s->busy && s->plan != store->published)
+    if (s->leader == NULL && !s->busy && (s->plan != store->published || s->misled))
         serve(store, store->published, 0);
 }
 
@@ -214,7 +215,7 @@ void bapq_stream_stop(bapq_store *store) {
  */
 static void take_over_order(bapq_store *store, const bapq_run *run) {
     stream *s = &store->stream;
-    if (run->asked == NULL || run->asked_layers == 0 || store->order_known || s->busy) return;
+    if (run->asked == NULL || run->asked_layers == 0 || store->order_known) return;
     int32_t position = 0;
     memset(store->position_of, -1, (size_t)store->chunk_count * sizeof *store->position_of);
     for (int32_t i = 0; i < run->asked_layers + store->layer_count; i++) {
@@ -228,7 +229,10 @@ static void take_over_order(bapq_store *store, const bapq_run *run) {
         }
     }
     store->order_known = true;
-    if (s->plan) serve(store, s->plan, 0);
+    /* A reader that is busy, as on a slow card it always is, begins anew after what it reads now.
+     */
+    s->misled = s->plan != NULL;
+    bapq_stream_follow(store);
 }
 
 void bapq_stream_leave(bapq_store *store, const bapq_run *run) {

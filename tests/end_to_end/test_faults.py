@@ -64,7 +64,8 @@ def faulty_pread(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "scenario", ["interrupted", "slow", "failing", "dead", "opening", "flapping"]
+    "scenario",
+    ["interrupted", "slow", "in_another_order", "failing", "dead", "opening", "flapping"],
 )
 def test_a_disk_that_is(faulty_pread, tmp_path, scenario):
     (tmp_path / "faults").write_bytes(bytes(4096))

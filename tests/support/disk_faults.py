@@ -28,6 +28,7 @@ from bapq_edge.planner import Request, plan
 from support.streaming import (
     WISHES,
     all_resident,
+    branches_bank,
     chain_bank,
     inputs,
     limits,
@@ -134,6 +135,24 @@ def slow(directory: Path) -> None:
             worker.join()
         assert session.stats().read_wait_s > 0.01
     assert not wrong
+
+
+def in_another_order(directory: Path) -> None:
+    """A slow disk is read once per run, even if the graph's order is not that of the bank."""
+    bank = branches_bank(directory / "m.bank")
+    x, _ = inputs("chain")
+    disk.answer(microseconds=1000)  # the reader has still something to read as a run ends, mostly
+    for _ in range(10):
+        with Session(bank, level=1, threads=1) as session:
+            request = Request(level=8)
+            limit = limits(session._plans.problem, request)[0]
+            planned = publish(session, replace(request, weight_bytes_limit=limit))
+            run(session, x)  # tells the order
+            run(session, x)  # begins with what was read ahead in the old one
+            before = session.stats().streamed_bytes
+            run(session, x)
+            read_bytes = session.stats().streamed_bytes - before
+        assert read_bytes <= planned.streamed_bytes + planned.ring_bytes, read_bytes
 
 
 def mixtures(session: Session, x: np.ndarray) -> set[bytes]:
@@ -295,7 +314,7 @@ def flapping(directory: Path) -> None:
             np.testing.assert_array_equal(run(session, x), y)
 
 
-SCENARIOS = (interrupted, slow, failing, dead, opening, flapping)
+SCENARIOS = (interrupted, slow, in_another_order, failing, dead, opening, flapping)
 
 if __name__ == "__main__":
     next(s for s in SCENARIOS if s.__name__ == sys.argv[1])(Path(sys.argv[2]))

@@ -80,19 +80,27 @@ def tied_bank(path: Path) -> Path:
 
 
 def branches_bank(path: Path) -> Path:
-    """Two parallel branches that the graph runs in another order than the bank holds them in."""
+    """Parallel branches, twice; the bank holds those of one pair in another order than the graph
+    runs them in, whichever of a pair the graph engine begins with."""
     layers = [
         layer("left1", "Gemm", 128, 96),
-        layer("left2", "Gemm", 64, 128),
         layer("right1", "Gemm", 200, 96),
+        layer("left2", "Gemm", 64, 128),
         layer("right2", "Gemm", 64, 200),
+        layer("right3", "Gemm", 100, 64),
+        layer("left3", "Gemm", 100, 64),
+        layer("last", "Gemm", 64, 100),
     ]
     nodes = [
-        node("Gemm", "x", "r1", layer=2, **RELU),
         node("Gemm", "x", "l1", layer=0, **RELU),
+        node("Gemm", "x", "r1", layer=1, **RELU),
+        node("Gemm", "l1", "l2", layer=2, **LINEAR),
         node("Gemm", "r1", "r2", layer=3, **LINEAR),
-        node("Gemm", "l1", "l2", layer=1, **LINEAR),
-        helper.make_node("Add", ["r2", "l2"], ["y"]),
+        helper.make_node("Add", ["l2", "r2"], ["h"]),
+        node("Gemm", "h", "l3", layer=5, **RELU),
+        node("Gemm", "h", "r3", layer=4, **RELU),
+        helper.make_node("Add", ["l3", "r3"], ["sum"]),
+        node("Gemm", "sum", "y", layer=6, **LINEAR),
     ]
     return write_bank(path, graph_bytes(nodes, ["n", 96], ["n", 64]), layers)
 

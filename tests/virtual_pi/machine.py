@@ -29,7 +29,7 @@ GUEST = Path(__file__).with_name("guest")
 MEMORY_MIB = 512
 CARD_BYTES_PER_S = 40_000_000
 """what an SD card gives; all disks of a board are throttled to it"""
-CARD_WRITE_BYTES_PER_S = 1_000_000
+CARD_WRITE_BYTES_PER_S = 500_000
 """slow, so that a power cut meets bytes on their way"""
 TOOLS = {**os.environ, "PATH": f"{os.environ['PATH']}:/sbin:/usr/sbin"}
 """environment in which mkfs.ext4 is found by any user"""

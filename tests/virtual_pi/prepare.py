@@ -29,13 +29,14 @@ PYTHONS = {"bookworm": "3.11", "trixie": "3.13"}
 CALIBRATION_SAMPLES = 64
 BANKS: dict[str, tuple[int, ...]] = {
     "digits_cnn": (32, 8, 4, 2, 1),
+    "digits_resnet": (8, 4, 2, 1),
     "minilm": (32, 8, 4, 2, 1),
     "bvlc_alexnet": (8, 4, 2, 1),
     "vgg19": (4,),
 }
 """levels of each; the last two have random weights, which need no calibration"""
 
-UPDATED = "minilm"
+UPDATED = "digits_resnet"
 """the model of which there is another bank, as an update of the first: of codes not calibrated"""
 
 

@@ -1,6 +1,7 @@
 """On the board, as root: weights streamed from a cold card, against reading and computing alone.
 
-Usage: streaming.py BANK INPUT.npz LEVEL WEIGHT_BUDGET
+Usage: streaming.py BANK INPUT.npz LENGTH LEVEL WEIGHT_BUDGET; of the input's second axis, LENGTH
+are taken.
 
 Each round takes all three, side by side: a run with all weights in memory (the compute), a plain
 read of a plane around the page cache (the card's speed), and a run that streams, after the page
@@ -25,9 +26,9 @@ from bapq_edge.bank.reader import Bank
 ROUNDS = 5
 
 
-def main(bank: str, source: str, level: str, weight_budget: str) -> None:
+def main(bank: str, source: str, length: str, level: str, weight_budget: str) -> None:
     """Measure and tell."""
-    feed = dict(np.load(source))
+    feed = {name: array[:, : int(length)] for name, array in np.load(source).items()}
     opened = Bank.open(bank)
     plane = max((opened.plane_path(name) for name in opened.planes), key=os.path.getsize)
     chosen = int(level)

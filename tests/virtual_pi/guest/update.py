@@ -7,21 +7,16 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from pathlib import Path
 
 from bapq_edge.bank.install import install
 from bapq_edge.bank.reader import Bank
 from bapq_edge.bank.verify import verify
-from bapq_edge.errors import BankError, MissingPlaneWarning
-
-LEVELS = (2, 1)
-"""two planes: an emulated CPU checks 1 MB/s"""
+from bapq_edge.errors import BankError
 
 
 def main(bank: str, first: str, second: str, installs: str) -> None:
     """Tell what is there, then what is being installed and what has been."""
-    warnings.simplefilter("ignore", MissingPlaneWarning)
     names = (first, second)
     found, intact = None, True
     if list(Path(bank).parent.glob(f"{Path(bank).name}*")):
@@ -37,7 +32,7 @@ def main(bank: str, first: str, second: str, installs: str) -> None:
     for number in range(turn, turn + int(installs)):
         new = names[number % 2]
         print(json.dumps({"installing": new}), flush=True)
-        report = install(new, bank, levels=LEVELS)
+        report = install(new, bank)
         beside = [p.name for p in Path(bank).parent.glob(f"{Path(bank).name}?*")]
         record = {"installed": new, "copied": report.bytes_copied, "beside": beside}
         print(json.dumps(record), flush=True)

@@ -15,7 +15,7 @@ PIP := -m pip --disable-pip-version-check --quiet
 OLDEST_ORT = $(shell $(PYTHON) -c 'import sys; v = sys.version_info[1]; print("1.17.3" if v <= 12 else "1.20.1" if v == 13 else "1.24.1")')
 OLDEST_NUMPY = $(shell $(PYTHON) -c 'import sys; print("numpy<2" if sys.version_info[1] <= 12 else "numpy")')
 
-.PHONY: help demo test test-arm test-pi test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary lint format clean
+.PHONY: help demo test test-arm test-pi test-walk test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z0-9_-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
 
@@ -32,6 +32,11 @@ test-pi: $(VENV)/.ready dist/.aarch64 $(MINILM)  ## test on whole emulated Raspb
 	PYTHONPATH=tests $(BIN)/python -W ignore tests/virtual_pi/prepare.py
 	$(BIN)/python -m pytest -m "pi and not timed" --numprocesses logical --dist worksteal
 	$(BIN)/python -m pytest -m "pi and timed"
+	PYTHONPATH=tests $(BIN)/python tests/virtual_pi/report.py
+
+test-walk: $(VENV)/.ready dist/.aarch64  ## give the commands for users of a Raspberry Pi to an emulated one
+	PYTHONPATH=tests $(BIN)/python -W ignore tests/virtual_pi/prepare.py --walk
+	$(BIN)/python -m pytest -m pi -k test_the_walk
 
 test-wheels: $(VENV)/.ready dist/.aarch64 dist/.x86_64  ## test what is in the wheels, and this machine's
 	$(BIN)/python -m pytest -m arm tests/virtual_pi/test_wheels.py

@@ -16,11 +16,13 @@ import numpy as np
 from run_counted import counted
 
 from bapq_tools import build_bank
+from bapq_tools.experiments.cases import load_case
 from bapq_tools.zoo import make_model
-from bapq_tools.zoo.digits import INPUT_NAMES, calibration_npz, split_of
 
 HERE = Path(__file__).parent
 ARM64 = HERE.parents[1] / ".cache" / "arm64"
+MODELS = ("digits_mlp", "digits_cnn", "digits_resnet", "minilm")
+CALIBRATION_SAMPLES = 64
 CPUS = ("cortex-a53", "cortex-a72", "cortex-a76")
 
 
@@ -42,13 +44,15 @@ def main() -> None:
             "PYTHONDONTWRITEBYTECODE": "1",
             "BAPQ_ARM_QEMU": f"qemu-aarch64 -plugin {plugin}",
         }
-        for model in ("mlp", "cnn", "resnet"):
+        for model in MODELS:
             files = [folder / f"{model}.{kind}" for kind in ("onnx", "bank", "npz")]
-            make_model(f"digits_{model}", files[0])
-            calibration_npz(folder / "calibration.npz", model)
+            make_model(model, files[0])
+            case = load_case(model, files[0])
             calibration = folder / "calibration.npz"
+            samples = case.calibration.items()
+            np.savez(calibration, **{key: array[:CALIBRATION_SAMPLES] for key, array in samples})
             build_bank(files[0], files[1], calibration, levels=(32, 8, 4, 2, 1), progress=False)
-            np.savez(files[2], **{INPUT_NAMES[model]: split_of(model).x_test[:1]})
+            np.savez(files[2], **case.single)
             for cpu in CPUS:
                 result = subprocess.run(
                     [HERE / "arm_python.sh", HERE / "run_counted.py", *files],
@@ -59,11 +63,11 @@ def main() -> None:
                     env={**environment, "BAPQ_ARM_CPU": cpu},
                 )
                 counts = counted(result.stderr.splitlines())
-                if (model, cpu) == ("mlp", CPUS[0]):
+                if (model, cpu) == (MODELS[0], CPUS[0]):
                     print_row("model", "CPU", *counts)
                     print_row(*["---"] * (2 + len(counts)))
                 cells = (f"{count / 1e6:.2f} M" for count in counts.values())
-                print_row(f"digits_{model}", cpu, *cells)
+                print_row(model, cpu, *cells)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The systems are installed as the README tells a user to, on the emulated board.
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from support.documents import board_page, commands
 WHEELS = BOARDS / "wheels"
 MODELS = BOARDS / "models"
 PYTHONS = {"bookworm": "3.11", "trixie": "3.13"}
-CALIBRATION_SAMPLES = 64
+CALIBRATION_SAMPLES = 32
 BANKS: dict[str, tuple[int, ...]] = {
     "digits_cnn": (32, 8, 4, 2, 1),
     "digits_resnet": (8, 4, 2, 1),
@@ -42,6 +43,11 @@ UPDATED = "digits_resnet"
 
 def main() -> None:
     """Make what is missing or older than the sources."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--walk", action="store_true", help="only what test_the_walk needs")
+    walk = parser.parse_args().walk
+    boards = (PI_4,) if walk else (PI_4, PI_5)
+    banks = ("digits_cnn",) if walk else tuple(BANKS)
     started_s = time.monotonic()
 
     def say(what: str) -> None:
@@ -49,13 +55,13 @@ def main() -> None:
 
     BOARDS.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(2) as threads:
-        download = threads.submit(_download)
-        systems = list(threads.map(_make_system, PYTHONS))
+        download = threads.submit(_download, [board.system for board in boards])
+        list(threads.map(_make_system, [board.system for board in boards]))
         download.result()
-        say(f"made the systems {', '.join(systems)}")
-        installs = [threads.submit(_install, board) for board in (PI_4, PI_5)]
-        for name, levels in BANKS.items():
-            _make_bank(name, levels)
+        say(f"made {', '.join(board.system for board in boards)}")
+        installs = [threads.submit(_install, board) for board in boards]
+        for name in banks:
+            _make_bank(name, BANKS[name])
             say(f"made the bank {name}")
         for install in installs:
             say(f"installed bapq-edge on {install.result()}")
@@ -66,20 +72,19 @@ def _is_newer(made: Path, sources: Iterable[Path]) -> bool:
     return made.exists() and made.stat().st_mtime > newest_s
 
 
-def _make_system(suite: str) -> str:
+def _make_system(suite: str) -> None:
     script, target = Path(__file__).with_name("make_system.sh"), BOARDS / suite
     sources = [script, *(script.parent / "guest").glob("*-*")]
     if not _is_newer(target / "disk.img", sources):
         result = subprocess.run([script, suite, target], capture_output=True, text=True)
         if result.returncode:
             sys.exit(result.stderr[-2000:])
-    return suite
 
 
-def _download() -> None:
+def _download(systems: Iterable[str]) -> None:
     """The wheels that pip takes on the boards; ours is the one just built."""
     WHEELS.mkdir(exist_ok=True)
-    for version in PYTHONS.values():
+    for version in map(PYTHONS.__getitem__, systems):
         if not list(WHEELS.glob(f"numpy-*-cp{version.replace('.', '')}-*")):
             command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
             command += ["download", "--only-binary=:all:", "--implementation", "cp"]

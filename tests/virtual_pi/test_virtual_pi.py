@@ -62,7 +62,7 @@ def test_the_walk_for_users_works_as_it_is_written(tmp_path):
     assert hung["NRestarts"] == "1" and hung["ActiveState"] == "active"
 
 
-CUTS = 4
+CUTS = 3
 
 
 def test_a_power_cut_leaves_the_old_bank_or_the_new(tmp_path):

@@ -99,7 +99,7 @@ def test_cuts_of_every_graph_answer_as_the_whole_does(tmp_path, kind):
     assert [(cut.tap, cut.head_layers) for cut in found if cut.head_layers] == {
         "chain": [("h1", 1), ("h2", 2)],
         "tied": [],  # its table is read on both sides
-        "branches": [],  # two tensors pass every cut
+        "branches": [("h", 4), ("sum", 6)],  # two tensors pass every other cut
         "choice": [("h", 2)],  # both branches are before it
     }[kind]
 

@@ -21,7 +21,7 @@ from bapq_tools.zoo import make_model
 
 HERE = Path(__file__).parent
 ARM64 = HERE.parents[1] / ".cache" / "arm64"
-MODELS = ("digits_mlp", "digits_cnn", "digits_resnet", "minilm")
+MODELS = ("digits_mlp", "digits_cnn", "digits_resnet")
 CALIBRATION_SAMPLES = 64
 CPUS = ("cortex-a53", "cortex-a72", "cortex-a76")
 

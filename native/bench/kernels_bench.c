@@ -40,7 +40,7 @@ static int ascending(const void *a, const void *b) {
 }
 
 static double seconds_per_layer(const bapq_kernels *k, int level, int32_t blocks, int32_t m) {
-    const bapq_panel panel = {q, panel_scale, panel_sum, x};
+    const bapq_panel panel = {.q = q, .scale = panel_scale, .sum = panel_sum, .x = x};
     const double macs = (double)ROWS * blocks * BAPQ_BLOCK * m;
     const double wanted = strcmp(k->name, "scalar") == 0 ? 1e6 : 3e7; /* of work per sample */
     const int calls = macs > wanted ? 1 : (int)(wanted / macs);
@@ -48,7 +48,7 @@ static double seconds_per_layer(const bapq_kernels *k, int level, int32_t blocks
     for (int c = 0; c < calls; c++) {
         for (size_t t = 0; t < TILES; t++) {
             const size_t at = t * (size_t)blocks * (size_t)code_bytes[level];
-            const bapq_tile tile = {{codes[0] + at, codes[1] + at}, scales, blocks, 1, 8};
+            const bapq_tile tile = {{codes[0] + at, codes[1] + at}, scales, blocks, 0, 1, 8};
             k->tile[level](&tile, &panel, m, out);
         }
     }

@@ -53,10 +53,9 @@ int32_t bapq_conv_shape(const bapq_layer *layer, const bapq_conv_params *params,
 
 /* Buffers of one worker. */
 typedef struct {
-    int8_t *q;    /* (panel_rows, blocks*32) */
-    float *scale; /* (panel_rows, blocks), all the image's scale */
-    float *sum;   /* (panel_rows, blocks) */
-    float *x;     /* (panel_rows, blocks*32), level 32 */
+    int8_t *q;  /* (panel_rows, blocks*32) */
+    float *sum; /* (panel_rows, blocks) */
+    float *x;   /* (panel_rows, blocks*32), level 32 */
     /* What they hold: a panel of a small image serves one chunk after another. */
     const float *of_sample; /* NULL: nothing yet */
     int64_t of_group, of_pixel;
@@ -76,9 +75,6 @@ typedef struct {
     float *y;               /* this sample: (rows, out_h, out_w) */
     bapq_image image;
     void *image_scratch;
-    /* A row of ones in every real column: its product is the sum of a row's weights. */
-    int8_t *ones;
-    float *ones_scale, *ones_sum;
     worker_buffers *buffers; /* (threads,) */
     bapq_chunk_view view;
 } conv_job;
@@ -172,10 +168,11 @@ static bapq_panel build_panel(const conv_job *j, worker_buffers *buffers, int64_
     panel.q = pointwise ? j->image.q + pixel * j->conv->channels : buffers->q;
     if (!there) {
         if (!pointwise) fill_quantized(j, group, pixel, m, buffers->q);
-        for (int64_t i = 0; i < (int64_t)m * j->blocks; i++) buffers->scale[i] = j->image.scale;
         j->kernels->block_sums(panel.q, m, j->blocks, buffers->sum);
     }
-    panel.scale = buffers->scale;
+    panel.scale = &j->image.scale;
+    panel.uniform = 1;
+    panel.zero_point = j->image.zero_point;
     panel.sum = buffers->sum;
     return panel;
 }
@@ -187,25 +184,15 @@ static void multiply_tile(const conv_job *j, const bapq_panel *panel, int32_t t,
                           int32_t end, int64_t pixel, int32_t m) {
     const float *bias;
     bapq_tile tile = bapq_view_tile(&j->view, t, &bias);
-    bapq_tile_fn product = j->kernels->tile[j->view.level];
     float out[PANEL_ROWS * BAPQ_TILE_ROWS] __attribute__((aligned(64)));
-    float row_sum[BAPQ_TILE_ROWS] __attribute__((aligned(64))) = {0};
-    float offset = 0.0f;
-    product(&tile, panel, m, out);
-    if (j->view.level != BAPQ_L32) {
-        bapq_panel ones = {.q = j->ones, .scale = j->ones_scale, .sum = j->ones_sum};
-        product(&tile, &ones, 1, row_sum);
-        offset = j->image.scale * (float)j->image.zero_point;
-    }
+    j->kernels->tile[j->view.level](&tile, panel, m, out);
     if (!j->epilogue->use_bias) bias = NULL;
     int64_t pixels = j->conv->out_h * j->conv->out_w;
     for (int32_t row = first; row < end; row++) {
         int32_t r = row % BAPQ_TILE_ROWS;
-        float shift = offset * row_sum[r];
         float *y = j->y + bapq_output_row(j->layer, j->view.first_row + row) * pixels + pixel;
         for (int32_t i = 0; i < m; i++)
-            y[i] = bapq_finish(out[i * BAPQ_TILE_ROWS + r] - shift, bias ? bias + r : NULL,
-                               j->epilogue);
+            y[i] = bapq_finish(out[i * BAPQ_TILE_ROWS + r], bias ? bias + r : NULL, j->epilogue);
     }
 }
 
@@ -263,27 +250,16 @@ static void carve_buffers(conv_job *j, uint32_t levels, int32_t threads, bapq_ca
         const bapq_conv *conv = j->conv;
         j->image.q = bapq_carve(carver, conv->channels * conv->height * conv->width);
         j->image_scratch = bapq_carve(carver, bapq_image_scratch(conv->channels));
-        j->ones = bapq_carve(carver, padded);
-        j->ones_scale = bapq_carve(carver, block_floats);
-        j->ones_sum = bapq_carve(carver, block_floats);
     }
     for (int32_t i = 0; i < threads; i++) {
         worker_buffers *buffers = carver->base ? &j->buffers[i] : &none;
         if (quantized) {
             if (!is_pointwise(j->conv)) buffers->q = bapq_carve(carver, j->panel_rows * padded);
-            buffers->scale = bapq_carve(carver, j->panel_rows * block_floats);
             buffers->sum = bapq_carve(carver, j->panel_rows * block_floats);
         }
         if (levels & 1u << BAPQ_L32)
             buffers->x = bapq_carve(carver, j->panel_rows * padded * (int64_t)sizeof(float));
     }
-}
-
-static void fill_ones(conv_job *j) {
-    memset(j->ones, 0, (size_t)j->blocks * BAPQ_BLOCK);
-    memset(j->ones, 1, (size_t)j->columns);
-    for (int32_t b = 0; b < j->blocks; b++) j->ones_scale[b] = 1.0f;
-    j->kernels->block_sums(j->ones, 1, j->blocks, j->ones_sum);
 }
 
 static int32_t run_sample(bapq_run *run, int32_t layer, conv_job *j, const bapq_parallel *parallel,
@@ -346,7 +322,6 @@ int32_t bapq_conv_run(bapq_run *run, int32_t layer, const bapq_conv *conv,
         return bapq_fail(error, BAPQ_NO_MEMORY, "no memory for %lld bytes of scratch",
                          (long long)count.used);
     carve_buffers(&j, levels, threads, &carver);
-    if (j.ones) fill_ones(&j);
     for (int32_t i = 0; i < threads; i++) j.buffers[i].of_sample = NULL;
     for (int64_t n = 0; n < conv->batch; n++) {
         j.x = x + n * conv->channels * conv->height * conv->width;

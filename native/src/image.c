@@ -83,9 +83,9 @@ void bapq_image_quantize(const float *x, int64_t channels, int64_t height, int64
     /* In double, so that neither a huge nor a subnormal range overflows on the way. */
     double low = from_ordered(all.low), range = from_ordered(all.high) - low;
     image->finite = all.amax < 0x7F800000;
-    image->scale = (float)(range / 255.0);
-    image->zero_point = -128;
-    j.inverse = (float)(255.0 / range);
+    image->scale = (float)(range / 254.0);
+    image->zero_point = -127;
+    j.inverse = (float)(254.0 / range);
     if (!image->finite) return;
     if (image->scale == 0.0f ||
         !isfinite(j.inverse)) { /* all zero, or below what float32 can tell */

@@ -65,7 +65,9 @@ bapq_tile bapq_view_tile(const bapq_chunk_view *view, int32_t t, const float **b
     const bapq_layer *layer = view->layer;
     int32_t planes[2];
     int32_t n = bapq_level_planes(view->level, planes);
-    bapq_tile tile = {.blocks = bapq_ceil_div(layer->columns, BAPQ_BLOCK),
+    int32_t blocks = bapq_ceil_div(layer->columns, BAPQ_BLOCK);
+    bapq_tile tile = {.blocks = blocks,
+                      .padding = blocks * BAPQ_BLOCK - layer->columns,
                       .scale_blocks = 1,
                       .residual_steps = layer->residual_steps};
     for (int32_t i = 0; i < n; i++) tile.code[i] = view->records[i] + t * view->record_bytes[i];

@@ -65,7 +65,7 @@ static void fill(operands *o, int extreme) {
         ((uint8_t *)o->planes)[i] = extreme > 0 ? code_byte : (uint8_t)random_bits();
     }
     for (int i = 0; i < MAX_ROWS * MAX_COLUMNS; i++) {
-        o->q[i] = (int8_t)(extreme == 0 ? random_in(-128, 127) : extreme <= 2 ? -128 : 127);
+        o->q[i] = (int8_t)(extreme == 0 ? random_in(-127, 127) : extreme <= 2 ? -127 : 127);
         o->x[i] = random_float(random_in(-3, 3));
     }
     for (int i = 0; i < MAX_COLUMNS * BAPQ_TILE_ROWS; i++) {
@@ -87,10 +87,19 @@ static bool same_tile(const bapq_kernels *k, operands *o, int level, int extreme
         .code = {level == BAPQ_L32 ? (const uint8_t *)o->weights : o->planes[0], o->planes[1]},
         .scale = o->scales,
         .blocks = blocks,
-        .scale_blocks = random_in(1, 4),
+        .padding = random_in(0, 31),
+        .scale_blocks = random_in(1, random_in(0, 1) ? 4 : 20),
         .residual_steps = extreme > 0 ? 16 : random_in(8, 16),
     };
-    const bapq_panel panel = {.q = o->q, .scale = o->scale, .sum = o->sum, .x = o->x};
+    const int32_t uniform = random_in(0, 1);
+    const bapq_panel panel = {
+        .q = o->q,
+        .scale = o->scale,
+        .sum = o->sum,
+        .x = o->x,
+        .uniform = uniform,
+        .zero_point = uniform ? random_in(-3, 3) * random_in(0, 42) : 0,
+    };
     bapq_kernels_scalar.block_sums(o->q, m, blocks, o->sum);
     const size_t count = (size_t)m * BAPQ_TILE_ROWS;
     memset(got, 0xff, sizeof got);

@@ -22,13 +22,18 @@ class _CTile(ctypes.Structure):
         ("code", ctypes.c_void_p * 2),
         ("scale", ctypes.c_void_p),
         ("blocks", ctypes.c_int32),
+        ("padding", ctypes.c_int32),
         ("scale_blocks", ctypes.c_int32),
         ("residual_steps", ctypes.c_int32),
     )
 
 
 class _CPanel(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("q", "scale", "sum", "x"))
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "scale", "sum", "x")),
+        ("uniform", ctypes.c_int32),
+        ("zero_point", ctypes.c_int32),
+    )
 
 
 _TileFn = ctypes.CFUNCTYPE(
@@ -77,10 +82,11 @@ class Family:
             (ctypes.c_void_p * 2)(*codes),
             tile.scale.ctypes.data if tile.level != 32 else None,
             tile.blocks,
+            tile.padding,
             tile.scale_blocks,
             tile.residual_steps,
         )
-        c_panel = _CPanel(*(array.ctypes.data for array in arrays))
+        c_panel = _CPanel(*(array.ctypes.data for array in arrays), panel.uniform, panel.zero_point)
         out, guard = _guarded((m, TILE_ROWS), np.float32)
         run = self.table.tile[LEVEL_INDEX[tile.level]]
         run(ctypes.byref(c_tile), ctypes.byref(c_panel), m, out.ctypes.data)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 BLOCK = 32
 TILE_ROWS = 16
+RUN_BLOCKS = 8
 F32_UNIT = 2.0**-24
 """Unit roundoff of float32."""
 F32_TINY = 2.0**-149
@@ -80,11 +81,17 @@ class Panel:
     q: NDArray[np.int8]
     """(m, blocks*32)"""
     scale: FloatArray
-    """(m, blocks)"""
+    """(m, blocks), or (1, 1) for all"""
     sum: FloatArray
     """(m, blocks)"""
     x: FloatArray
     """(m, blocks*32), level 32 only"""
+    zero_point: int = 0
+
+    @property
+    def uniform(self) -> bool:
+        """Whether one scale is that of all rows and blocks."""
+        return self.scale.size == 1
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,8 @@ class Tile:
     residual_steps: int
     weight: FloatArray
     """(16, blocks*32), level 32 only"""
+    padding: int = 0
+    """Columns of the last block past the layer's; their codes are 0"""
 
     @property
     def blocks(self) -> int:
@@ -140,20 +149,34 @@ class Tile:
             return acc
         codes, zero = self.codes()
         d = self.steps()
-        for b in range(self.blocks):
-            columns = slice(b * BLOCK, (b + 1) * BLOCK)
-            dot = panel.q[:, columns].astype(np.int64) @ codes[:, columns].T
-            bracket = (dot - zero * panel.sum[:, b, None].astype(np.float64)).astype(np.float32)
-            acc = fma(d[b] * panel.scale[:, b, None], bracket, acc)
-        return acc
+        offset = np.zeros(TILE_ROWS, np.float32)
+        for first, end in self.runs(panel):
+            columns = slice(first * BLOCK, end * BLOCK)
+            weights = codes[:, columns] - zero
+            bracket = (panel.q[:, columns].astype(np.float64) @ weights.T).astype(np.float32)
+            step = d[first] * panel.scale[:, 0 if panel.uniform else first, None]
+            acc = fma(step, bracket, acc)
+            if panel.zero_point:
+                own = weights[:, : self.blocks * BLOCK - self.padding - first * BLOCK]
+                shift = (-panel.zero_point * own.sum(axis=1)).astype(np.float32)
+                offset = fma(step[0], shift, offset)
+        return acc + offset if panel.zero_point else acc
+
+    def runs(self, panel: Panel) -> list[tuple[int, int]]:
+        """Return first and end block of every run: one block, or up to 8 that share scales."""
+        if not panel.uniform:
+            return [(b, b + 1) for b in range(self.blocks)]
+        starts = [b for b in range(self.blocks) if b % self.scale_blocks % RUN_BLOCKS == 0]
+        return list(zip(starts, [*starts[1:], self.blocks], strict=True))
 
     def real_product(self, panel: Panel) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the product in float64, and a bound on the kernels' distance from it.
 
-        Each block has at most four roundings (1/residual_steps, times scale, times the activation
-        scale, fma) and the partial sums at most one more per block that follows: relative to the
-        sum of the blocks' magnitudes, (blocks + 3) * 2^-24, plus half the smallest float32 for
-        every rounding near zero (times the bracket where it is multiplied afterwards).
+        Each run has at most four roundings (1/residual_steps, times scale, times the activation
+        scale, fma) and the partial sums at most one more per run that follows, and the last sum:
+        relative to the sum of the magnitudes that are added, (blocks + 4) * 2^-24, plus half the
+        smallest float32 for every rounding near zero (times the bracket where it is multiplied
+        afterwards). The offset adds a magnitude of its own.
         """
         if self.level == 32:
             x, w = panel.x.astype(np.float64), self.weight.astype(np.float64)
@@ -169,13 +192,15 @@ class Tile:
         bound = np.zeros_like(total)
         for b in range(self.blocks):
             columns = slice(b * BLOCK, (b + 1) * BLOCK)
+            weights = codes[:, columns] - zero
+            xs = panel.scale[:, 0 if panel.uniform else b, None].astype(np.float64)
+            own = weights[:, : self.blocks * BLOCK - self.padding - b * BLOCK]
             q = panel.q[:, columns].astype(np.float64)
-            bracket = q @ (codes[:, columns] - zero).T
-            xs = panel.scale[:, b, None].astype(np.float64)
-            term = bracket * d[b] * xs
-            total += term
-            bound += 1.01 * (self.blocks + 3) * F32_UNIT * np.abs(term)
-            bound += F32_TINY * (1 + np.abs(bracket) * (1 + xs))
+            for bracket in (q @ weights.T, -float(panel.zero_point) * own.sum(axis=1)[None]):
+                term = bracket * d[b] * xs
+                total += term
+                bound += 1.01 * (self.blocks + 4) * F32_UNIT * np.abs(term)
+                bound += F32_TINY * (1 + np.abs(bracket) * (1 + xs))
         return total, bound
 
 

@@ -23,6 +23,7 @@ def make_tile(
     scale_blocks: int = 1,
     residual_steps: int = 16,
     codes: str = "random",
+    padding: int = 0,
 ) -> Tile:
     """Build a tile; codes: random, all low, all high, or half of each."""
     shape = (TILE_ROWS, blocks * BLOCK)
@@ -33,6 +34,7 @@ def make_tile(
             plane = {"low": 0 * plane, "high": 0 * plane + top, "split": top * (plane > top // 2)}[
                 codes
             ]
+        plane[:, shape[1] - padding :] = 0
         planes.append(plane.astype(np.uint8))
     groups = -(-blocks // scale_blocks)
     return Tile(
@@ -42,19 +44,32 @@ def make_tile(
         scale_blocks,
         residual_steps,
         rng.normal(0, 0.1, shape).astype(np.float32),
+        padding,
     )
 
 
-def make_panel(rng: np.random.Generator, m: int, blocks: int, q: Any = None) -> Panel:
-    """Build m rows; q: random over all of int8, or what is given for every column."""
+def make_panel(
+    rng: np.random.Generator,
+    m: int,
+    blocks: int,
+    q: Any = None,
+    zero_point: int | None = None,
+    padding: int = 0,
+) -> Panel:
+    """Build m rows; q: random over all that is allowed, or what is given for every column.
+
+    With a zero point, one scale is that of all rows and blocks.
+    """
     shape = (m, blocks * BLOCK)
-    values = rng.integers(-128, 128, shape) if q is None else np.broadcast_to(q, shape)
+    values = rng.integers(-127, 128, shape) if q is None else np.broadcast_to(q, shape)
     values = values.astype(np.int8)
+    values[:, shape[1] - padding :] = 0
     return Panel(
         values,
-        rng.lognormal(-4, 2, (m, blocks)).astype(np.float32),
+        rng.lognormal(-4, 2, (m, blocks) if zero_point is None else (1, 1)).astype(np.float32),
         values.reshape(m, blocks, BLOCK).sum(axis=2, dtype=np.int64).astype(np.float32),
         rng.normal(0, 1, shape).astype(np.float32),
+        zero_point or 0,
     )
 
 
@@ -78,6 +93,35 @@ def test_every_row_count(families: list[Family], level: int, m: int) -> None:
     rng = np.random.default_rng((level, m))
     for blocks in range(1, 6):
         check(families, make_tile(rng, level, blocks), make_panel(rng, m, blocks))
+
+
+@pytest.mark.parametrize("level", (8, 4, 2, 1))
+@pytest.mark.parametrize("m", range(1, 18))
+def test_every_row_count_of_a_uniform_panel(families: list[Family], level: int, m: int) -> None:
+    rng = np.random.default_rng((level, m))
+    for blocks in range(1, 6):
+        padding = int(rng.integers(0, 32)) * (m % 2)
+        tile = make_tile(rng, level, blocks, residual_steps=15 + m % 2, padding=padding)
+        zero_point = -127 * (m % 3 > 0)
+        check(families, tile, make_panel(rng, m, blocks, None, zero_point, padding))
+
+
+@pytest.mark.parametrize("level", (8, 4, 2, 1))
+@pytest.mark.parametrize("scale_blocks", (1, 2, 3, 5, 8, 9, 20, 100))
+def test_runs_of_a_uniform_panel(families: list[Family], level: int, scale_blocks: int) -> None:
+    rng = np.random.default_rng((level, scale_blocks))
+    for blocks in (1, 4, 7, 8, 11, 40):
+        tile = make_tile(rng, level, blocks, scale_blocks=scale_blocks, residual_steps=12)
+        check(families, tile, make_panel(rng, 7, blocks, zero_point=int(rng.integers(-127, 128))))
+
+
+@pytest.mark.parametrize("level", (8, 4, 2, 1))
+@pytest.mark.parametrize("codes", ("low", "high"))
+@pytest.mark.parametrize("q", (-127, 127))
+def test_no_run_overflows(families: list[Family], level: int, codes: str, q: int) -> None:
+    rng = np.random.default_rng(level)
+    tile = make_tile(rng, level, 16, scale_blocks=8, codes=codes)
+    check(families, tile, make_panel(rng, 5, 16, q, zero_point=-q))
 
 
 @pytest.mark.parametrize("level", (8, 4, 2, 1))
@@ -105,9 +149,7 @@ def test_large(families: list[Family], level: int, m: int, blocks: int) -> None:
 
 @pytest.mark.parametrize("level", (8, 4, 2, 1))
 @pytest.mark.parametrize("codes", ("low", "high", "split"))
-@pytest.mark.parametrize(
-    "pattern", ((-128,), (-127,), (127,), (127, -128), (127,) * 4 + (-128,) * 4)
-)
+@pytest.mark.parametrize("pattern", ((-127,), (127,), (127, -127), (127,) * 4 + (-127,) * 4))
 def test_no_intermediate_overflows(
     families: list[Family], level: int, codes: str, pattern: tuple[int, ...]
 ) -> None:
@@ -123,7 +165,7 @@ def test_codes_against_the_sign_of_the_activation(families: list[Family], level:
     """Highest code where q is positive and lowest where it is negative: the largest sums."""
     rng = np.random.default_rng(level)
     panel = make_panel(rng, 5, 2)
-    panel.q[:] = np.where(rng.integers(0, 2, panel.q.shape[1]) == 0, -128, 127)
+    panel.q[:] = np.where(rng.integers(0, 2, panel.q.shape[1]) == 0, -127, 127)
     panel.sum[:] = panel.q.reshape(5, 2, BLOCK).sum(axis=2, dtype=np.int64)
     tile = make_tile(rng, level, 2)
     for plane, top in zip(tile.planes, PLANE_TOPS[level], strict=True):

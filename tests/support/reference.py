@@ -31,9 +31,9 @@ def quantize_sample(x: np.ndarray) -> tuple[np.ndarray, float]:
     low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
     if high == low:
         return np.zeros(x.shape), 0.0
-    scale = np.float32((high - low) / 255)
-    inverse = np.float32(255 / (high - low))
-    zero_point = -128 - np.rint(low * float(inverse))
+    scale = np.float32((high - low) / 254)
+    inverse = np.float32(254 / (high - low))
+    zero_point = -127 - np.rint(low * float(inverse))
     q = np.minimum(np.rint(x * inverse) + np.float32(zero_point), 127)
     return (q.astype(np.float64) - zero_point) * float(scale), abs(float(scale) * zero_point)
 

@@ -4,9 +4,18 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "common.inc"
+#define BAPQ_STRIPE_PLANES 2
+#define BAPQ_STRAIGHT_ROWS 4
+#include "stripe.inc"
 
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
+
+BAPQ_INLINE float unit_of(int level) {
+    (void)level;
+    return 1.0f;
+}
+
+BAPQ_INLINE float shift_of(int level, const bapq_tile *w) { return -zero_of(level, w); }
 
 BAPQ_INLINE __m256i shift_right(__m256i v, int bits) { return (__m256i)((u16x16)v >> bits); }
 
@@ -54,6 +63,42 @@ BAPQ_INLINE __m256i code_of(int level, const source *s, int j) {
     }
 }
 
+BAPQ_INLINE int planes_of(int level) { return level == BAPQ_L8 ? 2 : 1; }
+
+/* Of each block and plane: columns 4j..4j+3 at 64 * j. */
+BAPQ_INLINE void decode(int level, const bapq_tile *w, stripe *s) {
+    for (int32_t b = 0; b < s->blocks; b++) {
+        for (int p = 0; p < planes_of(level); p++) {
+            for (int half = 0; half < 2; half++) {
+                const source from = source_at(level, w->code, s->first + b, half, p);
+                int8_t *to = s->code[p] + (ptrdiff_t)b * 512 + half * 32;
+#pragma GCC unroll 8
+                for (int j = 0; j < 8; j++) {
+                    _mm256_store_si256((__m256i *)(to + j * 64), code_of(level, &from, j));
+                }
+            }
+        }
+    }
+}
+
+BAPQ_INLINE void add_codes(int level, const bapq_tile *w, const stripe *s, int32_t b,
+                           int32_t total[BAPQ_TILE_ROWS]) {
+    for (int p = 0; p < planes_of(level); p++) {
+        const int steps = level == BAPQ_L8 && p == 0 ? w->residual_steps : 1;
+        for (int half = 0; half < 2; half++) {
+            const int8_t *code = s->code[p] + (ptrdiff_t)b * 512 + half * 32;
+            __m256i sum = _mm256_setzero_si256();
+            for (int j = 0; j < 8; j++) {
+                const __m256i codes = _mm256_load_si256((const __m256i *)(code + j * 64));
+                sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, _mm256_set1_epi8(1)));
+            }
+            __m256i *to = (__m256i *)(total + half * 8);
+            sum = _mm256_madd_epi16(sum, _mm256_set1_epi16((short)steps));
+            _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), sum));
+        }
+    }
+}
+
 /* The empty asm stops gcc from turning the chain of additions into a tree, which spills every
  * product to the stack. */
 BAPQ_INLINE __m256i add_in_order(__m256i sum, __m256i product) {
@@ -62,107 +107,130 @@ BAPQ_INLINE __m256i add_in_order(__m256i sum, __m256i product) {
     return sum;
 }
 
-/* n rows by 8 * halves outputs at a time; at most 8 int16 sums in registers. */
-BAPQ_INLINE void rows_codes(int n, int32_t first, int level, const bapq_tile *w,
-                            const bapq_panel *x, float *out) {
-    const int planes = level == BAPQ_L8 ? 2 : 1;
-    const int halves = n * planes <= 4 ? 2 : 1;
-    const int32_t blocks = w->blocks;
-    const ptrdiff_t stride = (ptrdiff_t)blocks * BAPQ_BLOCK;
-    const int8_t *q = x->q + first * stride;
-    const float *scale = x->scale + (ptrdiff_t)first * blocks;
-    const float *sum = x->sum + (ptrdiff_t)first * blocks;
-    const uint8_t *const plane[2] = {w->code[0], w->code[1]};
-    const __m256 zero = _mm256_set1_ps(zero_of(level, w));
-    const __m256 step = _mm256_set1_ps(1.0f / (float)w->residual_steps);
+/* One block of n rows by 8 * halves outputs: added to the dot products, or their beginning. */
+BAPQ_INLINE void add_block(int n, int halves, int level, int straight, int fresh,
+                           const bapq_tile *w, const stripe *s, int32_t b, int half,
+                           const int8_t *q, ptrdiff_t stride, __m256i dot[4][2]) {
+    const int planes = planes_of(level);
     const __m256i ones = _mm256_set1_epi16(1);
     const __m256i steps = _mm256_set1_epi16((short)w->residual_steps);
+    source from[2][2];
+    __m256i pairs[4][2][2]; /* [row][half][plane]: sums of two columns, int16 */
+#pragma GCC unroll 2
+    for (int h = 0; straight && h < halves; h++) {
+#pragma GCC unroll 2
+        for (int p = 0; p < planes; p++) {
+            from[h][p] = source_at(level, w->code, s->first + b, half + h, p);
+        }
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+        __m256i code[2][2];
+#pragma GCC unroll 2
+        for (int h = 0; h < halves; h++) {
+#pragma GCC unroll 2
+            for (int p = 0; p < planes; p++) {
+                const int8_t *at = s->code[p] + (ptrdiff_t)b * 512 + j * 64 + (half + h) * 32;
+                code[h][p] = straight ? code_of(level, &from[h][p], j)
+                                      : _mm256_load_si256((const __m256i *)at);
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++) {
+            int32_t four;
+            memcpy(&four, q + i * stride + 4 * j, sizeof four);
+            const __m256i qi = _mm256_set1_epi32(four);
+#pragma GCC unroll 2
+            for (int h = 0; h < halves; h++) {
+#pragma GCC unroll 2
+                for (int p = 0; p < planes; p++) {
+                    const __m256i product = _mm256_maddubs_epi16(code[h][p], qi);
+                    pairs[i][h][p] = j == 0 ? product : add_in_order(pairs[i][h][p], product);
+                }
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < n; i++) {
+#pragma GCC unroll 2
+        for (int h = 0; h < halves; h++) {
+            __m256i sum = _mm256_madd_epi16(pairs[i][h][0], level == BAPQ_L8 ? steps : ones);
+            if (level == BAPQ_L8) {
+                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs[i][h][1], ones));
+            }
+            dot[i][h] = fresh ? sum : _mm256_add_epi32(dot[i][h], sum);
+        }
+    }
+}
+
+/* n rows by 8 * halves outputs at a time; at most 8 int16 sums in registers. straight: the codes
+ * come from the planes, decoded here. */
+BAPQ_INLINE void rows_codes(int n, int32_t first, int level, int straight, int uniform,
+                            const bapq_tile *w, const bapq_panel *x, const stripe *s, float *out) {
+    const int halves = n * planes_of(level) <= 4 ? 2 : 1;
+    const ptrdiff_t blocks = w->blocks, stride = blocks * BAPQ_BLOCK;
+    const __m256 zero = _mm256_set1_ps(zero_of(level, w));
     for (int half = 0; half < 2; half += halves) {
+        const int8_t *q = x->q + first * stride + (ptrdiff_t)s->first * BAPQ_BLOCK;
+        float *to = out + (ptrdiff_t)first * BAPQ_TILE_ROWS + half * 8;
         __m256 acc[4][2];
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++) {
 #pragma GCC unroll 2
             for (int h = 0; h < halves; h++) {
-                acc[i][h] = _mm256_setzero_ps();
+                acc[i][h] = s->first == 0 ? _mm256_setzero_ps()
+                                          : _mm256_loadu_ps(to + i * BAPQ_TILE_ROWS + h * 8);
             }
         }
-        const uint16_t *group = w->scale + half * 8;
-        for (int32_t b = 0, used = 0; b < blocks; b++) {
-            __m256 d[2];
-#pragma GCC unroll 2
-            for (int h = 0; h < halves; h++) {
-                const __m128i bf16 = _mm_loadu_si128((const __m128i *)(group + h * 8));
-                const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16);
-                d[h] = _mm256_castsi256_ps(wide);
-                if (level == BAPQ_L8) {
-                    d[h] = _mm256_mul_ps(d[h], step);
-                }
-            }
-            if (++used == w->scale_blocks) {
-                used = 0;
-                group += BAPQ_TILE_ROWS;
-            }
-            const int8_t *qb = q + (ptrdiff_t)b * BAPQ_BLOCK;
-            source from[2][2];
-            __m256i pairs[4][2][2]; /* [row][half][plane]: sums of two columns, int16 */
-#pragma GCC unroll 2
-            for (int h = 0; h < halves; h++) {
-#pragma GCC unroll 2
-                for (int p = 0; p < planes; p++) {
-                    from[h][p] = source_at(level, plane, b, half + h, p);
-                }
-            }
-#pragma GCC unroll 8
-            for (int j = 0; j < 8; j++) {
-                __m256i code[2][2];
-#pragma GCC unroll 2
-                for (int h = 0; h < halves; h++) {
-#pragma GCC unroll 2
-                    for (int p = 0; p < planes; p++) {
-                        code[h][p] = code_of(level, &from[h][p], j);
-                    }
-                }
-#pragma GCC unroll 4
-                for (int i = 0; i < n; i++) {
-                    int32_t four;
-                    memcpy(&four, qb + i * stride + 4 * j, sizeof four);
-                    const __m256i qi = _mm256_set1_epi32(four);
-#pragma GCC unroll 2
-                    for (int h = 0; h < halves; h++) {
-#pragma GCC unroll 2
-                        for (int p = 0; p < planes; p++) {
-                            const __m256i product = _mm256_maddubs_epi16(code[h][p], qi);
-                            pairs[i][h][p] =
-                                j == 0 ? product : add_in_order(pairs[i][h][p], product);
-                        }
-                    }
-                }
+        ptrdiff_t at = first * blocks + s->first;
+        for (int32_t k = 0, b = 0; k < s->runs; k++) {
+            const int32_t run = uniform ? s->run_blocks[k] : 1, end = b + run;
+            __m256i dot[4][2];
+            add_block(n, halves, level, straight, 1, w, s, b++, half, q, stride, dot);
+            for (q += BAPQ_BLOCK; uniform && b < end; q += BAPQ_BLOCK) {
+                add_block(n, halves, level, straight, 0, w, s, b++, half, q, stride, dot);
             }
 #pragma GCC unroll 4
             for (int i = 0; i < n; i++) {
-                const ptrdiff_t at = (ptrdiff_t)i * blocks + b;
-                const __m256 si = _mm256_broadcast_ss(&sum[at]);
-                const __m256 xi = _mm256_broadcast_ss(&scale[at]);
+                const ptrdiff_t here = at + i * blocks;
 #pragma GCC unroll 2
                 for (int h = 0; h < halves; h++) {
-                    __m256i dot =
-                        _mm256_madd_epi16(pairs[i][h][0], level == BAPQ_L8 ? steps : ones);
-                    if (level == BAPQ_L8) {
-                        dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs[i][h][1], ones));
+                    __m256 f = _mm256_fnmadd_ps(zero, _mm256_broadcast_ss(&x->sum[here]),
+                                                _mm256_cvtepi32_ps(dot[i][h]));
+                    for (int32_t next = 1; uniform && next < run; next++) {
+                        f = _mm256_fnmadd_ps(zero, _mm256_broadcast_ss(&x->sum[here + next]), f);
                     }
-                    const __m256 f = _mm256_fnmadd_ps(zero, si, _mm256_cvtepi32_ps(dot));
-                    acc[i][h] = _mm256_fmadd_ps(_mm256_mul_ps(d[h], xi), f, acc[i][h]);
+                    __m256 step = _mm256_loadu_ps(&s->step[k][(half + h) * 8]);
+                    if (!uniform) {
+                        step = _mm256_mul_ps(step, _mm256_broadcast_ss(&x->scale[here]));
+                    }
+                    acc[i][h] = _mm256_fmadd_ps(step, f, acc[i][h]);
                 }
             }
+            at += run;
         }
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++) {
 #pragma GCC unroll 2
             for (int h = 0; h < halves; h++) {
-                float *to = out + (ptrdiff_t)(first + i) * BAPQ_TILE_ROWS + (half + h) * 8;
-                _mm256_storeu_ps(to, acc[i][h]);
+                if (s->closes) {
+                    acc[i][h] =
+                        _mm256_add_ps(acc[i][h], _mm256_loadu_ps(&s->offset[(half + h) * 8]));
+                }
+                _mm256_storeu_ps(to + i * BAPQ_TILE_ROWS + h * 8, acc[i][h]);
             }
         }
+    }
+}
+
+BAPQ_INLINE void multiply(int level, int straight, const bapq_tile *w, const bapq_panel *x,
+                          const stripe *s, int32_t m, float *out) {
+    if (straight) {
+        BAPQ_BY_ROWS(4, m, rows_codes, level, 1, 0, w, x, s, out);
+    } else if (x->uniform) {
+        BAPQ_BY_ROWS(4, m, rows_codes, level, 0, 1, w, x, s, out);
+    } else {
+        BAPQ_BY_ROWS(4, m, rows_codes, level, 0, 0, w, x, s, out);
     }
 }
 
@@ -191,11 +259,6 @@ BAPQ_INLINE void rows_float(int n, int32_t first, const bapq_tile *w, const bapq
         _mm256_storeu_ps(to, acc[i][0]);
         _mm256_storeu_ps(to + 8, acc[i][1]);
     }
-}
-
-BAPQ_INLINE void tile_codes(int level, const bapq_tile *w, const bapq_panel *x, int32_t m,
-                            float *out) {
-    BAPQ_BY_ROWS(4, m, rows_codes, level, w, x, out);
 }
 
 static void tile_float(const bapq_tile *w, const bapq_panel *x, int32_t m, float *out) {

@@ -3,11 +3,28 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "common.inc"
+#define BAPQ_STRIPE_PLANES 1
+#define BAPQ_STRAIGHT_ROWS 8
+#include "stripe.inc"
 
 typedef uint16_t u16x32 __attribute__((vector_size(64)));
 
+BAPQ_INLINE float unit_of(int level) {
+    (void)level;
+    return 1.0f;
+}
+
+BAPQ_INLINE float shift_of(int level, const bapq_tile *w) { return -zero_of(level, w); }
+
 BAPQ_INLINE __m512i shift_right(__m512i v, int bits) { return (__m512i)((u16x32)v >> bits); }
+
+/* residual_steps * (0..15), in each of the four parts. */
+BAPQ_INLINE __m512i steps_of_p4(const bapq_tile *w) {
+    const __m128i steps = _mm_set1_epi16((short)w->residual_steps);
+    return _mm512_broadcast_i32x4(
+        _mm_packus_epi16(_mm_mullo_epi16(steps, _mm_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7)),
+                         _mm_mullo_epi16(steps, _mm_setr_epi16(8, 9, 10, 11, 12, 13, 14, 15))));
+}
 
 /* Code vectors of block b: code[j] holds columns 4j..4j+3. steps: residual_steps * (0..15). */
 BAPQ_INLINE void unpack(int level, const bapq_tile *w, int32_t b, __m512i steps, __m512i code[8]) {
@@ -47,57 +64,102 @@ BAPQ_INLINE void unpack(int level, const bapq_tile *w, int32_t b, __m512i steps,
     }
 }
 
-BAPQ_INLINE void rows_codes(int n, int32_t first, int level, const bapq_tile *w,
-                            const bapq_panel *x, float *out) {
-    const int32_t blocks = w->blocks;
-    const ptrdiff_t stride = (ptrdiff_t)blocks * BAPQ_BLOCK;
-    const int8_t *q = x->q + first * stride;
-    const float *scale = x->scale + (ptrdiff_t)first * blocks;
-    const float *sum = x->sum + (ptrdiff_t)first * blocks;
+BAPQ_INLINE void decode(int level, const bapq_tile *w, stripe *s) {
+    const __m512i steps = steps_of_p4(w);
+    for (int32_t b = 0; b < s->blocks; b++) {
+        __m512i code[8];
+        unpack(level, w, s->first + b, steps, code);
+        for (int j = 0; j < 8; j++) {
+            _mm512_store_si512(s->code[0] + (ptrdiff_t)b * 512 + j * 64, code[j]);
+        }
+    }
+}
+
+BAPQ_INLINE void add_codes(int level, const bapq_tile *w, const stripe *s, int32_t b,
+                           int32_t total[BAPQ_TILE_ROWS]) {
+    (void)level, (void)w;
+    __m512i sum = _mm512_loadu_si512(total);
+    for (int j = 0; j < 8; j++) {
+        const __m512i code = _mm512_load_si512(s->code[0] + (ptrdiff_t)b * 512 + j * 64);
+        sum = _mm512_dpbusd_epi32(sum, code, _mm512_set1_epi8(1));
+    }
+    _mm512_storeu_si512(total, sum);
+}
+
+/* n rows; `straight`: their codes come from the planes, decoded here. */
+BAPQ_INLINE void rows_codes(int n, int32_t first, int level, int straight, int uniform,
+                            const bapq_tile *w, const bapq_panel *x, const stripe *s, float *out) {
+    const ptrdiff_t blocks = w->blocks;
+    const ptrdiff_t stride = blocks * BAPQ_BLOCK;
+    const int8_t *q = x->q + first * stride + (ptrdiff_t)s->first * BAPQ_BLOCK;
     const __m512 zero = _mm512_set1_ps(zero_of(level, w));
-    const __m512 step = _mm512_set1_ps(1.0f / (float)w->residual_steps);
-    const __m512i steps = _mm512_broadcast_i32x4(
-        _mm_packus_epi16(_mm_mullo_epi16(_mm_set1_epi16((short)w->residual_steps),
-                                         _mm_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7)),
-                         _mm_mullo_epi16(_mm_set1_epi16((short)w->residual_steps),
-                                         _mm_setr_epi16(8, 9, 10, 11, 12, 13, 14, 15))));
+    const __m512i steps = steps_of_p4(w);
+    float *to = out + (ptrdiff_t)first * BAPQ_TILE_ROWS;
     __m512 acc[8];
 #pragma GCC unroll 8
     for (int i = 0; i < n; i++) {
-        acc[i] = _mm512_setzero_ps();
+        acc[i] = s->first == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(to + i * BAPQ_TILE_ROWS);
     }
-    const uint16_t *group = w->scale;
-    for (int32_t b = 0, used = 0; b < blocks; b++) {
-        const __m256i half = _mm256_loadu_si256((const __m256i *)group);
-        __m512 d = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-        if (level == BAPQ_L8) {
-            d = _mm512_mul_ps(d, step);
-        }
-        if (++used == w->scale_blocks) {
-            used = 0;
-            group += BAPQ_TILE_ROWS;
-        }
-        __m512i code[8];
-        unpack(level, w, b, steps, code);
+    ptrdiff_t at = first * blocks + s->first;
+    for (int32_t k = 0, b = 0; k < s->runs; k++) {
+        const int32_t begin = b, end = b + (uniform ? s->run_blocks[k] : 1);
+        __m512i dot[8];
 #pragma GCC unroll 8
         for (int i = 0; i < n; i++) {
-            const int8_t *qi = q + i * stride + (ptrdiff_t)b * BAPQ_BLOCK;
-            __m512i dot = _mm512_setzero_si512();
-#pragma GCC unroll 8
-            for (int j = 0; j < 8; j++) {
-                int32_t four;
-                memcpy(&four, qi + 4 * j, sizeof four);
-                dot = _mm512_dpbusd_epi32(dot, code[j], _mm512_set1_epi32(four));
-            }
-            const ptrdiff_t at = (ptrdiff_t)i * blocks + b;
-            const __m512 f =
-                _mm512_fnmadd_ps(zero, _mm512_set1_ps(sum[at]), _mm512_cvtepi32_ps(dot));
-            acc[i] = _mm512_fmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps(scale[at])), f, acc[i]);
+            dot[i] = _mm512_setzero_si512();
         }
+        do {
+            __m512i code[8];
+            if (straight) {
+                unpack(level, w, s->first + b, steps, code);
+            } else {
+                for (int j = 0; j < 8; j++) {
+                    code[j] = _mm512_load_si512(s->code[0] + (ptrdiff_t)b * 512 + j * 64);
+                }
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < n; i++) {
+                const int8_t *qi = q + i * stride + (ptrdiff_t)b * BAPQ_BLOCK;
+#pragma GCC unroll 8
+                for (int j = 0; j < 8; j++) {
+                    int32_t four;
+                    memcpy(&four, qi + 4 * j, sizeof four);
+                    dot[i] = _mm512_dpbusd_epi32(dot[i], code[j], _mm512_set1_epi32(four));
+                }
+            }
+            b++;
+        } while (uniform && b < end);
+        const __m512 step = _mm512_loadu_ps(s->step[k]);
+#pragma GCC unroll 8
+        for (int i = 0; i < n; i++) {
+            const ptrdiff_t here = at + i * blocks;
+            __m512 f =
+                _mm512_fnmadd_ps(zero, _mm512_set1_ps(x->sum[here]), _mm512_cvtepi32_ps(dot[i]));
+            for (int32_t next = 1; uniform && next < end - begin; next++) {
+                f = _mm512_fnmadd_ps(zero, _mm512_set1_ps(x->sum[here + next]), f);
+            }
+            const __m512 d = uniform ? step : _mm512_mul_ps(step, _mm512_set1_ps(x->scale[here]));
+            acc[i] = _mm512_fmadd_ps(d, f, acc[i]);
+        }
+        at += end - begin;
     }
 #pragma GCC unroll 8
     for (int i = 0; i < n; i++) {
-        _mm512_storeu_ps(out + (ptrdiff_t)(first + i) * BAPQ_TILE_ROWS, acc[i]);
+        if (s->closes) {
+            acc[i] = _mm512_add_ps(acc[i], _mm512_loadu_ps(s->offset));
+        }
+        _mm512_storeu_ps(to + i * BAPQ_TILE_ROWS, acc[i]);
+    }
+}
+
+BAPQ_INLINE void multiply(int level, int straight, const bapq_tile *w, const bapq_panel *x,
+                          const stripe *s, int32_t m, float *out) {
+    if (straight) {
+        BAPQ_BY_ROWS(8, m, rows_codes, level, 1, 0, w, x, s, out);
+    } else if (x->uniform) {
+        BAPQ_BY_ROWS(8, m, rows_codes, level, 0, 1, w, x, s, out);
+    } else {
+        BAPQ_BY_ROWS(8, m, rows_codes, level, 0, 0, w, x, s, out);
     }
 }
 
@@ -121,11 +183,6 @@ BAPQ_INLINE void rows_float(int n, int32_t first, const bapq_tile *w, const bapq
     for (int i = 0; i < n; i++) {
         _mm512_storeu_ps(out + (ptrdiff_t)(first + i) * BAPQ_TILE_ROWS, acc[i]);
     }
-}
-
-BAPQ_INLINE void tile_codes(int level, const bapq_tile *w, const bapq_panel *x, int32_t m,
-                            float *out) {
-    BAPQ_BY_ROWS(8, m, rows_codes, level, w, x, out);
 }
 
 static void tile_float(const bapq_tile *w, const bapq_panel *x, int32_t m, float *out) {

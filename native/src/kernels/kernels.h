@@ -2,13 +2,17 @@
  *
  * A tile is 16 output rows of one layer; its columns come in blocks of 32. All levels share one
  * layout (docs/bank_format.md), so one bank serves every CPU. A kernel multiplies one tile with a
- * panel of m activation rows:
+ * panel of m activation rows. Blocks that share all their scales form runs of at most 8; a run of
+ * a panel that is not uniform is one block. With step = d * scale:
  *
- *   out[i][r] = sum over blocks b, in order, by fused multiply-add, of
- *               (d[b][r] * x.scale[i][b]) * ( sum_k code[r][k]*q[i][k]  -  zero * x.sum[i][b] )
+ *   acc[i][r]  = over the runs, in order: fma(step, f, acc),           f = sum (code - zero) * q
+ *   offset[r]  = over the runs, in order: fma(step, -zero_point * c, offset),
+ *                                            c = sum (code - zero) over the layer's own columns
+ *   out[i][r]  = acc[i][r] + offset[r]; without the offset where zero_point is 0
  *
- * The bracket is an integer or half-integer below 2^24, hence exact in float32. The only roundings
- * are the product d*scale and one fma per block, so every family gives the same bits.
+ * f and zero_point * c are integers or half-integers below 2^23, hence exact in float32. The only
+ * roundings are the product d * scale, one fma per run and the last sum, so every family gives the
+ * same bits.
  */
 #ifndef BAPQ_KERNELS_H
 #define BAPQ_KERNELS_H
@@ -18,7 +22,7 @@
 
 #define BAPQ_EXPORT __attribute__((visibility("default")))
 
-enum { BAPQ_TILE_ROWS = 16, BAPQ_BLOCK = 32 };
+enum { BAPQ_TILE_ROWS = 16, BAPQ_BLOCK = 32, BAPQ_RUN_BLOCKS = 8 };
 
 /* Index of a level in every per-level table. */
 enum { BAPQ_L32, BAPQ_L8, BAPQ_L4, BAPQ_L2, BAPQ_L1, BAPQ_LEVELS };
@@ -34,16 +38,19 @@ typedef struct {
     const uint8_t *code[2];
     const uint16_t *scale;  /* (scale groups, 16) bf16; NULL at level 32 */
     int32_t blocks;         /* ceil(columns / 32) */
+    int32_t padding;        /* columns of the last block past the layer's; their codes are 0 */
     int32_t scale_blocks;   /* blocks that share one scale, >= 1 */
     int32_t residual_steps; /* 8..16: level-8 steps in one level-4 step */
 } bapq_tile;
 
-/* m activation rows. Columns past the layer's are zero. */
+/* m activation rows: x = scale * (q - zero_point); q and x are 0 in the padding. */
 typedef struct {
-    const int8_t *q;    /* (m, blocks*32), row stride blocks*32; every int8 value is allowed */
-    const float *scale; /* (m, blocks) */
+    const int8_t *q;    /* (m, blocks*32), row stride blocks*32; -127..127 */
+    const float *scale; /* (m, blocks), or one for all if `uniform` */
     const float *sum;   /* (m, blocks): sum of q over the block */
     const float *x;     /* (m, blocks*32) float32, level 32 only */
+    int32_t uniform;    /* one scale for the whole panel */
+    int32_t zero_point; /* -127..127; 0 unless uniform */
 } bapq_panel;
 
 /* out: (m, 16), row stride 16. */

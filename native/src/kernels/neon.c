@@ -1,171 +1,171 @@
 /* NEON of ARMv8.0, without the dot product instructions: up to 4 activation rows by 8 outputs.
- * A product register holds 2 rows x 4 columns of int16. */
+ *
+ * A register of codes holds 8 rows x 2 columns. It meets two activations repeated 8 times, which
+ * one ld4r loads for 8 columns; neighbouring products then belong to one row. */
 #if defined(__aarch64__)
+#define BAPQ_STRIPE_PLANES 1
+#define BAPQ_STRAIGHT_ROWS 2
 #include "neon.inc"
 
-/* Registers of one half of a vector of 4 rows: rows 0, 1 and rows 2, 3. */
-typedef struct {
-    int16x8_t low, high;
-} products;
-typedef struct {
-    int32x4_t low, high;
-} pairs;
+/* Keeps clang from putting off additions until their operands fill the stack. */
+#define IN_ORDER(a, b) __asm__ volatile("" : "+w"(a), "+w"(b))
 
-/* Levels 4, 2, 1: a block's 8 products of at most 15 * 128 per lane fit int16. */
-BAPQ_INLINE void dot_small(int n, int groups, int level, const bapq_tile *w, int32_t b, int row,
-                           const int8_t *q, ptrdiff_t stride, int32x4_t dot[4][4]) {
-    products acc[4][4];
-    uint8x16_t bits[4][2];
-    const uint8_t *nibbles = w->code[0] + (ptrdiff_t)b * 256 + row * 4;
-#pragma GCC unroll 4
-    for (int g = 0; g < groups; g++) {
-        if (level != BAPQ_L4) {
-            bits_at(level, w, (ptrdiff_t)b * 64 + (row + g * 4) * 4, bits[g]);
-        }
+/* Columns 4j..4j+3 cut from the planes: two registers of two columns. */
+BAPQ_INLINE void cut(int level, const source *from, int j, int8x16_t pair[2]) {
+    const int g = 2 * from->half;
+    const int16x8_t low = vreinterpretq_s16_s8(code_of(level, from->w, from->table, from->b, g, j));
+    const int16x8_t high =
+        vreinterpretq_s16_s8(code_of(level, from->w, from->table, from->b, g + 1, j));
+    pair[0] = vreinterpretq_s8_s16(vuzp1q_s16(low, high));
+    pair[1] = vreinterpretq_s8_s16(vuzp2q_s16(low, high));
+}
+
+/* Columns 8p..8p+7. */
+BAPQ_INLINE void codes_at(variant v, const source *from, int p, int8x16_t pair[4]) {
+    if (v.straight) {
+        cut(v.level, from, 2 * p, pair);
+        cut(v.level, from, 2 * p + 1, pair + 2);
+        return;
     }
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; j++) {
-        int8x16_t code[4];
 #pragma GCC unroll 4
-        for (int g = 0; g < groups; g++) {
-            code[g] = vreinterpretq_s8_u8(code_of(level, nibbles + g * 16, bits[g], j));
-        }
+    for (int t = 0; t < 4; t++) {
+        pair[t] = vld1q_s8(from->decoded + p * 64 + t * 16);
+    }
+}
+
+/* Of each block: rows 0..7, then 8..15; of those, columns 2t, 2t+1 at 16 * t. */
+BAPQ_INLINE void decode(int level, const bapq_tile *w, stripe *s) {
+    source from = {.w = w, .table = code_table(level, w), .b = s->first};
+    int8_t *to = s->code[0];
+    for (const int8_t *end = to + s->blocks * 512; to < end; from.b++) {
+        for (from.half = 0; from.half < 2; from.half++, to += 256) {
 #pragma GCC unroll 4
-        for (int i = 0; i < n; i++) {
-            const int32x2_t eight = vreinterpret_s32_s8(vld1_s8(q + i * stride + j / 2 * 8));
-            const int8x16_t qj = vreinterpretq_s8_s32(j % 2 == 0 ? vdupq_lane_s32(eight, 0)
-                                                                 : vdupq_lane_s32(eight, 1));
+            for (int p = 0; p < 4; p++) {
+                int8x16_t pair[4];
+                codes_at((variant){.level = level, .straight = 1}, &from, p, pair);
 #pragma GCC unroll 4
-            for (int g = 0; g < groups; g++) {
-                products *a = &acc[i][g];
-                if (j == 0) {
-                    a->low = vmull_s8(vget_low_s8(code[g]), vget_low_s8(qj));
-                    a->high = vmull_high_s8(code[g], qj);
-                } else {
-                    a->low = vmlal_s8(a->low, vget_low_s8(code[g]), vget_low_s8(qj));
-                    a->high = vmlal_high_s8(a->high, code[g], qj);
+                for (int t = 0; t < 4; t++) {
+                    vst1q_s8(to + p * 64 + t * 16, pair[t]);
                 }
             }
         }
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < n; i++) {
-#pragma GCC unroll 4
-        for (int g = 0; g < groups; g++) {
-            dot[i][g] = vpaddq_s32(vpaddlq_s16(acc[i][g].low), vpaddlq_s16(acc[i][g].high));
+}
+
+BAPQ_INLINE void add_codes(int level, const bapq_tile *w, const stripe *s, int32_t b,
+                           int32_t total[BAPQ_TILE_ROWS]) {
+    (void)level, (void)w;
+    for (int half = 0; half < 2; half++, total += OUTPUTS) {
+        const int8_t *code = s->code[0] + (2 * b + half) * 256;
+        int16x8_t sum = vdupq_n_s16(0); /* of 32 codes of at most 128 */
+        for (int t = 0; t < 16; t++) {
+            sum = vpadalq_s8(sum, vld1q_s8(code + t * 16));
         }
+        vst1q_s32(total, vaddw_s16(vld1q_s32(total), vget_low_s16(sum)));
+        vst1q_s32(total + 4, vaddw_high_s16(vld1q_s32(total + 4), sum));
     }
 }
 
-/* Level 8, less 127 * sum(q). Codes span 0..255, so they are centred: code - 128 for even j,
- * 127 - code, subtracted, for odd j. A pair of products then lies within +-32640 for every int8
- * value of q and fits int16. The even columns' missing 1 * q is added at the end. */
-BAPQ_INLINE void dot_full(int n, int groups, const bapq_tile *w, int32_t b, int row,
-                          const int8_t *q, ptrdiff_t stride, int32x4_t dot[4][4]) {
-    const uint8x16_t steps_even = step_table(w, -128);
-    const uint8x16_t steps_odd = vmvnq_u8(steps_even);
-    pairs acc[4][4];
+/* 8 activations, each pair of them repeated. */
+BAPQ_INLINE int16x8x4_t pairs_at(const int8_t **q) {
+    const int16x8x4_t pair = vld4q_dup_s16((const int16_t *)(const void *)*q);
+    *q += 8;
+    /* Where the compiler does not see the pointer move, it moves with the load. */
+    __asm__("" : "+r"(*q));
+    return pair;
+}
+
+/* Level 8: |code| <= 128 and |q| <= 127, so two products fit int16. */
+BAPQ_INLINE void add_full(int n, variant v, int fresh, const source *from, const int8_t *q[4],
+                          int32x4_t dot[4][GROUPS]) {
 #pragma GCC unroll 4
     for (int p = 0; p < 4; p++) {
-        int8x16_t even[4], odd[4];
-#pragma GCC unroll 4
-        for (int g = 0; g < groups; g++) {
-            const ptrdiff_t at = (ptrdiff_t)b * 256 + p * 64 + (row + g * 4) * 4;
-            const uint8x16_t p4 = vld1q_u8(w->code[0] + at), r8 = vld1q_u8(w->code[1] + at);
-            const uint8x16_t mask = vdupq_n_u8(15);
-            even[g] = vreinterpretq_s8_u8(
-                vaddq_u8(vqtbl1q_u8(steps_even, vandq_u8(p4, mask)), vandq_u8(r8, mask)));
-            odd[g] = vreinterpretq_s8_u8(vsubq_u8(vqtbl1q_u8(steps_odd, p4 >> 4), r8 >> 4));
-        }
+        int8x16_t code[4];
+        codes_at(v, from, p, code);
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++) {
-            const int32x2_t eight = vreinterpret_s32_s8(vld1_s8(q + i * stride + p * 8));
-            const int8x16_t qe = vreinterpretq_s8_s32(vdupq_lane_s32(eight, 0));
-            const int8x16_t qo = vreinterpretq_s8_s32(vdupq_lane_s32(eight, 1));
-#pragma GCC unroll 4
-            for (int g = 0; g < groups; g++) {
-                pairs *a = &acc[i][g];
-                int16x8_t low = vmull_s8(vget_low_s8(even[g]), vget_low_s8(qe));
-                int16x8_t high = vmull_high_s8(even[g], qe);
-                low = vmlsl_s8(low, vget_low_s8(odd[g]), vget_low_s8(qo));
-                high = vmlsl_high_s8(high, odd[g], qo);
-                a->low = p == 0 ? vpaddlq_s16(low) : vpadalq_s16(a->low, low);
-                a->high = p == 0 ? vpaddlq_s16(high) : vpadalq_s16(a->high, high);
+            const int16x8x4_t pair = pairs_at(&q[i]);
+#pragma GCC unroll 2
+            for (int t = 0; t < 4; t += 2) {
+                const int8x16_t q0 = vreinterpretq_s8_s16(pair.val[t]);
+                const int8x16_t q1 = vreinterpretq_s8_s16(pair.val[t + 1]);
+                int16x8_t low = vmull_s8(vget_low_s8(code[t]), vget_low_s8(q0));
+                int16x8_t high = vmull_high_s8(code[t], q0);
+                low = vmlal_s8(low, vget_low_s8(code[t + 1]), vget_low_s8(q1));
+                high = vmlal_high_s8(high, code[t + 1], q1);
+                const int first = fresh && p == 0 && t == 0;
+                dot[i][0] = first ? vpaddlq_s16(low) : vpadalq_s16(dot[i][0], low);
+                dot[i][1] = first ? vpaddlq_s16(high) : vpadalq_s16(dot[i][1], high);
+                IN_ORDER(dot[i][0], dot[i][1]);
             }
-        }
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < n; i++) {
-        const int32x4_t q0 = vreinterpretq_s32_s8(vld1q_s8(q + i * stride));
-        const int32x4_t q1 = vreinterpretq_s32_s8(vld1q_s8(q + i * stride + 16));
-        const int16_t even = vaddlvq_s8(vreinterpretq_s8_s32(vuzp1q_s32(q0, q1)));
-#pragma GCC unroll 4
-        for (int g = 0; g < groups; g++) {
-            dot[i][g] = vaddq_s32(vpaddq_s32(acc[i][g].low, acc[i][g].high), vdupq_n_s32(even));
         }
     }
 }
 
-/* n rows by 4 * groups outputs at a time, 16 sums in registers at most. */
-BAPQ_INLINE void rows_codes(int n, int32_t first, int level, const bapq_tile *w,
-                            const bapq_panel *x, float *out) {
-    const int groups = n <= 2 ? 4 : 2;
-    const int32_t blocks = w->blocks;
-    const ptrdiff_t stride = (ptrdiff_t)blocks * BAPQ_BLOCK;
-    const int8_t *q = x->q + first * stride;
-    const float *scale = x->scale + (ptrdiff_t)first * blocks;
-    const float *sum = x->sum + (ptrdiff_t)first * blocks;
-    const float zero = zero_of(level, w) - (level == BAPQ_L8 ? 127.0f : 0.0f);
-    for (int row = 0; row < BAPQ_TILE_ROWS; row += 4 * groups) {
-        float32x4_t acc[4][4];
+/* Levels 4, 2, 1: |code| <= 15, so a block's 16 products per int16 fit: 16 * 15 * 127 = 30480. */
+BAPQ_INLINE void add_small(int n, variant v, int fresh, const source *from, const int8_t *q[4],
+                           int16x8_t chain[4][GROUPS]) {
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; p++) {
+        int8x16_t code[4];
+        codes_at(v, from, p, code);
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++) {
+            const int16x8x4_t pair = pairs_at(&q[i]);
 #pragma GCC unroll 4
-            for (int g = 0; g < groups; g++) {
-                acc[i][g] = vdupq_n_f32(0.0f);
-            }
-        }
-        const uint16_t *group = w->scale + row;
-        for (int32_t b = 0, used = 0; b < blocks; b++) {
-            float32x4_t d[4];
-#pragma GCC unroll 4
-            for (int g = 0; g < groups; g++) {
-                d[g] = scale_at(level, w, group + g * 4);
-            }
-            if (++used == w->scale_blocks) {
-                used = 0;
-                group += BAPQ_TILE_ROWS;
-            }
-            const int8_t *qb = q + (ptrdiff_t)b * BAPQ_BLOCK;
-            int32x4_t dot[4][4];
-            if (level == BAPQ_L8) {
-                dot_full(n, groups, w, b, row, qb, stride, dot);
-            } else {
-                dot_small(n, groups, level, w, b, row, qb, stride, dot);
-            }
-#pragma GCC unroll 4
-            for (int i = 0; i < n; i++) {
-                const ptrdiff_t at = (ptrdiff_t)i * blocks + b;
-#pragma GCC unroll 4
-                for (int g = 0; g < groups; g++) {
-                    acc[i][g] = add_block(acc[i][g], d[g], scale[at], dot[i][g], zero, sum[at]);
+            for (int t = 0; t < 4; t++) {
+                const int8x16_t qt = vreinterpretq_s8_s16(pair.val[t]);
+                if (fresh && p == 0 && t == 0) {
+                    chain[i][0] = vmull_s8(vget_low_s8(code[t]), vget_low_s8(qt));
+                    chain[i][1] = vmull_high_s8(code[t], qt);
+                } else {
+                    chain[i][0] = vmlal_s8(chain[i][0], vget_low_s8(code[t]), vget_low_s8(qt));
+                    chain[i][1] = vmlal_high_s8(chain[i][1], code[t], qt);
                 }
             }
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < n; i++) {
-#pragma GCC unroll 4
-            for (int g = 0; g < groups; g++) {
-                float *to = out + (ptrdiff_t)(first + i) * BAPQ_TILE_ROWS + row + g * 4;
-                vst1q_f32(to, acc[i][g]);
-            }
+            IN_ORDER(chain[i][0], chain[i][1]);
         }
     }
 }
 
-BAPQ_INLINE void tile_codes(int level, const bapq_tile *w, const bapq_panel *x, int32_t m,
-                            float *out) {
-    BAPQ_BY_ROWS(4, m, rows_codes, level, w, x, out);
+/* Blocks whose products fit one int16 sum: at level 2 a block adds 16 * 3 * 127 at most. */
+BAPQ_INLINE int32_t chain_of(int level) {
+    return level == BAPQ_L1 ? BAPQ_RUN_BLOCKS : level == BAPQ_L2 ? 4 : 1;
+}
+
+/* Adds a chain of blocks to the dot products, or begins them with it. */
+BAPQ_INLINE void add_chain(int n, variant v, int fresh, int32_t blocks, source *from,
+                           const int8_t *q[4], int32x4_t dot[4][GROUPS]) {
+    if (v.level == BAPQ_L8) {
+        add_full(n, v, fresh, from, q, dot);
+    } else {
+        int16x8_t chain[4][GROUPS];
+        add_small(n, v, 1, from, q, chain);
+        for (int32_t b = 1; b < blocks; b++) {
+            from->decoded += 512;
+            add_small(n, v, 0, from, q, chain);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++) {
+#pragma GCC unroll 2
+            for (int g = 0; g < GROUPS; g++) {
+                dot[i][g] = fresh ? vpaddlq_s16(chain[i][g]) : vpadalq_s16(dot[i][g], chain[i][g]);
+            }
+        }
+    }
+    from->decoded += 512;
+    from->b++;
+}
+
+BAPQ_INLINE void dot_run(int n, variant v, int32_t run, source *from, const int8_t *q[4],
+                         int32x4_t dot[4][GROUPS]) {
+    const int32_t longest = v.uniform ? chain_of(v.level) : 1;
+    int32_t chain = run < longest ? run : longest;
+    add_chain(n, v, 1, chain, from, q, dot);
+    while (v.uniform && (run -= chain) > 0) {
+        chain = run < longest ? run : longest;
+        add_chain(n, v, 0, chain, from, q, dot);
+    }
 }
 
 BAPQ_DEFINE_FAMILY(neon)

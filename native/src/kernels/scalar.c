@@ -16,35 +16,43 @@ BAPQ_INLINE int32_t code_at(int level, const bapq_tile *w, int32_t b, int r, int
     return level == BAPQ_L1 ? s1 : 2 * s1 + (w->code[1][at] >> k / 4 & 1);
 }
 
-BAPQ_INLINE float scale_at(int level, const bapq_tile *w, int32_t b, int r) {
-    const uint32_t bits = (uint32_t)w->scale[b / w->scale_blocks * BAPQ_TILE_ROWS + r] << 16;
-    float d;
-    memcpy(&d, &bits, sizeof d);
-    return level == BAPQ_L8 ? d * (1.0f / (float)w->residual_steps) : d;
-}
-
 BAPQ_INLINE void tile_codes(int level, const bapq_tile *w, const bapq_panel *x, int32_t m,
                             float *out) {
     const float zero = zero_of(level, w);
+    const ptrdiff_t stride = (ptrdiff_t)w->blocks * BAPQ_BLOCK;
+    float offset[BAPQ_TILE_ROWS] = {0};
     memset(out, 0, (size_t)m * BAPQ_TILE_ROWS * sizeof *out);
-    for (int32_t b = 0; b < w->blocks; b++) {
+    for (int32_t first = 0, end; first < w->blocks; first = end) {
+        end = run_end(w, x, first);
+        const int32_t columns = (end - first) * BAPQ_BLOCK;
+        float steps[BAPQ_TILE_ROWS];
+        steps_of(level, w, x, first, steps);
         for (int r = 0; r < BAPQ_TILE_ROWS; r++) {
-            int32_t code[BAPQ_BLOCK];
-            for (int k = 0; k < BAPQ_BLOCK; k++) {
-                code[k] = code_at(level, w, b, r, k);
+            int32_t code[BAPQ_RUN_BLOCKS * BAPQ_BLOCK], total = 0;
+            for (int32_t k = 0; k < columns; k++) {
+                code[k] = code_at(level, w, first + k / BAPQ_BLOCK, r, k % BAPQ_BLOCK);
+                total += code[k];
             }
-            const float d = scale_at(level, w, b, r);
+            const int32_t own = end == w->blocks ? columns - w->padding : columns;
+            const float c = (float)total - zero * (float)own;
+            offset[r] = fmaf(steps[r], (float)-x->zero_point * c, offset[r]);
             for (int32_t i = 0; i < m; i++) {
-                const ptrdiff_t at = (ptrdiff_t)i * w->blocks + b;
-                const int8_t *q = x->q + at * BAPQ_BLOCK;
-                int32_t dot = 0;
-                for (int k = 0; k < BAPQ_BLOCK; k++) {
+                const int8_t *q = x->q + i * stride + (ptrdiff_t)first * BAPQ_BLOCK;
+                int32_t dot = 0, sum = 0;
+                for (int32_t k = 0; k < columns; k++) {
                     dot += code[k] * q[k];
+                    sum += q[k];
                 }
-                const float f = (float)dot - zero * x->sum[at];
+                const float f = (float)dot - zero * (float)sum;
+                const float scale = x->uniform ? 1.0f : x->scale[(ptrdiff_t)i * w->blocks + first];
                 float *acc = &out[(ptrdiff_t)i * BAPQ_TILE_ROWS + r];
-                *acc = fmaf(d * x->scale[at], f, *acc);
+                *acc = fmaf(steps[r] * scale, f, *acc);
             }
+        }
+    }
+    for (int32_t i = 0; x->zero_point != 0 && i < m; i++) {
+        for (int r = 0; r < BAPQ_TILE_ROWS; r++) {
+            out[(ptrdiff_t)i * BAPQ_TILE_ROWS + r] += offset[r];
         }
     }
 }

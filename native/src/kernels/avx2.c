@@ -108,19 +108,21 @@ BAPQ_INLINE __m256i add_in_order(__m256i sum, __m256i product) {
 }
 
 /* One block of n rows by 8 * halves outputs: added to the dot products, or their beginning. */
-BAPQ_INLINE void add_block(int n, int halves, int level, int straight, int fresh,
-                           const bapq_tile *w, const stripe *s, int32_t b, int half,
-                           const int8_t *q, ptrdiff_t stride, __m256i dot[4][2]) {
-    const int planes = planes_of(level);
+BAPQ_INLINE void add_block(int n, int halves, variant v, int fresh, const bapq_tile *w,
+                           const stripe *s, int32_t b, int half, const int8_t *q, ptrdiff_t stride,
+                           __m256i dot[4][2]) {
+    const int planes = planes_of(v.level);
     const __m256i ones = _mm256_set1_epi16(1);
     const __m256i steps = _mm256_set1_epi16((short)w->residual_steps);
     source from[2][2];
     __m256i pairs[4][2][2]; /* [row][half][plane]: sums of two columns, int16 */
+    if (v.straight) {
 #pragma GCC unroll 2
-    for (int h = 0; straight && h < halves; h++) {
+        for (int h = 0; h < halves; h++) {
 #pragma GCC unroll 2
-        for (int p = 0; p < planes; p++) {
-            from[h][p] = source_at(level, w->code, s->first + b, half + h, p);
+            for (int p = 0; p < planes; p++) {
+                from[h][p] = source_at(v.level, w->code, b, half + h, p);
+            }
         }
     }
 #pragma GCC unroll 8
@@ -130,9 +132,9 @@ BAPQ_INLINE void add_block(int n, int halves, int level, int straight, int fresh
         for (int h = 0; h < halves; h++) {
 #pragma GCC unroll 2
             for (int p = 0; p < planes; p++) {
-                const int8_t *at = s->code[p] + (ptrdiff_t)b * 512 + j * 64 + (half + h) * 32;
-                code[h][p] = straight ? code_of(level, &from[h][p], j)
-                                      : _mm256_load_si256((const __m256i *)at);
+                const ptrdiff_t at = (ptrdiff_t)b * 512 + j * 64 + (half + h) * 32;
+                code[h][p] = v.straight ? code_of(v.level, &from[h][p], j)
+                                        : _mm256_load_si256((const __m256i *)(s->code[p] + at));
             }
         }
 #pragma GCC unroll 4
@@ -154,8 +156,8 @@ BAPQ_INLINE void add_block(int n, int halves, int level, int straight, int fresh
     for (int i = 0; i < n; i++) {
 #pragma GCC unroll 2
         for (int h = 0; h < halves; h++) {
-            __m256i sum = _mm256_madd_epi16(pairs[i][h][0], level == BAPQ_L8 ? steps : ones);
-            if (level == BAPQ_L8) {
+            __m256i sum = _mm256_madd_epi16(pairs[i][h][0], v.level == BAPQ_L8 ? steps : ones);
+            if (v.level == BAPQ_L8) {
                 sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs[i][h][1], ones));
             }
             dot[i][h] = fresh ? sum : _mm256_add_epi32(dot[i][h], sum);
@@ -163,13 +165,20 @@ BAPQ_INLINE void add_block(int n, int halves, int level, int straight, int fresh
     }
 }
 
+/* Weight steps of 8 rows. */
+BAPQ_INLINE __m256 d_of(int level, const bapq_tile *w, const uint16_t *bf16) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)bf16));
+    const __m256 d = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    return level == BAPQ_L8 ? _mm256_mul_ps(d, _mm256_set1_ps(1.0f / (float)w->residual_steps)) : d;
+}
+
 /* n rows by 8 * halves outputs at a time; at most 8 int16 sums in registers. straight: the codes
  * come from the planes, decoded here. */
-BAPQ_INLINE void rows_codes(int n, int32_t first, int level, int straight, int uniform,
-                            const bapq_tile *w, const bapq_panel *x, const stripe *s, float *out) {
-    const int halves = n * planes_of(level) <= 4 ? 2 : 1;
+BAPQ_INLINE void rows_codes(int n, int32_t first, variant v, const bapq_tile *w,
+                            const bapq_panel *x, const stripe *s, float *out) {
+    const int halves = n * planes_of(v.level) <= 4 ? 2 : 1;
     const ptrdiff_t blocks = w->blocks, stride = blocks * BAPQ_BLOCK;
-    const __m256 zero = _mm256_set1_ps(zero_of(level, w));
+    const __m256 zero = _mm256_set1_ps(zero_of(v.level, w));
     for (int half = 0; half < 2; half += halves) {
         const int8_t *q = x->q + first * stride + (ptrdiff_t)s->first * BAPQ_BLOCK;
         float *to = out + (ptrdiff_t)first * BAPQ_TILE_ROWS + half * 8;
@@ -183,12 +192,23 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, int level, int straight, int u
             }
         }
         ptrdiff_t at = first * blocks + s->first;
-        for (int32_t k = 0, b = 0; k < s->runs; k++) {
-            const int32_t run = uniform ? s->run_blocks[k] : 1, end = b + run;
+        const uint16_t *bf16 = w->scale + half * 8;
+        for (int32_t k = 0, b = 0, in_group = 0; k < s->runs; k++) {
+            const int32_t run = v.grouped ? s->run_blocks[k] : 1, end = b + run;
             __m256i dot[4][2];
-            add_block(n, halves, level, straight, 1, w, s, b++, half, q, stride, dot);
-            for (q += BAPQ_BLOCK; uniform && b < end; q += BAPQ_BLOCK) {
-                add_block(n, halves, level, straight, 0, w, s, b++, half, q, stride, dot);
+            add_block(n, halves, v, 1, w, s, b++, half, q, stride, dot);
+            for (q += BAPQ_BLOCK; v.grouped && b < end; q += BAPQ_BLOCK) {
+                add_block(n, halves, v, 0, w, s, b++, half, q, stride, dot);
+            }
+            __m256 step[2];
+#pragma GCC unroll 2
+            for (int h = 0; h < halves; h++) {
+                step[h] = v.straight ? d_of(v.level, w, bf16 + h * 8)
+                                     : _mm256_loadu_ps(&s->step[k][(half + h) * 8]);
+            }
+            if (v.straight && ++in_group == w->scale_blocks) {
+                in_group = 0;
+                bf16 += BAPQ_TILE_ROWS;
             }
 #pragma GCC unroll 4
             for (int i = 0; i < n; i++) {
@@ -197,14 +217,13 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, int level, int straight, int u
                 for (int h = 0; h < halves; h++) {
                     __m256 f = _mm256_fnmadd_ps(zero, _mm256_broadcast_ss(&x->sum[here]),
                                                 _mm256_cvtepi32_ps(dot[i][h]));
-                    for (int32_t next = 1; uniform && next < run; next++) {
+                    for (int32_t next = 1; v.grouped && next < run; next++) {
                         f = _mm256_fnmadd_ps(zero, _mm256_broadcast_ss(&x->sum[here + next]), f);
                     }
-                    __m256 step = _mm256_loadu_ps(&s->step[k][(half + h) * 8]);
-                    if (!uniform) {
-                        step = _mm256_mul_ps(step, _mm256_broadcast_ss(&x->scale[here]));
-                    }
-                    acc[i][h] = _mm256_fmadd_ps(step, f, acc[i][h]);
+                    const __m256 d =
+                        v.uniform ? step[h]
+                                  : _mm256_mul_ps(step[h], _mm256_broadcast_ss(&x->scale[here]));
+                    acc[i][h] = _mm256_fmadd_ps(d, f, acc[i][h]);
                 }
             }
             at += run;
@@ -223,15 +242,9 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, int level, int straight, int u
     }
 }
 
-BAPQ_INLINE void multiply(int level, int straight, const bapq_tile *w, const bapq_panel *x,
-                          const stripe *s, int32_t m, float *out) {
-    if (straight) {
-        BAPQ_BY_ROWS(4, m, rows_codes, level, 1, 0, w, x, s, out);
-    } else if (x->uniform) {
-        BAPQ_BY_ROWS(4, m, rows_codes, level, 0, 1, w, x, s, out);
-    } else {
-        BAPQ_BY_ROWS(4, m, rows_codes, level, 0, 0, w, x, s, out);
-    }
+BAPQ_INLINE void multiply(variant v, const bapq_tile *w, const bapq_panel *x, const stripe *s,
+                          int32_t m, float *out) {
+    BAPQ_BY_ROWS(4, m, rows_codes, v, w, x, s, out);
 }
 
 BAPQ_INLINE void rows_float(int n, int32_t first, const bapq_tile *w, const bapq_panel *x,

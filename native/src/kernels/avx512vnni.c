@@ -86,13 +86,20 @@ BAPQ_INLINE void add_codes(int level, const bapq_tile *w, const stripe *s, int32
     _mm512_storeu_si512(total, sum);
 }
 
+/* Weight steps of the tile's rows. */
+BAPQ_INLINE __m512 d_of(int level, const bapq_tile *w, const uint16_t *bf16) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)bf16));
+    const __m512 d = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    return level == BAPQ_L8 ? _mm512_mul_ps(d, _mm512_set1_ps(1.0f / (float)w->residual_steps)) : d;
+}
+
 /* n rows; `straight`: their codes come from the planes, decoded here. */
-BAPQ_INLINE void rows_codes(int n, int32_t first, int level, int straight, int uniform,
-                            const bapq_tile *w, const bapq_panel *x, const stripe *s, float *out) {
+BAPQ_INLINE void rows_codes(int n, int32_t first, variant v, const bapq_tile *w,
+                            const bapq_panel *x, const stripe *s, float *out) {
     const ptrdiff_t blocks = w->blocks;
     const ptrdiff_t stride = blocks * BAPQ_BLOCK;
     const int8_t *q = x->q + first * stride + (ptrdiff_t)s->first * BAPQ_BLOCK;
-    const __m512 zero = _mm512_set1_ps(zero_of(level, w));
+    const __m512 zero = _mm512_set1_ps(zero_of(v.level, w));
     const __m512i steps = steps_of_p4(w);
     float *to = out + (ptrdiff_t)first * BAPQ_TILE_ROWS;
     __m512 acc[8];
@@ -101,8 +108,10 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, int level, int straight, int u
         acc[i] = s->first == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(to + i * BAPQ_TILE_ROWS);
     }
     ptrdiff_t at = first * blocks + s->first;
+    int32_t in_group = 0;
+    const uint16_t *bf16 = w->scale;
     for (int32_t k = 0, b = 0; k < s->runs; k++) {
-        const int32_t begin = b, end = b + (uniform ? s->run_blocks[k] : 1);
+        const int32_t run = v.grouped ? s->run_blocks[k] : 1, end = b + run;
         __m512i dot[8];
 #pragma GCC unroll 8
         for (int i = 0; i < n; i++) {
@@ -110,8 +119,8 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, int level, int straight, int u
         }
         do {
             __m512i code[8];
-            if (straight) {
-                unpack(level, w, s->first + b, steps, code);
+            if (v.straight) {
+                unpack(v.level, w, b, steps, code);
             } else {
                 for (int j = 0; j < 8; j++) {
                     code[j] = _mm512_load_si512(s->code[0] + (ptrdiff_t)b * 512 + j * 64);
@@ -128,20 +137,29 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, int level, int straight, int u
                 }
             }
             b++;
-        } while (uniform && b < end);
-        const __m512 step = _mm512_loadu_ps(s->step[k]);
+        } while (v.grouped && b < end);
+        __m512 step;
+        if (v.straight) {
+            step = d_of(v.level, w, bf16);
+            if (++in_group == w->scale_blocks) {
+                in_group = 0;
+                bf16 += BAPQ_TILE_ROWS;
+            }
+        } else {
+            step = _mm512_loadu_ps(s->step[k]);
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < n; i++) {
             const ptrdiff_t here = at + i * blocks;
             __m512 f =
                 _mm512_fnmadd_ps(zero, _mm512_set1_ps(x->sum[here]), _mm512_cvtepi32_ps(dot[i]));
-            for (int32_t next = 1; uniform && next < end - begin; next++) {
+            for (int32_t next = 1; v.grouped && next < run; next++) {
                 f = _mm512_fnmadd_ps(zero, _mm512_set1_ps(x->sum[here + next]), f);
             }
-            const __m512 d = uniform ? step : _mm512_mul_ps(step, _mm512_set1_ps(x->scale[here]));
+            const __m512 d = v.uniform ? step : _mm512_mul_ps(step, _mm512_set1_ps(x->scale[here]));
             acc[i] = _mm512_fmadd_ps(d, f, acc[i]);
         }
-        at += end - begin;
+        at += run;
     }
 #pragma GCC unroll 8
     for (int i = 0; i < n; i++) {
@@ -152,15 +170,9 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, int level, int straight, int u
     }
 }
 
-BAPQ_INLINE void multiply(int level, int straight, const bapq_tile *w, const bapq_panel *x,
-                          const stripe *s, int32_t m, float *out) {
-    if (straight) {
-        BAPQ_BY_ROWS(8, m, rows_codes, level, 1, 0, w, x, s, out);
-    } else if (x->uniform) {
-        BAPQ_BY_ROWS(8, m, rows_codes, level, 0, 1, w, x, s, out);
-    } else {
-        BAPQ_BY_ROWS(8, m, rows_codes, level, 0, 0, w, x, s, out);
-    }
+BAPQ_INLINE void multiply(variant v, const bapq_tile *w, const bapq_panel *x, const stripe *s,
+                          int32_t m, float *out) {
+    BAPQ_BY_ROWS(8, m, rows_codes, v, w, x, s, out);
 }
 
 BAPQ_INLINE void rows_float(int n, int32_t first, const bapq_tile *w, const bapq_panel *x,

@@ -159,10 +159,10 @@ BAPQ_INLINE void add_chain(int n, variant v, int fresh, int32_t blocks, source *
 
 BAPQ_INLINE void dot_run(int n, variant v, int32_t run, source *from, const int8_t *q[4],
                          int32x4_t dot[4][GROUPS]) {
-    const int32_t longest = v.uniform ? chain_of(v.level) : 1;
+    const int32_t longest = v.grouped ? chain_of(v.level) : 1;
     int32_t chain = run < longest ? run : longest;
     add_chain(n, v, 1, chain, from, q, dot);
-    while (v.uniform && (run -= chain) > 0) {
+    while (v.grouped && (run -= chain) > 0) {
         chain = run < longest ? run : longest;
         add_chain(n, v, 0, chain, from, q, dot);
     }

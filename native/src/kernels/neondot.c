@@ -81,7 +81,7 @@ BAPQ_INLINE void dot_run(int n, variant v, int32_t run, source *from, const int8
         }
         from->decoded += 512;
         from->b++;
-    } while (v.uniform && --run > 0);
+    } while (v.grouped && --run > 0);
 }
 
 BAPQ_DEFINE_FAMILY(neondot)

@@ -1,12 +1,12 @@
 /* Convolution as a matrix product: a panel holds, for some output pixels, the input values under
  * the kernel window in the order (kernel_y, kernel_x, channel), which is the order of the layer's
- * columns. Panels are built anew for every chunk, so no unfolded image is ever held; the one that a
- * worker built last serves the next chunk, too, where the image is so small. */
+ * columns. Panels are built anew for every chunk, so no unfolded input is ever held; the one that a
+ * worker built last serves the next chunk, too, where the input is so small. */
 #include <math.h>
 #include <string.h>
 
 #include "error.h"
-#include "image.h"
+#include "conv_input.h"
 #include "work.h"
 
 enum {
@@ -56,7 +56,7 @@ typedef struct {
     int8_t *q;  /* (panel_rows, blocks*32) */
     float *sum; /* (panel_rows, blocks) */
     float *x;   /* (panel_rows, blocks*32), level 32 */
-    /* What they hold: a panel of a small image serves one chunk after another. */
+    /* What they hold: a panel of a small input serves one chunk after another. */
     const float *of_sample; /* NULL: nothing yet */
     int64_t of_group, of_pixel;
     int of_floats;
@@ -73,8 +73,8 @@ typedef struct {
     int32_t group_channels; /* input channels per group */
     const float *x;         /* this sample: (channels, height, width) */
     float *y;               /* this sample: (rows, out_h, out_w) */
-    bapq_image image;
-    void *image_scratch;
+    bapq_conv_input input;
+    void *input_scratch;
     worker_buffers *buffers; /* (threads,) */
     bapq_chunk_view view;
 } conv_job;
@@ -88,7 +88,7 @@ static int is_pointwise(const bapq_conv *conv) {
 
 /* ---- panels ---- */
 
-/* int8: per output pixel and kernel row, one run of pixels where they are adjacent in the image. */
+/* int8: per output pixel and kernel row, one run of pixels where they are adjacent in the input. */
 static void fill_quantized(const conv_job *j, int64_t group, int64_t pixel, int32_t m, int8_t *q) {
     const bapq_conv *conv = j->conv;
     const bapq_conv_params *p = &conv->p;
@@ -102,11 +102,11 @@ static void fill_quantized(const conv_job *j, int64_t group, int64_t pixel, int3
         for (int64_t ky = 0; ky < p->kernel_h; ky++) {
             int64_t iy = y0 + ky * p->dilation_h;
             if (iy < 0 || iy >= conv->height) {
-                memset(target, j->image.zero_point, (size_t)(p->kernel_w * channels));
+                memset(target, j->input.zero_point, (size_t)(p->kernel_w * channels));
                 target += p->kernel_w * channels;
                 continue;
             }
-            const int8_t *row = j->image.q + iy * conv->width * conv->channels + group * channels;
+            const int8_t *row = j->input.q + iy * conv->width * conv->channels + group * channels;
             if (adjacent && x0 >= 0 && x0 + p->kernel_w <= conv->width) {
                 memcpy(target, row + x0 * channels, (size_t)(p->kernel_w * channels));
                 target += p->kernel_w * channels;
@@ -114,7 +114,7 @@ static void fill_quantized(const conv_job *j, int64_t group, int64_t pixel, int3
                 for (int64_t kx = 0; kx < p->kernel_w; kx++, target += channels) {
                     int64_t ix = x0 + kx * p->dilation_w;
                     if (ix < 0 || ix >= conv->width)
-                        memset(target, j->image.zero_point, (size_t)channels);
+                        memset(target, j->input.zero_point, (size_t)channels);
                     else
                         memcpy(target, row + ix * conv->channels, (size_t)channels);
                 }
@@ -165,14 +165,14 @@ static bapq_panel build_panel(const conv_job *j, worker_buffers *buffers, int64_
     }
     /* Of a pointwise convolution a pixel is a row already. */
     int pointwise = is_pointwise(j->conv);
-    panel.q = pointwise ? j->image.q + pixel * j->conv->channels : buffers->q;
+    panel.q = pointwise ? j->input.q + pixel * j->conv->channels : buffers->q;
     if (!there) {
         if (!pointwise) fill_quantized(j, group, pixel, m, buffers->q);
         j->kernels->block_sums(panel.q, m, j->blocks, buffers->sum);
     }
-    panel.scale = &j->image.scale;
+    panel.scale = &j->input.scale;
     panel.uniform = 1;
-    panel.zero_point = j->image.zero_point;
+    panel.zero_point = j->input.zero_point;
     panel.sum = buffers->sum;
     return panel;
 }
@@ -248,8 +248,8 @@ static void carve_buffers(conv_job *j, uint32_t levels, int32_t threads, bapq_ca
     int quantized = (levels & ~(1u << BAPQ_L32)) != 0;
     if (quantized) {
         const bapq_conv *conv = j->conv;
-        j->image.q = bapq_carve(carver, conv->channels * conv->height * conv->width);
-        j->image_scratch = bapq_carve(carver, bapq_image_scratch(conv->channels));
+        j->input.q = bapq_carve(carver, conv->channels * conv->height * conv->width);
+        j->input_scratch = bapq_carve(carver, bapq_conv_input_scratch(conv->channels));
     }
     for (int32_t i = 0; i < threads; i++) {
         worker_buffers *buffers = carver->base ? &j->buffers[i] : &none;
@@ -266,10 +266,10 @@ static int32_t run_sample(bapq_run *run, int32_t layer, conv_job *j, const bapq_
                           bapq_error *error) {
     const bapq_conv *conv = j->conv;
     int64_t pixels = conv->out_h * conv->out_w;
-    if (j->image.q) {
-        bapq_image_quantize(j->x, conv->channels, conv->height, conv->width, parallel,
-                            j->image_scratch, &j->image);
-        if (!j->image.finite) {
+    if (j->input.q) {
+        bapq_conv_input_quantize(j->x, conv->channels, conv->height, conv->width, parallel,
+                                 j->input_scratch, &j->input);
+        if (!j->input.finite) {
             for (int64_t i = 0; i < j->rows * pixels; i++) j->y[i] = NAN;
             return BAPQ_OK;
         }

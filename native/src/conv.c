@@ -179,6 +179,45 @@ static bapq_panel build_panel(const conv_job *j, worker_buffers *buffers, int64_
 
 /* ---- product ---- */
 
+/* Four rows of four columns, turned. */
+static inline void turn(bapq_float4 v[4]) {
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (bapq_int4){i, j, k, l})
+#endif
+    bapq_float4 a = SHUFFLE(v[0], v[1], 0, 4, 2, 6), b = SHUFFLE(v[0], v[1], 1, 5, 3, 7);
+    bapq_float4 c = SHUFFLE(v[2], v[3], 0, 4, 2, 6), d = SHUFFLE(v[2], v[3], 1, 5, 3, 7);
+    v[0] = SHUFFLE(a, c, 0, 1, 4, 5);
+    v[1] = SHUFFLE(b, d, 0, 1, 4, 5);
+    v[2] = SHUFFLE(a, c, 2, 3, 6, 7);
+    v[3] = SHUFFLE(b, d, 2, 3, 6, 7);
+#undef SHUFFLE
+}
+
+/* Finishes `rows` rows of a tile from r on, and writes them to their planes from `pixel` on. */
+static inline void write_rows(const conv_job *j, const float *out, int32_t rows, int32_t r,
+                              const float *bias, float *const y[4], int32_t m) {
+    int32_t i = 0;
+    if (rows == 4) {
+        bapq_float4 biases[4];
+        for (int32_t k = 0; k < 4; k++) biases[k] = bapq_splat(bias ? bias[r + k] : -0.0f);
+        for (; i + 4 <= m; i += 4) {
+            bapq_float4 v[4];
+            for (int32_t k = 0; k < 4; k++) v[k] = bapq_load4(out + (i + k) * BAPQ_TILE_ROWS + r);
+            turn(v);
+            for (int32_t k = 0; k < 4; k++) {
+                v[k] = bapq_finish4(v[k], biases[k], j->epilogue);
+                memcpy(y[k] + i, &v[k], sizeof v[k]);
+            }
+        }
+    }
+    for (; i < m; i++)
+        for (int32_t k = 0; k < rows; k++)
+            y[k][i] = bapq_finish(out[i * BAPQ_TILE_ROWS + r + k], bias ? bias + r + k : NULL,
+                                  j->epilogue);
+}
+
 /* Rows [first, end) of tile t, all of one group, for m pixels. */
 static void multiply_tile(const conv_job *j, const bapq_panel *panel, int32_t t, int32_t first,
                           int32_t end, int64_t pixel, int32_t m) {
@@ -188,11 +227,12 @@ static void multiply_tile(const conv_job *j, const bapq_panel *panel, int32_t t,
     j->kernels->tile[j->view.level](&tile, panel, m, out);
     if (!j->epilogue->use_bias) bias = NULL;
     int64_t pixels = j->conv->out_h * j->conv->out_w;
-    for (int32_t row = first; row < end; row++) {
-        int32_t r = row % BAPQ_TILE_ROWS;
-        float *y = j->y + bapq_output_row(j->layer, j->view.first_row + row) * pixels + pixel;
-        for (int32_t i = 0; i < m; i++)
-            y[i] = bapq_finish(out[i * BAPQ_TILE_ROWS + r], bias ? bias + r : NULL, j->epilogue);
+    for (int32_t row = first, rows; row < end; row += rows) {
+        rows = end - row < 4 ? end - row : 4;
+        float *y[4];
+        for (int32_t k = 0; k < rows; k++)
+            y[k] = j->y + bapq_output_row(j->layer, j->view.first_row + row + k) * pixels + pixel;
+        write_rows(j, out, rows, row % BAPQ_TILE_ROWS, bias, y, m);
     }
 }
 

@@ -4,67 +4,88 @@
 #include <math.h>
 #include <string.h>
 
+/* Bits of the largest value >= 0, and of the largest magnitude of those below, if any is. */
 typedef struct {
-    int32_t low, high; /* ordered keys */
-    int32_t amax;      /* bits of the largest absolute value */
+    int32_t high;
+    uint32_t low;
 } extent;
 
 typedef struct {
-    const float *x;
-    int64_t channels, height, width;
+    const float *x; /* (channels, pixels) */
+    int64_t channels, pixels;
     extent *extents; /* (channels,) */
     bapq_conv_input *input;
     float inverse;
 } job;
 
-/* Floats in the order of integers, so that min and max reduce in vectors without -ffast-math. */
-static inline int32_t ordered(int32_t bits) { return bits ^ (bits >> 31 & INT32_MAX); }
-
-static float from_ordered(int32_t key) {
-    int32_t bits = ordered(key);
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
+static void widen(extent *all, int32_t high, uint32_t low) {
+    all->high = high > all->high ? high : all->high;
+    all->low = low > all->low ? low : all->low;
 }
 
+/* Floats >= 0 order like their bits, and those below like theirs without sign, from zero down. So
+ * integer maxima, which vectorize without -ffast-math, find both ends; NaNs and infinities lie
+ * beyond. */
 static void find_extent(void *data, size_t channel) {
     job *j = data;
-    const float *x = j->x + (int64_t)channel * j->height * j->width;
-    int32_t low = 0, high = 0, amax = 0;
-    for (int64_t i = 0; i < j->height * j->width; i++) {
+    const float *x = j->x + (int64_t)channel * j->pixels;
+    extent found = {0, 0};
+    for (int64_t i = 0; i < j->pixels; i++) {
         int32_t bits;
         memcpy(&bits, x + i, sizeof bits);
-        int32_t key = ordered(bits), magnitude = bits & INT32_MAX;
-        low = key < low ? key : low;
-        high = key > high ? key : high;
-        amax = magnitude > amax ? magnitude : amax;
+        widen(&found, bits, (uint32_t)bits);
     }
-    j->extents[channel] = (extent){low, high, amax};
+    j->extents[channel] = found;
 }
 
-enum { STRIP = 64, LANES = 16 };
+/* A value's code, in the low byte. The sum's last bit is worth 1: it rounds half to even. */
+static inline uint32_t code_of(float x, float inverse, float to_code) {
+    enum { ZERO = 0x4b400000 }; /* bits of 1.5 * 2^23 */
+    float sum = x * inverse + to_code;
+    int32_t bits;
+    memcpy(&bits, &sum, sizeof bits);
+    bits = bits < ZERO - 127 ? ZERO - 127 : bits;
+    bits = bits > ZERO + 127 ? ZERO + 127 : bits;
+    return (uint32_t)bits & 255;
+}
 
-/* One row of pixels: quantized a strip of one channel at a time, then turned channels last. */
-static void quantize_row(void *data, size_t row) {
-    job *j = data;
-    const bapq_conv_input *input = j->input;
-    const float to_even = 12582912.0f; /* 1.5 * 2^23: adding it rounds half to even */
-    int8_t strip[LANES][STRIP];
-    float zero_point = (float)input->zero_point;
-    for (int64_t w = 0; w < j->width; w += STRIP) {
-        int64_t width = j->width - w < STRIP ? j->width - w : STRIP;
-        for (int64_t c = 0; c < j->channels; c += LANES) {
-            int64_t lanes = j->channels - c < LANES ? j->channels - c : LANES;
-            for (int64_t lane = 0; lane < lanes; lane++) {
-                const float *x = j->x + ((c + lane) * j->height + (int64_t)row) * j->width + w;
-                for (int64_t i = 0; i < width; i++) {
-                    float v = (x[i] * j->inverse + to_even) - to_even + zero_point;
-                    strip[lane][i] = (int8_t)(int32_t)(v < 127.0f ? v : 127.0f);
-                }
+enum { STRIP = 64, LANES = 16 }; /* pixels and channels at a time */
+enum { TASK_CHANNELS = 64 };     /* a whole cache line of every pixel */
+
+static int64_t channel_tasks(const job *j) { return bapq_ceil_div(j->channels, TASK_CHANNELS); }
+
+/* A strip of some channels: codes of four channels are put side by side in a word, then the words
+ * go to their pixels. */
+static void quantize_strip(void *data, size_t task) {
+    const job *j = data;
+    const float to_code = 12582912.0f + (float)j->input->zero_point;
+    int64_t first = (int64_t)task / channel_tasks(j) * STRIP;
+    int64_t width = j->pixels - first < STRIP ? j->pixels - first : STRIP;
+    int64_t c = (int64_t)task % channel_tasks(j) * TASK_CHANNELS;
+    int64_t end = j->channels - c < TASK_CHANNELS ? j->channels : c + TASK_CHANNELS;
+    for (; c < end; c += LANES) {
+        uint32_t word[LANES / 4][STRIP];
+        int64_t lanes = end - c < LANES ? end - c : LANES;
+        for (int64_t lane = 0; lane < lanes; lane += 4) {
+            const float *x[4];
+            for (int64_t k = 0; k < 4; k++) {
+                int64_t channel = lane + k < lanes ? c + lane + k : c;
+                x[k] = j->x + channel * j->pixels + first;
             }
-            int8_t *q = input->q + ((int64_t)row * j->width + w) * j->channels + c;
+            for (int64_t i = 0; i < width; i++)
+                word[lane / 4][i] = code_of(x[0][i], j->inverse, to_code) |
+                                    code_of(x[1][i], j->inverse, to_code) << 8 |
+                                    code_of(x[2][i], j->inverse, to_code) << 16 |
+                                    code_of(x[3][i], j->inverse, to_code) << 24;
+        }
+        int8_t *q = j->input->q + first * j->channels + c;
+        if (lanes == LANES) {
             for (int64_t i = 0; i < width; i++, q += j->channels)
-                for (int64_t lane = 0; lane < lanes; lane++) q[lane] = strip[lane][i];
+                for (int64_t k = 0; k < LANES / 4; k++) memcpy(q + 4 * k, &word[k][i], 4);
+        } else {
+            for (int64_t i = 0; i < width; i++, q += j->channels)
+                for (int64_t lane = 0; lane < lanes; lane++)
+                    q[lane] = (int8_t)(word[lane / 4][i] >> lane % 4 * 8);
         }
     }
 }
@@ -74,27 +95,29 @@ int64_t bapq_conv_input_scratch(int64_t channels) { return channels * (int64_t)s
 void bapq_conv_input_quantize(const float *x, int64_t channels, int64_t height, int64_t width,
                               const bapq_parallel *parallel, void *scratch,
                               bapq_conv_input *input) {
-    job j = {x, channels, height, width, scratch, input, 0.0f};
+    job j = {x, channels, height * width, scratch, input, 0.0f};
     parallel->for_each(parallel->self, find_extent, (size_t)channels, &j);
-    extent all = {0, 0, 0};
-    for (int64_t c = 0; c < channels; c++) {
-        all.low = j.extents[c].low < all.low ? j.extents[c].low : all.low;
-        all.high = j.extents[c].high > all.high ? j.extents[c].high : all.high;
-        all.amax = j.extents[c].amax > all.amax ? j.extents[c].amax : all.amax;
-    }
+    extent all = {0, 0};
+    for (int64_t c = 0; c < channels; c++) widen(&all, j.extents[c].high, j.extents[c].low);
+    enum { INFINITY_BITS = 0x7f800000, SIGN = 1u << 31 };
+    if (!(all.low & SIGN)) all.low = 0; /* nothing is negative */
+    input->finite = all.high < INFINITY_BITS && (all.low & INT32_MAX) < INFINITY_BITS;
+    if (!input->finite) return;
+    float high, low;
+    memcpy(&high, &all.high, sizeof high);
+    memcpy(&low, &all.low, sizeof low);
     /* In double, so that neither a huge nor a subnormal range overflows on the way. */
-    double low = from_ordered(all.low), range = from_ordered(all.high) - low;
-    input->finite = all.amax < 0x7F800000;
+    double range = (double)high - low;
     input->scale = (float)(range / 254.0);
     input->zero_point = -127;
     j.inverse = (float)(254.0 / range);
-    if (!input->finite) return;
     if (input->scale == 0.0f ||
         !isfinite(j.inverse)) { /* all zero, or below what float32 can tell */
         input->scale = 0.0f;
         memset(input->q, input->zero_point, (size_t)(channels * height * width));
         return;
     }
-    input->zero_point -= (int32_t)rint(low * j.inverse);
-    parallel->for_each(parallel->self, quantize_row, (size_t)height, &j);
+    input->zero_point -= (int32_t)rint((double)low * j.inverse);
+    size_t strips = (size_t)bapq_ceil_div(j.pixels, STRIP);
+    parallel->for_each(parallel->self, quantize_strip, strips * (size_t)channel_tasks(&j), &j);
 }

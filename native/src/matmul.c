@@ -59,31 +59,25 @@ static void prepare_rows(void *data, size_t i) {
     }
 }
 
-/* Finishes a tile's outputs (m, 16) and writes them to m rows of y, each `width` columns from
- * `first` on; or, where the layer has a row order, to the columns order[0 .. width - 1]. Inlined,
- * so that a full tile's loops have a known length. */
-static inline __attribute__((always_inline)) void write_columns(const matmul *mm, const float *out,
-                                                                const float *bias, float *y,
-                                                                int32_t m, int32_t width,
-                                                                const int32_t *order) {
-    for (int32_t i = 0; i < m; i++, out += BAPQ_TILE_ROWS, y += mm->rows) {
-        float finished[BAPQ_TILE_ROWS];
-        float *target = order ? finished : y;
-        for (int32_t r = 0; r < width; r++)
-            target[r] = bapq_finish(out[r], bias ? bias + r : NULL, mm->epilogue);
-        for (int32_t r = 0; order && r < width; r++) y[order[r]] = finished[r];
-    }
-}
-
+/* Finishes a tile's outputs (m, 16) and writes their first `width` to columns `first` and on of m
+ * rows of y; or, where the layer has a row order, to the columns that it names. */
 static void write_tile(const matmul *mm, const float *out, const float *bias, float *y, int32_t m,
                        int32_t first, int32_t width) {
-    const int32_t *order = mm->layer->row_order;
-    if (order == NULL)
-        write_columns(mm, out, bias, y + first, m, width, NULL);
-    else if (width == BAPQ_TILE_ROWS)
-        write_columns(mm, out, bias, y, m, BAPQ_TILE_ROWS, order + first);
-    else
-        write_columns(mm, out, bias, y, m, width, order + first);
+    const int32_t *order = mm->layer->row_order ? mm->layer->row_order + first : NULL;
+    bapq_float4 biases[4];
+    for (int32_t k = 0; k < 4; k++) biases[k] = bias ? bapq_load4(bias + 4 * k) : bapq_splat(-0.0f);
+    for (int32_t i = 0; i < m; i++, out += BAPQ_TILE_ROWS, y += mm->rows) {
+        float finished[BAPQ_TILE_ROWS];
+        float *target = !order && width == BAPQ_TILE_ROWS ? y + first : finished;
+        for (int32_t k = 0; k < 4; k++) {
+            bapq_float4 v = bapq_finish4(bapq_load4(out + 4 * k), biases[k], mm->epilogue);
+            memcpy(target + 4 * k, &v, sizeof v);
+        }
+        if (order)
+            for (int32_t r = 0; r < width; r++) y[order[r]] = finished[r];
+        else if (target == finished)
+            memcpy(y + first, finished, (size_t)width * sizeof *finished);
+    }
 }
 
 /* Stored rows [first, first + count) are constants: `values`, or zeros where that is NULL. */

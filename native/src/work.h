@@ -3,6 +3,7 @@
 #define BAPQ_WORK_H
 
 #include <stdatomic.h>
+#include <string.h>
 
 #include "ops.h"
 
@@ -10,6 +11,30 @@ static inline float bapq_finish(float v, const float *bias, const bapq_epilogue 
     if (bias) v += *bias;
     v = v < epilogue->clip_low ? epilogue->clip_low : v; /* in this order NaN passes through */
     return v > epilogue->clip_high ? epilogue->clip_high : v;
+}
+
+/* The same for four outputs at a time. A bias of -0 changes nothing. */
+typedef float bapq_float4 __attribute__((vector_size(16)));
+typedef int32_t bapq_int4 __attribute__((vector_size(16)));
+
+static inline bapq_float4 bapq_splat(float v) { return (bapq_float4){v, v, v, v}; }
+
+static inline bapq_float4 bapq_load4(const float *from) {
+    bapq_float4 v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+static inline bapq_float4 bapq_select4(bapq_int4 mask, bapq_float4 yes, bapq_float4 no) {
+    return (bapq_float4)((mask & (bapq_int4)yes) | (~mask & (bapq_int4)no));
+}
+
+static inline bapq_float4 bapq_finish4(bapq_float4 v, bapq_float4 bias,
+                                       const bapq_epilogue *epilogue) {
+    bapq_float4 low = bapq_splat(epilogue->clip_low), high = bapq_splat(epilogue->clip_high);
+    v += bias;
+    v = bapq_select4(v < low, low, v);
+    return bapq_select4(v > high, high, v);
 }
 
 /* The tiles of one chunk crossed with the panels of one input, dealt out to a few workers. Each

@@ -34,8 +34,8 @@ def quantize_sample(x: np.ndarray) -> tuple[np.ndarray, float]:
     scale = np.float32((high - low) / 254)
     inverse = np.float32(254 / (high - low))
     zero_point = -127 - np.rint(low * float(inverse))
-    q = np.minimum(np.rint(x * inverse) + np.float32(zero_point), 127)
-    return (q.astype(np.float64) - zero_point) * float(scale), abs(float(scale) * zero_point)
+    q = np.clip(np.rint((x * inverse).astype(np.float64) + zero_point), -127, 127)
+    return (q - zero_point) * float(scale), abs(float(scale) * zero_point)
 
 
 def product(

@@ -10,7 +10,7 @@
 #include "work.h"
 
 enum {
-    PANEL_ROWS = 64,
+    PANEL_ROWS = 128,
     PANEL_BYTES = 128 << 10 /* of int8: fits a second-level cache of 256 KiB */
 };
 
@@ -59,7 +59,7 @@ typedef struct {
     /* What they hold: a panel of a small input serves one chunk after another. */
     const float *of_sample; /* NULL: nothing yet */
     int64_t of_group, of_pixel;
-    int of_floats;
+    int of_floats, has_sums;
 } worker_buffers;
 
 typedef struct {
@@ -166,10 +166,11 @@ static bapq_panel build_panel(const conv_job *j, worker_buffers *buffers, int64_
     /* Of a pointwise convolution a pixel is a row already. */
     int pointwise = is_pointwise(j->conv);
     panel.q = pointwise ? j->input.q + pixel * j->conv->channels : buffers->q;
-    if (!there) {
-        if (!pointwise) fill_quantized(j, group, pixel, m, buffers->q);
+    if (!there && !pointwise) fill_quantized(j, group, pixel, m, buffers->q);
+    int sums = j->kernels->sum_levels >> j->view.level & 1;
+    if (sums && !(there && buffers->has_sums))
         j->kernels->block_sums(panel.q, m, j->blocks, buffers->sum);
-    }
+    buffers->has_sums = sums || (there && buffers->has_sums);
     panel.scale = &j->input.scale;
     panel.uniform = 1;
     panel.zero_point = j->input.zero_point;
@@ -198,6 +199,7 @@ static inline void turn(bapq_float4 v[4]) {
 /* Finishes `rows` rows of a tile from r on, and writes them to their planes from `pixel` on. */
 static inline void write_rows(const conv_job *j, const float *out, int32_t rows, int32_t r,
                               const float *bias, float *const y[4], int32_t m) {
+    const bapq_epilogue epilogue = *j->epilogue; /* which no output can overwrite */
     int32_t i = 0;
     if (rows == 4) {
         bapq_float4 biases[4];
@@ -207,15 +209,15 @@ static inline void write_rows(const conv_job *j, const float *out, int32_t rows,
             for (int32_t k = 0; k < 4; k++) v[k] = bapq_load4(out + (i + k) * BAPQ_TILE_ROWS + r);
             turn(v);
             for (int32_t k = 0; k < 4; k++) {
-                v[k] = bapq_finish4(v[k], biases[k], j->epilogue);
+                v[k] = bapq_finish4(v[k], biases[k], &epilogue);
                 memcpy(y[k] + i, &v[k], sizeof v[k]);
             }
         }
     }
     for (; i < m; i++)
         for (int32_t k = 0; k < rows; k++)
-            y[k][i] = bapq_finish(out[i * BAPQ_TILE_ROWS + r + k], bias ? bias + r + k : NULL,
-                                  j->epilogue);
+            y[k][i] =
+                bapq_finish(out[i * BAPQ_TILE_ROWS + r + k], bias ? bias + r + k : NULL, &epilogue);
 }
 
 /* Rows [first, end) of tile t, all of one group, for m pixels. */
@@ -335,12 +337,18 @@ static int32_t run_sample(bapq_run *run, int32_t layer, conv_job *j, const bapq_
     return BAPQ_OK;
 }
 
+/* Rows of a panel: as many as fit, in panels of one size. Kernels take rows by eights. */
+static int32_t panel_rows(int64_t pixels, int32_t blocks) {
+    int32_t most = PANEL_BYTES / (blocks * BAPQ_BLOCK) & ~7;
+    most = most < 8 ? 8 : most > PANEL_ROWS ? PANEL_ROWS : most;
+    return bapq_ceil_div(bapq_ceil_div(pixels, bapq_ceil_div(pixels, most)), 8) * 8;
+}
+
 int32_t bapq_conv_run(bapq_run *run, int32_t layer, const bapq_conv *conv,
                       const bapq_epilogue *epilogue, const bapq_parallel *parallel, const float *x,
                       float *y, bapq_error *error) {
     const bapq_layer *l = bapq_run_layer(run, layer);
     int32_t blocks = bapq_ceil_div(l->columns, BAPQ_BLOCK);
-    int32_t fitting = PANEL_BYTES / (blocks * BAPQ_BLOCK) & ~7; /* kernels take rows by eights */
     conv_job j = {.kernels = bapq_run_kernels(run),
                   .conv = conv,
                   .epilogue = epilogue,
@@ -348,9 +356,7 @@ int32_t bapq_conv_run(bapq_run *run, int32_t layer, const bapq_conv *conv,
                   .columns = l->columns,
                   .blocks = blocks,
                   .rows = l->rows,
-                  .panel_rows = fitting < 8            ? 8
-                                : fitting > PANEL_ROWS ? PANEL_ROWS
-                                                       : fitting,
+                  .panel_rows = panel_rows(conv->out_h * conv->out_w, blocks),
                   .group_rows = (int32_t)(l->rows / conv->p.group),
                   .group_channels = (int32_t)(conv->channels / conv->p.group)};
     uint32_t levels = bapq_run_levels(run, layer);

@@ -78,12 +78,13 @@ static void quantize_strip(void *data, size_t task) {
                                     code_of(x[2][i], j->inverse, to_code) << 16 |
                                     code_of(x[3][i], j->inverse, to_code) << 24;
         }
-        int8_t *q = j->input->q + first * j->channels + c;
+        const int64_t stride = j->channels;
+        int8_t *q = j->input->q + first * stride + c;
         if (lanes == LANES) {
-            for (int64_t i = 0; i < width; i++, q += j->channels)
+            for (int64_t i = 0; i < width; i++, q += stride)
                 for (int64_t k = 0; k < LANES / 4; k++) memcpy(q + 4 * k, &word[k][i], 4);
         } else {
-            for (int64_t i = 0; i < width; i++, q += j->channels)
+            for (int64_t i = 0; i < width; i++, q += stride)
                 for (int64_t lane = 0; lane < lanes; lane++)
                     q[lane] = (int8_t)(word[lane / 4][i] >> lane % 4 * 8);
         }

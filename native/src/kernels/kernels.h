@@ -47,7 +47,7 @@ typedef struct {
 typedef struct {
     const int8_t *q;    /* (m, blocks*32), row stride blocks*32; -127..127 */
     const float *scale; /* (m, blocks), or one for all if `uniform` */
-    const float *sum;   /* (m, blocks): sum of q over the block */
+    const float *sum;   /* (m, blocks): sum of q over the block; see sum_levels */
     const float *x;     /* (m, blocks*32) float32, level 32 only */
     int32_t uniform;    /* one scale for the whole panel */
     int32_t zero_point; /* -127..127; 0 unless uniform */
@@ -71,6 +71,7 @@ typedef struct {
     bapq_tile_fn tile[BAPQ_LEVELS];
     bapq_quantize_row_fn quantize_row;
     bapq_block_sums_fn block_sums;
+    uint32_t sum_levels; /* bit l: tile[l] reads the panel's sums */
 } bapq_kernels;
 
 /* The best family this CPU can run; BAPQ_ISA in the environment names another one, and then the

@@ -72,4 +72,4 @@ static void tile_float(const bapq_tile *w, const bapq_panel *x, int32_t m, float
     }
 }
 
-BAPQ_DEFINE_FAMILY(scalar)
+BAPQ_DEFINE_FAMILY(scalar, 0)

@@ -36,8 +36,8 @@ SCALE_COLUMNS: dict[Level, int] = {4: 32, 2: 96, 1: 128}
 1.274 instead of 1.265 times the bytes of one of level 8."""
 
 NEAREST_RESIDUAL_STEPS = 15
-"""Nearest codes: 7.5/15 of a step is half a step of level 4. Odd, so that zero is a code of level 8:
-at even steps it lies between two, and the kernels for ARM must add half the activations' sum."""
+"""Nearest codes: 7.5/15 of a step is half a step of level 4. Odd, so that zero is a code of level 8;
+else it lies between two, and the kernels for ARM have to add half the sum of the activations."""
 
 COMPENSATED_RESIDUAL_STEPS = 11
 """The residual reaches 0.73 steps: a level-4 code may be the farther neighbour of a weight in the

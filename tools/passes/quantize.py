@@ -35,15 +35,14 @@ SCALE_COLUMNS: dict[Level, int] = {4: 32, 2: 96, 1: 128}
 96, level 2 of MiniLM has a cosine of 0.877 instead of 0.868, and a bank of levels 8, 4 and 2 has
 1.274 instead of 1.265 times the bytes of one of level 8."""
 
-NEAREST_RESIDUAL_STEPS = 15
-"""Nearest codes: 7.5/15 of a step is half a step of level 4. Odd, so that zero is a code of level 8;
-else it lies between two, and the kernels for ARM have to add half the sum of the activations."""
+NEAREST_RESIDUAL_STEPS = 16
+"""Nearest codes: 7.5/16 of a step and half a residual step reach exactly half a step of level 4,
+with the finest grid the format admits."""
 
-COMPENSATED_RESIDUAL_STEPS = 11
-"""The residual reaches 0.73 steps: a level-4 code may be the farther neighbour of a weight in the
-middle of the two. On MiniLM, cosines of levels 8 and 4 with float activations are 0.9996 and 0.9922
-at 8 steps, 0.9997 and 0.9919 at 10, 0.9998 and 0.9908 at 12, 0.9999 and 0.9812 at 16. Odd, as
-above."""
+COMPENSATED_RESIDUAL_STEPS = 12
+"""The residual reaches 2/3 of a step: a level-4 code may be the farther neighbour of a weight in
+the middle third. On MiniLM, cosines of levels 8 and 4 with float activations are 0.9996 and 0.9922
+at 8 steps, 0.9997 and 0.9919 at 10, 0.9998 and 0.9908 at 12, 0.9999 and 0.9812 at 16."""
 
 FAMILIES: tuple[tuple[Level, ...], ...] = ((8, 4), (2, 1))
 """Levels whose planes depend on each other."""

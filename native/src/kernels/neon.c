@@ -10,43 +10,19 @@
 /* Keeps clang from putting off additions until their operands fill the stack. */
 #define IN_ORDER(a, b) __asm__ volatile("" : "+w"(a), "+w"(b))
 
-/* Columns 4j..4j+3 cut from the planes: two registers of two columns. */
-BAPQ_INLINE void cut(int level, const source *from, int j, int8x16_t pair[2]) {
-    const int g = 2 * from->half;
-    const int16x8_t low = vreinterpretq_s16_s8(code_of(level, from->w, from->table, from->b, g, j));
-    const int16x8_t high =
-        vreinterpretq_s16_s8(code_of(level, from->w, from->table, from->b, g + 1, j));
-    pair[0] = vreinterpretq_s8_s16(vuzp1q_s16(low, high));
-    pair[1] = vreinterpretq_s8_s16(vuzp2q_s16(low, high));
-}
-
-/* Columns 8p..8p+7. */
-BAPQ_INLINE void codes_at(variant v, const source *from, int p, int8x16_t pair[4]) {
-    if (v.straight) {
-        cut(v.level, from, 2 * p, pair);
-        cut(v.level, from, 2 * p + 1, pair + 2);
-        return;
-    }
-#pragma GCC unroll 4
-    for (int t = 0; t < 4; t++) {
-        pair[t] = vld1q_s8(from->decoded + p * 64 + t * 16);
-    }
-}
-
 /* Of each block: rows 0..7, then 8..15; of those, columns 2t, 2t+1 at 16 * t. */
 BAPQ_INLINE void decode(int level, const bapq_tile *w, stripe *s) {
-    source from = {.w = w, .table = code_table(level, w), .b = s->first};
+    const uint8x16_t table = code_table(level, w);
     int8_t *to = s->code[0];
-    for (const int8_t *end = to + s->blocks * 512; to < end; from.b++) {
-        for (from.half = 0; from.half < 2; from.half++, to += 256) {
-#pragma GCC unroll 4
-            for (int p = 0; p < 4; p++) {
-                int8x16_t pair[4];
-                codes_at((variant){.level = level, .straight = 1}, &from, p, pair);
-#pragma GCC unroll 4
-                for (int t = 0; t < 4; t++) {
-                    vst1q_s8(to + p * 64 + t * 16, pair[t]);
-                }
+    for (int32_t b = s->first; b < s->first + s->blocks; b++) {
+        for (int g = 0; g < 4; g += 2) {
+            const cutting low = cutting_of(level, w, b, g), high = cutting_of(level, w, b, g + 1);
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++, to += 32) {
+                const int16x8_t lows = vreinterpretq_s16_s8(stored_code(level, table, &low, j));
+                const int16x8_t highs = vreinterpretq_s16_s8(stored_code(level, table, &high, j));
+                vst1q_s8(to, vreinterpretq_s8_s16(vuzp1q_s16(lows, highs)));
+                vst1q_s8(to + 16, vreinterpretq_s8_s16(vuzp2q_s16(lows, highs)));
             }
         }
     }
@@ -75,13 +51,29 @@ BAPQ_INLINE int16x8x4_t pairs_at(const int8_t **q) {
     return pair;
 }
 
+/* Columns 8p..8p+7. */
+BAPQ_INLINE void codes_at(const source *from, int p, int8x16_t code[4]) {
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; t++) {
+        code[t] = vld1q_s8(from->decoded + p * 64 + t * 16);
+    }
+}
+
+/* 16 activations, each four of them repeated. */
+BAPQ_INLINE int32x4x4_t fours_at(const int8_t **q) {
+    const int32x4x4_t four = vld4q_dup_s32((const int32_t *)(const void *)*q);
+    *q += 16;
+    __asm__("" : "+r"(*q));
+    return four;
+}
+
 /* Level 8: |code| <= 128 and |q| <= 127, so two products fit int16. */
-BAPQ_INLINE void add_full(int n, variant v, int fresh, const source *from, const int8_t *q[4],
+BAPQ_INLINE void add_full(int n, int fresh, const source *from, const int8_t *q[4],
                           int32x4_t dot[4][GROUPS]) {
 #pragma GCC unroll 4
     for (int p = 0; p < 4; p++) {
         int8x16_t code[4];
-        codes_at(v, from, p, code);
+        codes_at(from, p, code);
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++) {
             const int16x8x4_t pair = pairs_at(&q[i]);
@@ -103,12 +95,12 @@ BAPQ_INLINE void add_full(int n, variant v, int fresh, const source *from, const
 }
 
 /* Levels 4, 2, 1: |code| <= 15, so a block's 16 products per int16 fit: 16 * 15 * 127 = 30480. */
-BAPQ_INLINE void add_small(int n, variant v, int fresh, const source *from, const int8_t *q[4],
+BAPQ_INLINE void add_small(int n, int fresh, const source *from, const int8_t *q[4],
                            int16x8_t chain[4][GROUPS]) {
 #pragma GCC unroll 4
     for (int p = 0; p < 4; p++) {
         int8x16_t code[4];
-        codes_at(v, from, p, code);
+        codes_at(from, p, code);
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++) {
             const int16x8x4_t pair = pairs_at(&q[i]);
@@ -137,13 +129,13 @@ BAPQ_INLINE int32_t chain_of(int level) {
 BAPQ_INLINE void add_chain(int n, variant v, int fresh, int32_t blocks, source *from,
                            const int8_t *q[4], int32x4_t dot[4][GROUPS]) {
     if (v.level == BAPQ_L8) {
-        add_full(n, v, fresh, from, q, dot);
+        add_full(n, fresh, from, q, dot);
     } else {
         int16x8_t chain[4][GROUPS];
-        add_small(n, v, 1, from, q, chain);
+        add_small(n, 1, from, q, chain);
         for (int32_t b = 1; b < blocks; b++) {
             from->decoded += 512;
-            add_small(n, v, 0, from, q, chain);
+            add_small(n, 0, from, q, chain);
         }
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++) {
@@ -154,11 +146,68 @@ BAPQ_INLINE void add_chain(int n, variant v, int fresh, int32_t blocks, source *
         }
     }
     from->decoded += 512;
-    from->b++;
+}
+
+/* A block whose codes come from the planes: registers of 4 rows x 4 columns meet 4 activations
+ * repeated 4 times. The lower half of a product is of the first two rows. */
+BAPQ_INLINE void dot_straight(int n, int level, const source *from, const int8_t *q[4],
+                              int32x4_t dot[4][GROUPS]) {
+    int32x4_t low[4][GROUPS], high[4][GROUPS]; /* level 8: pairs of products added up */
+    int16x8_t lows[4][GROUPS], highs[4][GROUPS];
+    int32x4x4_t four[4];
+    cutting c[GROUPS];
+#pragma GCC unroll 2
+    for (int g = 0; g < GROUPS; g++) {
+        c[g] = cutting_of(level, from->w, from->b, 2 * from->half + g);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+        int8x16_t code[GROUPS];
+#pragma GCC unroll 2
+        for (int g = 0; g < GROUPS; g++) {
+            code[g] = straight_code(level, from->table, &c[g], j);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++) {
+            if (j % 4 == 0) {
+                four[i] = fours_at(&q[i]);
+            }
+            const int8x16_t qj = vreinterpretq_s8_s32(four[i].val[j % 4]);
+#pragma GCC unroll 2
+            for (int g = 0; g < GROUPS; g++) {
+                const int begins = level == BAPQ_L8 ? j % 2 == 0 : j == 0;
+                const int8x8_t code_low = vget_low_s8(code[g]), q_low = vget_low_s8(qj);
+                lows[i][g] =
+                    begins ? vmull_s8(code_low, q_low) : vmlal_s8(lows[i][g], code_low, q_low);
+                highs[i][g] =
+                    begins ? vmull_high_s8(code[g], qj) : vmlal_high_s8(highs[i][g], code[g], qj);
+                if (level == BAPQ_L8 && j % 2 == 1) {
+                    low[i][g] =
+                        j == 1 ? vpaddlq_s16(lows[i][g]) : vpadalq_s16(low[i][g], lows[i][g]);
+                    high[i][g] =
+                        j == 1 ? vpaddlq_s16(highs[i][g]) : vpadalq_s16(high[i][g], highs[i][g]);
+                    IN_ORDER(low[i][g], high[i][g]);
+                }
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < n; i++) {
+#pragma GCC unroll 2
+        for (int g = 0; g < GROUPS; g++) {
+            dot[i][g] = level == BAPQ_L8 ? vpaddq_s32(low[i][g], high[i][g])
+                                         : vpaddlq_s16(vpaddq_s16(lows[i][g], highs[i][g]));
+        }
+    }
 }
 
 BAPQ_INLINE void dot_run(int n, variant v, int32_t run, source *from, const int8_t *q[4],
                          int32x4_t dot[4][GROUPS]) {
+    if (v.straight) {
+        dot_straight(n, v.level, from, q, dot);
+        from->b++;
+        return;
+    }
     const int32_t longest = v.grouped ? chain_of(v.level) : 1;
     int32_t chain = run < longest ? run : longest;
     add_chain(n, v, 1, chain, from, q, dot);

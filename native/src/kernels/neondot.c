@@ -5,24 +5,19 @@
 #define BAPQ_STRAIGHT_ROWS 4
 #include "neon.inc"
 
-/* Columns 4j..4j+3 of rows 4g..4g+3 of the 8. */
-BAPQ_INLINE int8x16_t codes_at(variant v, const source *from, int j, int g) {
-    return v.straight ? code_of(v.level, from->w, from->table, from->b, 2 * from->half + g, j)
-                      : vld1q_s8(from->decoded + j * 32 + g * 16);
-}
-
 /* Of each block: rows 0..7, then 8..15; of those, columns 4j..4j+3 at 32 * j. */
 BAPQ_INLINE void decode(int level, const bapq_tile *w, stripe *s) {
-    source from = {.w = w, .table = code_table(level, w), .b = s->first};
+    const uint8x16_t table = code_table(level, w);
     int8_t *to = s->code[0];
-    for (const int8_t *end = to + s->blocks * 512; to < end; from.b++) {
-        for (from.half = 0; from.half < 2; from.half++) {
+    for (int32_t b = s->first; b < s->first + s->blocks; b++) {
+        for (int g = 0; g < 4; g += 2) {
+            const cutting low = cutting_of(level, w, b, g), high = cutting_of(level, w, b, g + 1);
 #pragma GCC unroll 8
             for (int j = 0; j < 8; j++, to += 32) {
-                const variant v = {.level = level, .straight = 1};
-                const int8x16_t low = codes_at(v, &from, j, 0), high = codes_at(v, &from, j, 1);
-                vst1q_s8(to, low);
-                vst1q_s8(to + 16, high);
+                const int8x16_t lows = stored_code(level, table, &low, j);
+                const int8x16_t highs = stored_code(level, table, &high, j);
+                vst1q_s8(to, lows);
+                vst1q_s8(to + 16, highs);
             }
         }
     }
@@ -62,6 +57,13 @@ BAPQ_INLINE void dot_run(int n, variant v, int32_t run, source *from, const int8
     }
     do {
         int8x16_t qi[4][2];
+        cutting c[GROUPS];
+#pragma GCC unroll 2
+        for (int g = 0; g < GROUPS; g++) {
+            if (v.straight) {
+                c[g] = cutting_of(v.level, from->w, from->b, 2 * from->half + g);
+            }
+        }
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++) {
             qi[i][0] = vld1q_s8(q[i]);
@@ -72,7 +74,8 @@ BAPQ_INLINE void dot_run(int n, variant v, int32_t run, source *from, const int8
         for (int j = 0; j < 8; j++) {
 #pragma GCC unroll 2
             for (int g = 0; g < GROUPS; g++) {
-                const int8x16_t code = codes_at(v, from, j, g);
+                const int8x16_t code = v.straight ? straight_code(v.level, from->table, &c[g], j)
+                                                  : vld1q_s8(from->decoded + j * 32 + g * 16);
 #pragma GCC unroll 4
                 for (int i = 0; i < n; i++) {
                     dot[i][g] = dot_lane(dot[i][g], code, qi[i][j / 4], j % 4);

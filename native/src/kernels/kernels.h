@@ -71,7 +71,7 @@ typedef struct {
     bapq_tile_fn tile[BAPQ_LEVELS];
     bapq_quantize_row_fn quantize_row;
     bapq_block_sums_fn block_sums;
-    uint32_t sum_levels; /* bit l: tile[l] reads the panel's sums */
+    uint32_t sum_levels; /* bit l: tile[l] reads the sums of a uniform panel, too */
 } bapq_kernels;
 
 /* The best family this CPU can run; BAPQ_ISA in the environment names another one, and then the

@@ -67,6 +67,9 @@ BAPQ_INLINE int32x4x4_t fours_at(const int8_t **q) {
     return four;
 }
 
+/* Two rows at a time, so that an in-order core need not wait for the sum before. */
+enum { ROWS = 2 };
+
 /* Level 8: |code| <= 128 and |q| <= 127, so two products fit int16. */
 BAPQ_INLINE void add_full(int n, int fresh, const source *from, const int8_t *q[4],
                           int32x4_t dot[4][GROUPS]) {
@@ -74,21 +77,36 @@ BAPQ_INLINE void add_full(int n, int fresh, const source *from, const int8_t *q[
     for (int p = 0; p < 4; p++) {
         int8x16_t code[4];
         codes_at(from, p, code);
-#pragma GCC unroll 4
-        for (int i = 0; i < n; i++) {
-            const int16x8x4_t pair = pairs_at(&q[i]);
+#pragma GCC unroll 2
+        for (int first = 0; first < n; first += ROWS) {
+            const int end = first + ROWS < n ? first + ROWS : n;
+            int16x8x4_t pair[4];
+#pragma GCC unroll 2
+            for (int i = first; i < end; i++) {
+                pair[i] = pairs_at(&q[i]);
+            }
 #pragma GCC unroll 2
             for (int t = 0; t < 4; t += 2) {
-                const int8x16_t q0 = vreinterpretq_s8_s16(pair.val[t]);
-                const int8x16_t q1 = vreinterpretq_s8_s16(pair.val[t + 1]);
-                int16x8_t low = vmull_s8(vget_low_s8(code[t]), vget_low_s8(q0));
-                int16x8_t high = vmull_high_s8(code[t], q0);
-                low = vmlal_s8(low, vget_low_s8(code[t + 1]), vget_low_s8(q1));
-                high = vmlal_high_s8(high, code[t + 1], q1);
-                const int first = fresh && p == 0 && t == 0;
-                dot[i][0] = first ? vpaddlq_s16(low) : vpadalq_s16(dot[i][0], low);
-                dot[i][1] = first ? vpaddlq_s16(high) : vpadalq_s16(dot[i][1], high);
-                IN_ORDER(dot[i][0], dot[i][1]);
+                int16x8_t low[4], high[4];
+#pragma GCC unroll 2
+                for (int i = first; i < end; i++) {
+                    const int8x16_t qt = vreinterpretq_s8_s16(pair[i].val[t]);
+                    low[i] = vmull_s8(vget_low_s8(code[t]), vget_low_s8(qt));
+                    high[i] = vmull_high_s8(code[t], qt);
+                }
+#pragma GCC unroll 2
+                for (int i = first; i < end; i++) {
+                    const int8x16_t qt = vreinterpretq_s8_s16(pair[i].val[t + 1]);
+                    low[i] = vmlal_s8(low[i], vget_low_s8(code[t + 1]), vget_low_s8(qt));
+                    high[i] = vmlal_high_s8(high[i], code[t + 1], qt);
+                }
+                const int begins = fresh && p == 0 && t == 0;
+#pragma GCC unroll 2
+                for (int i = first; i < end; i++) {
+                    dot[i][0] = begins ? vpaddlq_s16(low[i]) : vpadalq_s16(dot[i][0], low[i]);
+                    dot[i][1] = begins ? vpaddlq_s16(high[i]) : vpadalq_s16(dot[i][1], high[i]);
+                    IN_ORDER(dot[i][0], dot[i][1]);
+                }
             }
         }
     }
@@ -101,21 +119,28 @@ BAPQ_INLINE void add_small(int n, int fresh, const source *from, const int8_t *q
     for (int p = 0; p < 4; p++) {
         int8x16_t code[4];
         codes_at(from, p, code);
-#pragma GCC unroll 4
-        for (int i = 0; i < n; i++) {
-            const int16x8x4_t pair = pairs_at(&q[i]);
+#pragma GCC unroll 2
+        for (int first = 0; first < n; first += ROWS) {
+            const int end = first + ROWS < n ? first + ROWS : n;
+            int16x8x4_t pair[4];
+#pragma GCC unroll 2
+            for (int i = first; i < end; i++) {
+                pair[i] = pairs_at(&q[i]);
+            }
 #pragma GCC unroll 4
             for (int t = 0; t < 4; t++) {
-                const int8x16_t qt = vreinterpretq_s8_s16(pair.val[t]);
-                if (fresh && p == 0 && t == 0) {
-                    chain[i][0] = vmull_s8(vget_low_s8(code[t]), vget_low_s8(qt));
-                    chain[i][1] = vmull_high_s8(code[t], qt);
-                } else {
-                    chain[i][0] = vmlal_s8(chain[i][0], vget_low_s8(code[t]), vget_low_s8(qt));
-                    chain[i][1] = vmlal_high_s8(chain[i][1], code[t], qt);
+#pragma GCC unroll 2
+                for (int i = first; i < end; i++) {
+                    const int8x16_t qt = vreinterpretq_s8_s16(pair[i].val[t]);
+                    const int8x8_t code_low = vget_low_s8(code[t]), q_low = vget_low_s8(qt);
+                    const int begins = fresh && p == 0 && t == 0;
+                    chain[i][0] =
+                        begins ? vmull_s8(code_low, q_low) : vmlal_s8(chain[i][0], code_low, q_low);
+                    chain[i][1] = begins ? vmull_high_s8(code[t], qt)
+                                         : vmlal_high_s8(chain[i][1], code[t], qt);
+                    IN_ORDER(chain[i][0], chain[i][1]);
                 }
             }
-            IN_ORDER(chain[i][0], chain[i][1]);
         }
     }
 }

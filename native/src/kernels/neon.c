@@ -67,8 +67,13 @@ BAPQ_INLINE int32x4x4_t fours_at(const int8_t **q) {
     return four;
 }
 
-/* Two rows at a time, so that an in-order core need not wait for the sum before. */
+/* Two rows at a time, so that an in-order core need not wait for the sum before. gcc would move the
+ * results of two ld4r about. */
+#ifdef __clang__
 enum { ROWS = 2 };
+#else
+enum { ROWS = 1 };
+#endif
 
 /* Level 8: |code| <= 128 and |q| <= 127, so two products fit int16. */
 BAPQ_INLINE void add_full(int n, int fresh, const source *from, const int8_t *q[4],
@@ -77,7 +82,7 @@ BAPQ_INLINE void add_full(int n, int fresh, const source *from, const int8_t *q[
     for (int p = 0; p < 4; p++) {
         int8x16_t code[4];
         codes_at(from, p, code);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int first = 0; first < n; first += ROWS) {
             const int end = first + ROWS < n ? first + ROWS : n;
             int16x8x4_t pair[4];
@@ -119,7 +124,7 @@ BAPQ_INLINE void add_small(int n, int fresh, const source *from, const int8_t *q
     for (int p = 0; p < 4; p++) {
         int8x16_t code[4];
         codes_at(from, p, code);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int first = 0; first < n; first += ROWS) {
             const int end = first + ROWS < n ? first + ROWS : n;
             int16x8x4_t pair[4];

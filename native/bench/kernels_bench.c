@@ -46,7 +46,7 @@ static double seconds_per_layer(const bapq_kernels *k, int level, int32_t blocks
     for (int c = 0; c < calls; c++) {
         for (size_t t = 0; t < TILES; t++) {
             const size_t at = t * (size_t)blocks * (size_t)code_bytes[level];
-            const bapq_tile tile = {{codes[0] + at, codes[1] + at}, scales, blocks, 0, 1, 8};
+            const bapq_tile tile = {{codes[0] + at, codes[1] + at}, scales, blocks, 1, 8, 0};
             k->tile[level](&tile, &panel, m, out);
         }
     }

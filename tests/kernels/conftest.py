@@ -22,9 +22,9 @@ class _CTile(ctypes.Structure):
         ("code", ctypes.c_void_p * 2),
         ("scale", ctypes.c_void_p),
         ("blocks", ctypes.c_int32),
-        ("padding", ctypes.c_int32),
         ("scale_blocks", ctypes.c_int32),
         ("residual_steps", ctypes.c_int32),
+        ("padding", ctypes.c_int32),
     )
 
 
@@ -82,9 +82,9 @@ class Family:
             (ctypes.c_void_p * 2)(*codes),
             tile.scale.ctypes.data if tile.level != 32 else None,
             tile.blocks,
-            tile.padding,
             tile.scale_blocks,
             tile.residual_steps,
+            tile.padding,
         )
         c_panel = _CPanel(*(array.ctypes.data for array in arrays), panel.uniform, panel.zero_point)
         out, guard = _guarded((m, TILE_ROWS), np.float32)

@@ -38,9 +38,9 @@ typedef struct {
     const uint8_t *code[2];
     const uint16_t *scale;  /* (scale groups, 16) bf16; NULL at level 32 */
     int32_t blocks;         /* ceil(columns / 32) */
-    int32_t padding;        /* columns of the last block past the layer's; their codes are 0 */
     int32_t scale_blocks;   /* blocks that share one scale, >= 1 */
     int32_t residual_steps; /* 8..16: level-8 steps in one level-4 step */
+    int32_t padding;        /* columns of the last block past the layer's; their codes are 0 */
 } bapq_tile;
 
 /* m activation rows: x = scale * (q - zero_point); q and x are 0 in the padding. */

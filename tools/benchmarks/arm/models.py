@@ -13,14 +13,14 @@ import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import version_converter
 
+import bapq_edge
+import bapq_tools
 from bapq_edge.errors import UncalibratedWarning
-from bapq_tools import build_bank
 from bapq_tools.experiments.cases import load_case
 from bapq_tools.zoo import make_model
 
@@ -47,10 +47,10 @@ _QDQ_OPSET = 13
 _Feed = dict[str, np.ndarray]
 
 
-def prepare(name: str, folder: Path, pnnx: Path | None) -> None:
-    """Write what is not there yet; `pnnx` is ncnn's converter, if there is one.
+def prepare(name: str, folder: Path, pnnx: Path | None) -> dict[str, str]:
+    """Write what is not there yet; why there is nothing for an engine, by its name.
 
-    Where an engine cannot take the model, a file NAME.failed says why: int8.failed, ncnn.failed.
+    `pnnx` is ncnn's converter, if there is one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / "model.onnx"
@@ -59,28 +59,40 @@ def prepare(name: str, folder: Path, pnnx: Path | None) -> None:
         np.savez(folder / "input.npz", **feed)
     with np.load(folder / "input.npz") as arrays:
         feed = {key: arrays[key] for key in arrays.files}
-    is_text = name.startswith("minilm")
-    _once(folder, "int8.onnx", lambda out: _quantize(model, out, None if is_text else feed))
-    _once(folder, "model.bank", lambda out: _build_bank(model, out))
+    bank = folder / "model.bank"
+    if bank.exists() and bank.stat().st_mtime < _newest_source():
+        shutil.rmtree(bank)
+    _once(bank, lambda out: _build_bank(model, out))
+    quantize = _quantize_dynamic if name.startswith("minilm") else _quantize
+    reasons = {
+        "int8": _once(folder / "int8.onnx", lambda out: quantize(model, feed, out)),
+        "ncnn": "not installed: pnnx",
+    }
     if pnnx is not None:
-        _once(folder, "ncnn", lambda out: _convert(model, feed, out, pnnx))
+        reasons["ncnn"] = _once(folder / "ncnn", lambda out: _convert(model, feed, out, pnnx))
+    return {engine: reason for engine, reason in reasons.items() if reason}
 
 
-def _once(folder: Path, name: str, make: Callable[[Path], None]) -> None:
-    """Make a file or directory that appears only when it is complete, or NAME.failed."""
-    target, failed = folder / name, folder / f"{Path(name).stem}.failed"
-    if target.exists() or failed.exists():
-        return
-    part = folder / f"part.{name}"
+def _newest_source() -> float:
+    """When what decides on the bytes of a bank was last changed."""
+    folders = [Path(bapq_tools.__file__).parent, Path(bapq_edge.__file__).parent / "bank"]
+    return max(file.stat().st_mtime for folder in folders for file in folder.rglob("*.py"))
+
+
+def _once(target: Path, make: Callable[[Path], None]) -> str:
+    """Make a file or directory, which appears only when it is complete; why that failed."""
+    if target.exists():
+        return ""
+    part = target.with_name(f"part.{target.name}")
     if part.is_dir():
         shutil.rmtree(part)
     part.unlink(missing_ok=True)
     try:
         make(part)
-    except (RuntimeError, ValueError, subprocess.CalledProcessError) as error:
-        failed.write_text(f"{type(error).__name__}: {error}\n")
-    else:
-        part.rename(target)
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    part.rename(target)
+    return ""
 
 
 def _write_model(name: str, out: Path) -> _Feed:
@@ -100,19 +112,21 @@ def _write_model(name: str, out: Path) -> _Feed:
 def _build_bank(model: Path, out: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UncalibratedWarning)
-        build_bank(model, out, levels=(32, 8, 4, 2, 1), progress=False)
+        bapq_tools.build_bank(model, out, levels=(32, 8, 4, 2, 1), progress=False)
 
 
-def _quantize(model: Path, out: Path, feed: _Feed | None) -> None:
-    """ONNX Runtime's int8: static QDQ with scales per channel, or dynamic without a feed."""
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+def _quantize_dynamic(model: Path, feed: _Feed, out: Path) -> None:
+    from onnxruntime.quantization import quantize_dynamic
+
+    logging.disable(logging.WARNING)  # it advises to run shape inference first, to no effect here
+    quantize_dynamic(model, out)
+
+
+def _quantize(model: Path, feed: _Feed, out: Path) -> None:
+    """ONNX Runtime's static int8: QDQ with scales per channel."""
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.calibrate import CalibrationDataReader
     from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    logging.disable(logging.WARNING)  # advice that is taken here already
-    if feed is None:
-        quantize_dynamic(model, out)
-        return
 
     class Samples(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -121,9 +135,11 @@ def _quantize(model: Path, out: Path, feed: _Feed | None) -> None:
         def get_next(self) -> _Feed | None:
             return next(self.feeds, None)
 
+    loaded = onnx.load(model)
+    if min(entry.version for entry in loaded.opset_import if not entry.domain) < _QDQ_OPSET:
+        loaded = version_converter.convert_version(loaded, _QDQ_OPSET)
     optimized = out.with_name("int8_source.onnx")
-    onnx.save(version_converter.convert_version(onnx.load(model), _QDQ_OPSET), optimized)
-    quant_pre_process(optimized, optimized, skip_symbolic_shape=True)
+    quant_pre_process(loaded, optimized, skip_symbolic_shape=True)
     quantize_static(
         optimized,
         out,
@@ -164,11 +180,11 @@ def _convert(model: Path, feed: _Feed, out: Path, pnnx: Path) -> None:
         raise RuntimeError(f"pnnx: ncnn has no {', '.join(sorted(unknown))}")
     (out / "inputs.json").write_text(json.dumps(list(feed)))
     for file in out.iterdir():
-        if file.suffix == ".onnx" or ".pnnx." in file.name or file.suffix == ".py":
+        if file.suffix not in (".param", ".bin", ".json") or ".pnnx." in file.name:
             file.unlink()
 
 
 def _unknown_operators(parameters: Path) -> set[str]:
     """Operators that pnnx left as they were in the source: ncnn's have plain names."""
-    lines: list[Any] = parameters.read_text().splitlines()[2:]
+    lines = parameters.read_text().splitlines()[2:]
     return {kind for kind in (line.split()[0] for line in lines) if "." in kind or ":" in kind}

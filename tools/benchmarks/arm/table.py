@@ -7,7 +7,7 @@ from typing import Any
 
 from .counts import PARTS
 
-__all__ = ["ENGINES", "to_markdown"]
+__all__ = ["ENGINES", "table", "to_markdown"]
 
 ENGINES = {
     "fp32": "ORT fp32",
@@ -47,7 +47,7 @@ def _totals(cells: Sequence[Mapping[str, Any]], models: Mapping[str, str]) -> st
         found = (by_name.get((model, engine), {}).get("parts") for engine in engines)
         totals = (_millions(sum(parts.values())) if parts else "" for parts in found)
         rows.append([models[model], *totals])
-    return _table(["model", *(ENGINES[name] for name in engines)], rows)
+    return table(["model", *(ENGINES[name] for name in engines)], rows)
 
 
 def _parts(cells: Sequence[Mapping[str, Any]], models: Mapping[str, str]) -> str:
@@ -56,7 +56,7 @@ def _parts(cells: Sequence[Mapping[str, Any]], models: Mapping[str, str]) -> str
         for cell in cells
         if "parts" in cell and cell["engine"].isdecimal()
     ]
-    return _table(["model", "engine", *PARTS.values()], rows) if rows else ""
+    return table(["model", "engine", *PARTS.values()], rows) if rows else ""
 
 
 def _millions(instructions: int) -> str:
@@ -65,6 +65,7 @@ def _millions(instructions: int) -> str:
     return f"{millions:.{0 if millions >= 1000 else 1 if millions >= 10 else 2}f}"
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Text cells as a table in Markdown."""
     lines = (heads, ["---"] * len(heads), *rows)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -82,18 +82,15 @@ def open_ncnn(folder: Path, feed: Feed) -> tuple[Callable[[], object], str]:
         str(folder / "model.ncnn.bin")
     ):
         raise RuntimeError("ncnn does not load the model")
-    # pnnx numbers the inputs; a batch of one has no axis.
-    names = json.loads((folder / "inputs.json").read_text())
-    integers = {key: np.ascontiguousarray(feed[key][0]) for key in names}
-    inputs = [
-        value.astype(np.int32).view(np.float32) if value.dtype == np.int64 else value
-        for value in integers.values()
-    ]
+    # pnnx numbers the inputs; a batch of one has no axis. ncnn may write on what it does not own.
+    types = json.loads((folder / "inputs.json").read_text())
+    arrays = [feed[name][0].astype(kind) for name, kind in types.items()]
+    inputs = [ncnn.Mat(array).clone() for array in arrays]
 
     def run() -> object:
         extractor = net.create_extractor()
         for index, value in enumerate(inputs):
-            extractor.input(f"in{index}", ncnn.Mat(value))
+            extractor.input(f"in{index}", value)
         status, output = extractor.extract("out0")
         if status:
             raise RuntimeError(f"ncnn ended with {status}")

@@ -1,7 +1,7 @@
 """The models that are measured, prepared for every engine in a folder of their own.
 
-A folder holds model.onnx, int8.onnx, model.bank, input.npz (the input of one run), and for ncnn
-model.ncnn.param and model.ncnn.bin.
+A folder holds model.onnx, int8.onnx, model.bank, input.npz (the input of one run) and, for ncnn,
+the folder ncnn with its model and the types of its inputs.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ def _quantize(model: Path, feed: _Feed, out: Path) -> None:
     if min(entry.version for entry in loaded.opset_import if not entry.domain) < _QDQ_OPSET:
         loaded = version_converter.convert_version(loaded, _QDQ_OPSET)
     optimized = out.with_name("int8_source.onnx")
-    quant_pre_process(loaded, optimized, skip_symbolic_shape=True)
+    onnx.save(loaded, optimized)
+    quant_pre_process(optimized, optimized, skip_symbolic_shape=True)
     quantize_static(
         optimized,
         out,
@@ -162,14 +163,17 @@ def _samples(feed: _Feed) -> Iterator[_Feed]:
 
 
 def _convert(model: Path, feed: _Feed, out: Path, pnnx: Path) -> None:
-    """ncnn's model, and the names of its inputs and outputs, which are numbered."""
+    """ncnn's model, and the types of its inputs in order."""
     out.mkdir()
-    shutil.copy(model, out / "model.onnx")
+    loaded = onnx.load(model)
+    for name in _take_floats(loaded.graph):
+        feed = {**feed, name: feed[name].astype(np.float32)}
+    onnx.save(loaded, out / "model.onnx")
     kinds = {"float32": "f32", "int64": "i64"}
     shapes = ",".join(
         f"[{','.join(map(str, value.shape))}]{kinds[str(value.dtype)]}" for value in feed.values()
     )
-    command = [pnnx, "model.onnx", f"inputshape={shapes}", "fp16=0"]
+    command = [str(pnnx), "model.onnx", f"inputshape={shapes}", "fp16=0"]
     result = subprocess.run(command, cwd=out, capture_output=True, text=True)
     parameters = out / "model.ncnn.param"
     if result.returncode != 0 or not parameters.exists():
@@ -178,10 +182,23 @@ def _convert(model: Path, feed: _Feed, out: Path, pnnx: Path) -> None:
     unknown = _unknown_operators(parameters)
     if unknown:
         raise RuntimeError(f"pnnx: ncnn has no {', '.join(sorted(unknown))}")
-    (out / "inputs.json").write_text(json.dumps(list(feed)))
+    types = {"float32": "float32", "int64": "int32"}
+    inputs = {name: types[str(value.dtype)] for name, value in feed.items()}
+    (out / "inputs.json").write_text(json.dumps(inputs))
     for file in out.iterdir():
         if file.suffix not in (".param", ".bin", ".json") or ".pnnx." in file.name:
             file.unlink()
+
+
+def _take_floats(graph: onnx.GraphProto) -> list[str]:
+    """Take the Cast from inputs that are floats from then on, their names: ncnn has none."""
+    casts = {node.input[0]: node for node in graph.node if node.op_type == "Cast"}
+    changed = [value for value in graph.input if value.name in casts]
+    for value in changed:
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+        casts[value.name].op_type = "Identity"
+        del casts[value.name].attribute[:]
+    return [value.name for value in changed]
 
 
 def _unknown_operators(parameters: Path) -> set[str]:

@@ -43,7 +43,7 @@ def main() -> int:
         "--only", nargs="+", choices=choices, default=[], metavar="WORD",
         help=f"CPUs, models and engines of {', '.join(choices)}; what is not named is all of it",
     )  # fmt: skip
-    parser.add_argument("--runs", type=int, default=RUNS, help="measured runs of each")
+    parser.add_argument("--runs", type=int, default=RUNS, help="measured runs of each model that is quick")
     arguments = parser.parse_args()
     cpus = _chosen(arguments.only, ("cortex-a53", *CPUS), CPUS)
     models = _chosen(arguments.only, MODELS, MODELS)

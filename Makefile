@@ -128,9 +128,10 @@ $(ARM64)/.ready: tests/virtual_pi/make_arm64.sh pyproject.toml dist/.aarch64
 	tests/virtual_pi/make_arm64.sh $(ARM64) $(BIN)/python dist/*_aarch64.whl
 	@touch $@
 
-# ncnn and its converter, which runs here, are a benchmark's peer: without them their cells stay empty.
+# ncnn and its converter, which runs here, are peers: where they cannot be had, their cells stay empty.
 $(ARM64)/.bench: $(BENCH_ARM)/.wheel $(ARM64)/.ready
-	tests/virtual_pi/make_arm64.sh $(ARM64) $(BIN)/python $(BENCH_ARM)/*_aarch64.whl bapq-symbols ncnn
+	tests/virtual_pi/make_arm64.sh $(ARM64) $(BIN)/python $(BENCH_ARM)/*_aarch64.whl bapq-symbols ncnn \
+	  || test -e $(ARM64)/bapq-symbols
 	-test -e $(ARM64)/pnnx || $(BIN)/python $(PIP) install --no-deps --target $(ARM64)/pnnx pnnx
 	@touch $@
 

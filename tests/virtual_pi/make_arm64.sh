@@ -66,9 +66,9 @@ cpuinfo 0xd08 "$v80" >cpuinfo-cortex-a72
 cpuinfo 0xd0b "$v80 aes pmull sha1 sha2 atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp" \
     >cpuinfo-cortex-a76
 
+rm -rf "$name"
+packages "$name" --no-deps "$wheel"
+
 for package in "$@"; do
     make_once "$package" packages "$package.part" --no-deps "$package"
 done
-
-rm -rf "$name"
-packages "$name" --no-deps "$wheel"

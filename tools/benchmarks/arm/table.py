@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
 from .counts import PARTS
@@ -31,7 +32,7 @@ def to_markdown(cells: Sequence[Mapping[str, Any]], models: Mapping[str, str]) -
         sections += [f"### {cpu}", f"Millions of instructions: {'; '.join(versions)}."]
         sections += [_totals(own, models), _parts(own, models)]
         failures = dict.fromkeys(
-            f"- {models[cell['model']]}, {ENGINES[cell['engine']]}: {cell['failed']}"
+            f"- {models[cell['model']]}, {ENGINES[cell['engine']]}: {shorten(cell['failed'], 120)}"
             for cell in own
             if "failed" in cell
         )

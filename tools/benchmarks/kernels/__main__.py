@@ -23,8 +23,8 @@ from .table import loops_table, native_table
 
 ROOT = Path(__file__).resolve().parents[3]
 WORK = ROOT / "build" / "bench_kernels"
-OBJECTS = ROOT / "build/bench_arm/cmake/CMakeFiles/bapq.dir/native/src/kernels"
-"""of the aarch64 wheel"""
+ARM_BUILD = ROOT / "build" / "bench_arm" / "cmake"
+"""where the aarch64 wheel's objects are"""
 ARM_FAMILIES = ("neon", "neondot")
 
 
@@ -74,7 +74,8 @@ def _loops() -> tuple[int, list[dict[str, Any]]]:
     llvm = llvm_version()
     found: list[dict[str, Any]] = []
     for family in ARM_FAMILIES:
-        for loop in loops_of(OBJECTS / f"{family}.c.o", llvm):
+        (compiled,) = ARM_BUILD.rglob(f"{family}.c.o")
+        for loop in loops_of(compiled, llvm):
             able = {name: core for name, core in CORES.items() if family == "neon" or core.has_dot}
             found.append(
                 {

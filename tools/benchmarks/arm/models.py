@@ -48,10 +48,12 @@ _Feed = dict[str, np.ndarray]
 
 
 def prepare(name: str, folder: Path, pnnx: Path | None) -> dict[str, str]:
-    """Write what is not there yet; why there is nothing for an engine, by its name.
+    """Write what is not there yet, or old; why there is nothing for an engine, by its name.
 
     `pnnx` is ncnn's converter, if there is one.
     """
+    if _older(folder / "input.npz", [Path(__file__).parent]):
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / "model.onnx"
     if not (folder / "input.npz").exists():
@@ -60,7 +62,8 @@ def prepare(name: str, folder: Path, pnnx: Path | None) -> dict[str, str]:
     with np.load(folder / "input.npz") as arrays:
         feed = {key: arrays[key] for key in arrays.files}
     bank = folder / "model.bank"
-    if bank.exists() and bank.stat().st_mtime < _newest_source():
+    packages = [Path(bapq_tools.__file__).parent, Path(bapq_edge.__file__).parent / "bank"]
+    if _older(bank, packages):
         shutil.rmtree(bank)
     _once(bank, lambda out: _build_bank(model, out))
     quantize = _quantize_dynamic if name.startswith("minilm") else _quantize
@@ -73,10 +76,11 @@ def prepare(name: str, folder: Path, pnnx: Path | None) -> dict[str, str]:
     return {engine: reason for engine, reason in reasons.items() if reason}
 
 
-def _newest_source() -> float:
-    """When what decides on the bytes of a bank was last changed."""
-    folders = [Path(bapq_tools.__file__).parent, Path(bapq_edge.__file__).parent / "bank"]
-    return max(file.stat().st_mtime for folder in folders for file in folder.rglob("*.py"))
+def _older(target: Path, packages: list[Path]) -> bool:
+    """Whether it is there, but made before the code that makes it was last changed."""
+    sources = [file for package in packages for file in package.rglob("*.py")]
+    newest_s = max(file.stat().st_mtime for file in sources)
+    return target.exists() and target.stat().st_mtime < newest_s
 
 
 def _once(target: Path, make: Callable[[Path], None]) -> str:

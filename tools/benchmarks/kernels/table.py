@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.arm.table import table
-
+from ..arm.table import table
 from .mca import CORES
 from .peers import PEERS
 

@@ -60,10 +60,10 @@ bench-boundary: $(VENV)/.ready $(MINILM)  ## measure what boundary models give
 	$(BIN)/python -m bapq_tools.experiments.region_pruning
 
 bench-arm: $(ARM64)/.bench $(MINILM)  ## count instructions on emulated boards, beside ONNX Runtime and ncnn
-	PYTHONPATH=tools $(BIN)/python -m benchmarks.arm $(ARGS)
+	@PYTHONPATH=tools $(BIN)/python -m benchmarks.arm $(ARGS)
 
 bench-kernels: $(BENCH_ARM)/.wheel  ## measure the kernels beside ONNX Runtime's, and estimate the loops of those for ARM
-	PYTHONPATH=tools $(BIN)/python -m benchmarks.kernels $(ARGS)
+	@PYTHONPATH=tools $(BIN)/python -m benchmarks.kernels $(ARGS)
 
 lint: $(VENV)/.ready  ## check style and types
 	$(BIN)/ruff check --quiet .

@@ -37,9 +37,10 @@ BAPQ_EXPORT double bapq_bench_macs_per_s(const char *family);
 static const int32_t block_bytes[BAPQ_LEVELS] = {2048, 256, 256, 64, 64}; /* of a plane, a tile */
 static const int planes[BAPQ_LEVELS] = {1, 2, 1, 2, 1};
 
+/* Of this thread: the turns of other programs on its core do not count. */
 static double now_s(void) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
@@ -133,19 +134,23 @@ double bapq_bench_inputs_s(bapq_bench *b, const bapq_kernels *k, int32_t passes)
     return (now_s() - start) / passes;
 }
 
-/* Memory that one thread reads; `bytes` should be far beyond the last cache. 0: no memory. */
+/* Memory that one thread reads, in a few streams, which keep more of it in flight than one does.
+ * `bytes` should be far beyond the last cache. 0: no memory. */
 double bapq_bench_bytes_per_s(int64_t bytes) {
-    uint64_t *words = allocate((size_t)bytes);
-    if (!words) return 0.0;
-    enum { LANES = 32 };
-    uint64_t sums[LANES] = {0};
+    typedef uint64_t line __attribute__((vector_size(64)));
+    enum { STREAMS = 4 };
+    line *lines = allocate((size_t)bytes);
+    if (!lines) return 0.0;
+    const size_t part = (size_t)bytes / sizeof *lines / STREAMS;
+    line sums[STREAMS] = {{0}};
     const double start = now_s();
-    for (size_t i = 0; i + LANES <= (size_t)bytes / sizeof *words; i += LANES)
-        for (int lane = 0; lane < LANES; lane++) sums[lane] += words[i + (size_t)lane];
+    for (size_t i = 0; i < part; i++)
+        for (size_t s = 0; s < STREAMS; s++) sums[s] += lines[s * part + i];
     double seconds = now_s() - start;
-    for (int lane = 0; lane < LANES; lane++) seconds += (double)sums[lane]; /* zeros, but used */
-    free(words);
-    return (double)bytes / seconds;
+    for (int s = 0; s < STREAMS; s++)
+        for (int word = 0; word < 8; word++) seconds += (double)sums[s][word]; /* zeros, but used */
+    free(lines);
+    return (double)(part * STREAMS * sizeof *lines) / seconds;
 }
 
 /* Independent chains of a family's multiply-add of int8, all in registers. */

@@ -69,12 +69,12 @@ lint: $(VENV)/.ready  ## check style and types
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
 	$(BIN)/mypy --no-error-summary
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'native/*.c' 'native/*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.c' '*.h')
 
 format: $(VENV)/.ready  ## format all code
 	$(BIN)/ruff check --quiet --fix .
 	$(BIN)/ruff format --quiet .
-	$(BIN)/clang-format -i $$(git ls-files 'native/*.c' 'native/*.h')
+	$(BIN)/clang-format -i $$(git ls-files '*.c' '*.h')
 
 clean:  ## remove everything that make made
 	rm -rf $(VENV) $(OLDEST) build dist .cache .mypy_cache .pytest_cache .ruff_cache

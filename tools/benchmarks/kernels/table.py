@@ -24,7 +24,7 @@ def native_table(machine: Mapping[str, Any], records: Sequence[Mapping[str, Any]
         f"{machine['bytes_per_s'] / 1e9:.1f} GB/s read from memory, int8 {peaks}."
     )
     heads = ("layer", "level", "kernels", "GMAC/s", "of peak", "GB/s", "of reading",
-             "inputs", "layer", "ORT: time, ours over it")  # fmt: skip
+             "inputs", "in all", "ORT: time, ours over it")  # fmt: skip
     return f"{head}\n\n{table(heads, (_native_row(machine, record) for record in records))}\n"
 
 

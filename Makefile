@@ -20,7 +20,7 @@ help:  ## list the targets
 	@grep -E '^[a-z0-9_-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.ready  ## build a bank of a bundled model and run it under a budget
-	$(BIN)/python examples/demo.py
+	PYTHONPATH=tools $(BIN)/python examples/demo.py
 
 test: $(VENV)/.ready $(OLDEST)/.ready $(MINILM) lint  ## run the tests
 	BAPQ_OLDEST_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest -m "not slow and not arm and not pi"
@@ -48,15 +48,15 @@ wheel-aarch64: dist/.aarch64  ## build the wheel for 64-bit ARM
 wheel-x86_64: dist/.x86_64  ## build the wheel for x86-64
 
 bench: $(VENV)/.ready $(MINILM)  ## measure speed, memory and accuracy
-	$(BIN)/python -m bapq_tools.experiments.models
-	$(BIN)/python -m bapq_tools.experiments.streaming
+	PYTHONPATH=tools $(BIN)/python -m benchmarks.models
+	PYTHONPATH=tools $(BIN)/python -m benchmarks.streaming
 
 bench-accuracy: $(VENV)/.ready $(MINILM)  ## measure accuracy and bytes at every level and by plan
-	$(BIN)/python -m bapq_tools.experiments.accuracy
+	PYTHONPATH=tools $(BIN)/python -m benchmarks.accuracy
 
 bench-boundary: $(VENV)/.ready $(MINILM)  ## measure what boundary models give
-	$(BIN)/python -m bapq_tools.experiments.boundary
-	$(BIN)/python -m bapq_tools.experiments.region_pruning
+	PYTHONPATH=tools $(BIN)/python -m benchmarks.boundary
+	PYTHONPATH=tools $(BIN)/python -m benchmarks.region_pruning
 
 lint: $(VENV)/.ready  ## check style and types
 	$(BIN)/ruff check --quiet .
@@ -97,7 +97,7 @@ $(VENV)/.zig: | $(VENV)/.ready
 	$(BIN)/python $(PIP) install ziglang==0.17.1
 	@touch $@
 
-dist/.%: $(PACKAGE) $(wildcard tools/*.py tools/*/*.py) $(VENV)/.zig
+dist/.%: $(PACKAGE) $(wildcard tools/bapq_tools/*.py tools/bapq_tools/*/*.py tools/bapq_tools/*/*/*.py) $(VENV)/.zig
 	rm -f dist/*_$*.whl
 	zig=$$($(BIN)/python -c 'import ziglang; print(ziglang.__path__[0] + "/zig")') && \
 	CC="$$zig cc -target $*-linux-gnu.2.28" LDFLAGS=-s \

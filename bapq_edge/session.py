@@ -5,12 +5,12 @@ bank on disk ── Bank.open ──► manifest, tables, graph
                               Store (libbapq)   open_graph (ONNX Runtime + our operators)
                                  │                │
 run():     ticket = store.begin_run() ─► graph.run(feed + ticket) ─► store.end_run(ticket)
-           with a policy, the pilot makes one or more such passes, each at its own plan
+           with a policy, the runner makes one or more such passes, each at its own plan
 
 budget ──► ledger ──► bytes for weights ─┐
 sensors ──► controller ──► envelope ─────┼─► planner.plan ──► store.publish
 level, bits, latency: what is wanted ────┤       runs that began before keep their plan
-policy ──► mix of wishes ──► mix.plan_mix┘
+policy ──► precisions it may choose ──► plan_jointly ┘
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .bank.boundary import Wish
+from .adaptive.policies import open_policy
+from .adaptive.policy_runner import Answer, PolicyRunner
+from .bank.boundary import Precision
 from .bank.layout import Level
 from .bank.reader import Bank
+from .control.device_profile import find_profile, load_profile
 from .engine.feeds import element_count, zeros
 from .engine.graph import RUN_INPUT, Graphs, Part
 from .engine.native import RunReport, Store, kernels_name
@@ -45,20 +48,17 @@ from .errors import (
     SessionClosedError,
     UnknownLevelError,
 )
-from .ledger import MemoryLedger
-from .pilot import Answer, Pilot
-from .planner import Plan, Request
-from .plans import Plans
-from .policies import open_policy
+from .planning.ledger import MemoryLedger
+from .planning.plan_set import PlanSet
+from .planning.planner import Plan, Request
 from .policy import Policy
-from .profiles import find_profile, load_profile
 from .telemetry import Event, EventLog, SessionStats, rss_bytes, trim_heap
 from .units import format_size, parse_size
 
 if TYPE_CHECKING:
-    from .controller import Decision
+    from .control.controller import Decision
+    from .control.monitor import Monitor
     from .sensors import Sensors
-    from .watch import Watch
 
 __all__ = ["Session"]
 
@@ -140,9 +140,9 @@ class Session:
         self._latency_ms = latency_ms
         steered = self._open_policy(policy, level, bits, target_agreement)
         self._request = self._request_for(level, None if steered else bits, latency_ms)
-        self._pilot = None
+        self._runner = None
         if steered is not None:
-            self._pilot = Pilot(steered, self._default_wish(level, bits), self._record)
+            self._runner = PolicyRunner(steered, self._default_precision(level, bits), self._record)
 
         self._lock = threading.Lock()  # short: counts and the closing
         self._idle = threading.Condition(self._lock)
@@ -152,7 +152,7 @@ class Session:
         self._totals = _Totals()
         self._unheard: list[Event] = []  # switches that on_switch has not been told of
         self._executor: ThreadPoolExecutor | None = None
-        self._watch: Watch | None = None
+        self._monitor: Monitor | None = None
 
         sensors: Sensors | None = None
         if controller == "auto" or memory_budget == "auto":
@@ -162,14 +162,14 @@ class Session:
         with contextlib.ExitStack() as undo:
             self._store = Store(self._bank, direct=direct_io)
             undo.callback(self._store.close)
-            splits = self._pilot is not None and self._pilot.splits
+            splits = self._runner is not None and self._runner.splits
             self._graphs = Graphs(self._bank, self._threads, split=splits)
-            self._plans = Plans(self._bank, self._store, self._pilot)
+            self._plans = PlanSet(self._bank, self._store, self._runner)
             self._plans.add_regions()
             self._ledger.settle(rss_bytes(), weight_bytes=0)
             self._ledger.budget_bytes = self._budget_bytes(memory_budget, sensors)
             if controller == "auto" and sensors is not None:
-                self._watch = self._make_watch(sensors)
+                self._monitor = self._make_monitor(sensors)
             self._adopt(self._make_plans(frugal=self._ledger.budget_bytes is not None))
             if self._ledger.budget_bytes is not None:
                 measured = self._warm_up()
@@ -178,8 +178,8 @@ class Session:
                 self._adopt(plans if measured else self._make_lean_plans(plans))
             self._record("open", f"kernels {kernels_name()}, {self._threads} threads")
             undo.pop_all()
-        if self._watch is not None:
-            self._watch.start()
+        if self._monitor is not None:
+            self._monitor.start()
 
     def _open_policy(
         self,
@@ -210,11 +210,11 @@ class Session:
             latency_s=latency_s,
         )
 
-    def _default_wish(self, level: Level | str, bits: float | None) -> Wish:
+    def _default_precision(self, level: Level | str, bits: float | None) -> Precision:
         """What a policy's runs are made at where it does not say."""
         if self._request.level != "auto":
-            return Wish(level=self._request.level)
-        return Wish(level=self._bank.levels[0]) if bits is None else Wish(bits=bits)
+            return Precision(level=self._request.level)
+        return Precision(level=self._bank.levels[0]) if bits is None else Precision(bits=bits)
 
     # ---- running ----
 
@@ -238,8 +238,8 @@ class Session:
             )
         with self._open_run() as running:
             self._make_room(input_feed, running)
-            if self._pilot is not None:
-                return self._steer(self._pilot, output_names, input_feed, run_options)
+            if self._runner is not None:
+                return self._steer(self._runner, output_names, input_feed, run_options)
             outputs, bits = self._run_part("whole", None, input_feed, output_names, run_options)
             self._count(bits)
         return list(outputs.values())
@@ -269,7 +269,7 @@ class Session:
 
     def _steer(
         self,
-        pilot: Pilot,
+        runner: PolicyRunner,
         output_names: Sequence[str] | None,
         feed: Mapping[str, Any],
         run_options: Any,
@@ -277,7 +277,7 @@ class Session:
         if output_names is None:
             output_names = [value.name for value in self._graphs.outputs]
         run = partial(self._run_part, run_options=run_options)
-        answer = pilot.answer(run, feed, output_names)
+        answer = runner.answer(run, feed, output_names)
         self._count(answer.bits, answer)
         self._plans.rest()
         return [answer.outputs[name] for name in output_names]
@@ -285,13 +285,13 @@ class Session:
     def _run_part(
         self,
         part: Part,
-        wish: Wish | None,
+        precision: Precision | None,
         feed: Mapping[str, Any],
         names: Sequence[str] | None,
         run_options: Any = None,
     ) -> tuple[dict[str, Any], float]:
         """One pass over a part of the graph; its outputs by name, and the bits per weight read."""
-        outputs, bits, report = self._pass(part, wish, feed, names, run_options)
+        outputs, bits, report = self._pass(part, precision, feed, names, run_options)
         if report is not None:
             self._settle(report)
         return outputs, bits
@@ -299,16 +299,16 @@ class Session:
     def _pass(
         self,
         part: Part,
-        wish: Wish | None,
+        precision: Precision | None,
         feed: Mapping[str, Any],
         names: Sequence[str] | None = None,
         run_options: Any = None,
     ) -> tuple[dict[str, Any], float, RunReport | None]:
         if not self._graphs.takes_ticket(part):
             return self._graphs.call(part, names, feed, run_options), 0.0, None
-        if wish is not None and wish not in self._plans:
-            self._learn(wish)
-        ticket, bits = self._plans.begin(part, wish)
+        if precision is not None and precision not in self._plans:
+            self._learn(precision)
+        ticket, bits = self._plans.begin(part, precision)
         try:
             run_feed = {**feed, RUN_INPUT: np.array(ticket, dtype=np.int64)}
             outputs = self._graphs.call(part, names, run_feed, run_options)
@@ -343,7 +343,7 @@ class Session:
         if budget is None:
             return None
         if budget == "auto" and sensors is not None:
-            from .controller import automatic_budget_bytes
+            from .control.controller import automatic_budget_bytes
 
             size_bytes, reason = automatic_budget_bytes(sensors.read())
             self._record("budget", f"{format_size(size_bytes)}: {reason}")
@@ -393,7 +393,7 @@ class Session:
         with self._planning:
             heavier = self._ledger.is_heavier(element_count(feed) * running)
             if heavier and not self._frugal:
-                self._adopt(self._make_lean_plans(self._plans.by_wish))
+                self._adopt(self._make_lean_plans(self._plans.by_precision))
 
     def set_memory_budget(self, budget: int | str | None) -> None:
         """Take another budget, live. Raises BudgetTooSmallError and then changes nothing."""
@@ -407,8 +407,8 @@ class Session:
             except BaseException:
                 self._ledger.budget_bytes = previous
                 raise
-            if self._watch is not None:
-                self._watch.set_budget(size_bytes, self._plans.smallest_limit(self._request))
+            if self._monitor is not None:
+                self._monitor.set_budget(size_bytes, self._plans.smallest_limit(self._request))
 
     # ---- precision ----
 
@@ -417,17 +417,19 @@ class Session:
 
         Raises UnknownLevelError or BudgetTooSmallError and then changes nothing.
         """
-        self._change_wish(self._request_for(level, None, self._latency_ms), f"set_level({level!r})")
+        self._change_request(
+            self._request_for(level, None, self._latency_ms), f"set_level({level!r})"
+        )
 
     def set_bits(self, bits: float) -> None:
         """Run at so many bits per weight on average, as the planner spreads them best.
 
         Raises RequestError or BudgetTooSmallError and then changes nothing.
         """
-        self._change_wish(self._request_for("auto", bits, self._latency_ms), f"set_bits({bits})")
+        self._change_request(self._request_for("auto", bits, self._latency_ms), f"set_bits({bits})")
 
-    def _change_wish(self, request: Request, reason: str) -> None:
-        if self._pilot is not None:
+    def _change_request(self, request: Request, reason: str) -> None:
+        if self._runner is not None:
             raise RequestError(
                 "a policy decides about precision here: open a session without one, or write one"
             )
@@ -461,10 +463,12 @@ class Session:
 
     # ---- plans: with _planning held, except while opening ----
 
-    def _make_lean_plans(self, plans: Mapping[Wish | None, Plan]) -> dict[Wish | None, Plan]:
+    def _make_lean_plans(
+        self, plans: Mapping[Precision | None, Plan]
+    ) -> dict[Precision | None, Plan]:
         """Plans of the same precision that hold as little in memory as can be."""
         request = self._request
-        if self._pilot is None and request.level == "auto" and request.bits is None:
+        if self._runner is None and request.level == "auto" and request.bits is None:
             # Left to itself the planner meets a small limit with low levels.
             bits = plans[None].bits_per_weight * (1 + 1e-9)  # rounded up
             request = replace(request, bits=bits)
@@ -472,11 +476,11 @@ class Session:
 
     def _make_plans(
         self, *, frugal: bool = False, request: Request | None = None
-    ) -> dict[Wish | None, Plan]:
+    ) -> dict[Precision | None, Plan]:
         """Plans for the session's request, or another, in what memory allows; frugal: the least."""
         request, threads = request or self._request, self._threads
-        if self._watch is not None and (request.level == "auto" or self._pilot is not None):
-            cap = self._watch.envelope.highest_level
+        if self._monitor is not None and (request.level == "auto" or self._runner is not None):
+            cap = self._monitor.envelope.highest_level
             request = replace(request, highest_level=cap)  # type: ignore[arg-type]
         smallest = self._plans.smallest_limit(request)
         row_cache_bytes = self._store.stats().row_cache_limit_bytes
@@ -487,8 +491,8 @@ class Session:
             if self._weight_budget_bytes is not None:
                 own = self._weight_budget_bytes - row_cache_bytes
                 limit = own if limit is None else min(limit, own)
-        if self._watch is not None:
-            envelope = self._watch.envelope
+        if self._monitor is not None:
+            envelope = self._monitor.envelope
             threads = envelope.threads
             if envelope.weight_bytes_limit is not None:
                 allowed = envelope.weight_bytes_limit
@@ -498,20 +502,20 @@ class Session:
         self._threads_now = threads
         return made
 
-    def _adopt(self, plans: dict[Wish | None, Plan]) -> None:
+    def _adopt(self, plans: dict[Precision | None, Plan]) -> None:
         self._plans.adopt(plans, self._threads_now)
 
-    def _learn(self, wish: Wish) -> None:
-        """Plan for a wish that the policy did not announce."""
-        assert self._pilot is not None
+    def _learn(self, precision: Precision) -> None:
+        """Plan for a precision that the policy did not announce."""
+        assert self._runner is not None
         with self._planning:
-            if wish in self._plans:
+            if precision in self._plans:
                 return
-            self._pilot.mix[wish] = 0.0
+            self._runner.shares[precision] = 0.0
             try:
                 plans = self._make_plans(frugal=self._frugal)
             except BaseException:
-                del self._pilot.mix[wish]
+                del self._runner.shares[precision]
                 raise
             self._adopt(plans)
 
@@ -541,21 +545,21 @@ class Session:
             for event in heard:
                 self.on_switch(event)
 
-    def _make_watch(self, sensors: Sensors) -> Watch:
-        from .watch import Watch
+    def _make_monitor(self, sensors: Sensors) -> Monitor:
+        from .control.monitor import Monitor
 
-        return Watch(
+        return Monitor(
             sensors,
             self._profile,
             levels=self._bank.levels,
             threads=self._threads,
             budget_bytes=self._ledger.budget_bytes,
             minimum_bytes=self._plans.smallest_limit(self._request),
-            follow=self._follow_watch,
+            follow=self._follow_monitor,
         )
 
-    def _follow_watch(self, step: Callable[[int], Decision]) -> None:
-        """Called by the watch after every reading; `step` decides on it, given the weights now."""
+    def _follow_monitor(self, step: Callable[[int], Decision]) -> None:
+        """Called by the monitor after every reading; `step` decides, given the weights now."""
         with self._changing():
             if self._closed:
                 return
@@ -578,7 +582,7 @@ class Session:
         return list(self._graphs.outputs)
 
     def stats(self) -> SessionStats:
-        """Memory, precision and counts at this moment."""
+        """Memory, precision and counts at this context."""
         with self._planning, self._lock:
             self._check_open()
             store = self._store.stats()
@@ -618,9 +622,9 @@ class Session:
 
     def close(self) -> None:
         """Wait for the runs in flight, then give all memory back. Closing twice is fine."""
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.stop()
+        monitor, self._monitor = self._monitor, None
+        if monitor is not None:
+            monitor.stop()
         with self._planning, self._lock:
             if self._closed:
                 return

@@ -24,7 +24,7 @@ BUDGET = "24MiB"
 def build() -> None:
     """ONNX model + calibration images -> bank."""
     import bapq_tools
-    from bapq_tools.zoo.digits import calibration_npz, load_digits_split
+    from benchmarks.zoo.digits import calibration_npz, load_digits_split
 
     split = load_digits_split()
     np.savez(WORK / "test.npz", image=split.x_test, label=split.y_test)
@@ -32,7 +32,7 @@ def build() -> None:
     bapq_tools.build_bank(MODEL, BANK, calibration=WORK / "calibration.npz")
 
 
-def measure(runtime: str, wish: str) -> dict[str, object]:
+def measure(runtime: str, precision: str) -> dict[str, object]:
     """Run all test images one by one in this process; latency is the median."""
     import onnxruntime
 
@@ -46,10 +46,10 @@ def measure(runtime: str, wish: str) -> dict[str, object]:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         session = onnxruntime.InferenceSession(str(MODEL), options)
-    elif wish.endswith("MiB"):
-        session = bapq_edge.Session(BANK, memory_budget=wish, threads=1)
+    elif precision.endswith("MiB"):
+        session = bapq_edge.Session(BANK, memory_budget=precision, threads=1)
     else:
-        session = bapq_edge.Session(BANK, level=wish, threads=1)
+        session = bapq_edge.Session(BANK, level=precision, threads=1)
     answers, times_ms = [], []
     for i in range(len(images)):
         started = time.perf_counter()
@@ -62,7 +62,7 @@ def measure(runtime: str, wish: str) -> dict[str, object]:
         bits, weight_bytes = stats.bits_per_weight, stats.resident_bytes
     return {
         "runtime": runtime,
-        "wish": wish,
+        "precision": precision,
         "bits": bits,
         "weight_bytes": weight_bytes,
         "peak_bytes": peak_rss_bytes() - before_bytes,
@@ -78,10 +78,10 @@ def main() -> None:
 
     WORK.mkdir(parents=True, exist_ok=True)
     build()
-    wishes = [("onnxruntime", "fp32"), *(("bapq", level) for level in "8421"), ("bapq", BUDGET)]
+    precisions = [("onnxruntime", "fp32"), *(("bapq", level) for level in "8421"), ("bapq", BUDGET)]
     rows = []
-    for runtime, wish in wishes:
-        command = [sys.executable, __file__, runtime, wish]
+    for runtime, precision in precisions:
+        command = [sys.executable, __file__, runtime, precision]
         result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         rows.append(json.loads(result.stdout))
     reference = rows[0]["answers"]
@@ -91,10 +91,10 @@ def main() -> None:
         f"{'per image':>10}  {'accuracy':>8}  as fp32"
     )
     for row in rows:
-        wish = row["wish"] if len(row["wish"]) > 1 else f"level {row['wish']}"
+        precision = row["precision"] if len(row["precision"]) > 1 else f"level {row['precision']}"
         same = sum(a == b for a, b in zip(row["answers"], reference, strict=True))
         print(
-            f"{row['runtime']:12}  {wish:12}  {row['bits']:5.2f}  "
+            f"{row['runtime']:12}  {precision:12}  {row['bits']:5.2f}  "
             f"{format_size(row['weight_bytes']):>9}  {format_size(row['peak_bytes']):>12}  "
             f"{row['latency_ms']:7.3f} ms  {row['accuracy']:8.2%}  {same}/{len(reference)}"
         )

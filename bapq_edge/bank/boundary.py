@@ -1,6 +1,6 @@
 """Boundary models: what the bank says of an input, from a few features of one tensor.
 
-tap ──pool──► values ──project──► features ──tree or k-means──► region ──operating point──► wish
+tap ──pool──► values ──project──► features ──tree or k-means──► region ──point──► precision
 
 Their parameters stand in the manifest, their arrays in boundary/<name>.<array>.npy.
 """
@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .layout import Level
-from .strict_json import Rule
+from .strict_json import KEY, Rule
 
 if TYPE_CHECKING:
     from .manifest import Manifest
 
-__all__ = ["Arrays", "Boundary", "Stage", "Wish", "array_file"]
+__all__ = ["Arrays", "Boundary", "Precision", "Stage", "array_file"]
 
 Stage = Literal["start", "gate", "answer"]
 """When the region is found: from an input before the run, from the tensor that the split graph's
@@ -35,7 +35,7 @@ Arrays = dict[str, NDArray[Any]]
 MAX_VALUES = 1 << 16
 MAX_FEATURES = 256
 MAX_REGIONS = 256
-MAX_WISHES = 64
+MAX_PRECISIONS = 64
 MAX_POINTS = 256
 MAX_NODES = 2 * MAX_REGIONS - 1
 
@@ -51,7 +51,7 @@ def _number(low: float, high: float) -> Rule:
 
 
 @dataclass(frozen=True)
-class Wish:
+class Precision:
     """The precision of a run: one level for all chunks, or the planner's best plan of some bits."""
 
     level: Level | None = None
@@ -79,8 +79,8 @@ class Boundary:
     stage: Stage
     tap: Annotated[str, Rule("1 to 1024 characters", lambda s: 0 < len(s) <= 1024)]
     """Tensor that the features are taken from: an input, the head's output, or an output."""
-    base: Wish
-    """What the tap is computed at. Of an answer it is the first wish: the answer may stand."""
+    base: Precision
+    """What the tap is computed at. Of an answer it is the first precision: the answer may stand."""
     pool: tuple[Annotated[int, _count(1, MAX_VALUES)], ...]
     """Length that every axis of the tap but the first is averaged down to."""
     scores: Scores
@@ -93,10 +93,10 @@ class Boundary:
     """Numbered from the one whose answers are most in doubt."""
     nodes: Annotated[int, _count(0, MAX_NODES)]
     """Of the tree; 0 for k-means."""
-    wishes: tuple[Wish, ...]
+    precisions: tuple[Precision, ...] = field(metadata={KEY: "wishes"})
     """What a region can be run at."""
     points: Annotated[int, _count(1, MAX_POINTS)]
-    """Operating points: each gives every region a wish."""
+    """Operating points: each gives every region a precision."""
     samples: Annotated[int, _count(1, 1 << 31)]
     """Held-out samples that losses and bounds were measured on."""
     confidence: Annotated[float, _number(0.5, 1)]
@@ -114,20 +114,20 @@ class Boundary:
 
     @property
     def skips(self) -> bool:
-        """Whether some wish skips rows."""
-        return any(wish.region is not None for wish in self.wishes)
+        """Whether some precision skips rows."""
+        return any(precision.region is not None for precision in self.precisions)
 
     def shapes(self, manifest: Manifest) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         """Type and shape of every array."""
-        regions, wishes = self.regions, len(self.wishes)
+        regions, precisions = self.regions, len(self.precisions)
         shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
             "center": (_F4, (self.values,)),  # features = (values - center) @ projection + offset
             "projection": (_F4, (self.values, self.features)),
             "offset": (_F4, (self.features,)),
             "mix": (_F4, (regions,)),  # share of the samples
-            "loss": (_F4, (regions, wishes)),  # 1 - mean agreement with the reference
-            "loss_bound": (_F4, (regions, wishes)),
-            "assignment": (_U1, (self.points, regions)),  # wish of every region
+            "loss": (_F4, (regions, precisions)),  # 1 - mean agreement with the reference
+            "loss_bound": (_F4, (regions, precisions)),
+            "assignment": (_U1, (self.points, regions)),  # precision of every region
             "outlook": (_F4, (self.points, 3)),  # mean bits, mean agreement, its lower bound
         }
         if self.kind == "tree":
@@ -152,20 +152,36 @@ class Boundary:
 
     def check(self, manifest: Manifest, check: Callable[[bool, str, Any, Any], None]) -> None:
         """Checks that span several fields; `check(good, key, found, expected)`."""
-        wishes = [(f"wishes[{i}]", wish) for i, wish in enumerate(self.wishes)]
-        for key, wish in [("base", self.base), *wishes]:
-            check((wish.level is None) != (wish.bits is None), key, wish, "a level or bits")
+        precisions = [(f"wishes[{i}]", precision) for i, precision in enumerate(self.precisions)]
+        for key, precision in [("base", self.base), *precisions]:
+            check(
+                (precision.level is None) != (precision.bits is None),
+                key,
+                precision,
+                "a level or bits",
+            )
             levels = manifest.levels
-            check(wish.level in (None, *levels), key, wish, f"of the levels {list(levels)}")
-            check((wish.region or 0) < self.regions, key, wish, f"of {self.regions} regions")
-        count = len(self.wishes)
-        check(1 <= count <= MAX_WISHES, "wishes", f"{count} wishes", f"1 to {MAX_WISHES}")
-        check(len(set(self.wishes)) == count, "wishes", "with one twice", "each once")
+            check(
+                precision.level in (None, *levels), key, precision, f"of the levels {list(levels)}"
+            )
+            check(
+                (precision.region or 0) < self.regions, key, precision, f"of {self.regions} regions"
+            )
+        count = len(self.precisions)
+        check(
+            1 <= count <= MAX_PRECISIONS, "wishes", f"{count} precisions", f"1 to {MAX_PRECISIONS}"
+        )
+        check(len(set(self.precisions)) == count, "wishes", "with one twice", "each once")
         check(self.base.region is None, "base", self.base, "without skipped rows")
         split = manifest.split is not None
         check(split or self.stage != "gate", "stage", "gate", "start or answer without a split")
         answers = self.stage == "answer"
-        check(not answers or self.wishes[0] == self.base, "wishes[0]", self.wishes[0], self.base)
+        check(
+            not answers or self.precisions[0] == self.base,
+            "wishes[0]",
+            self.precisions[0],
+            self.base,
+        )
         fewest = 1 if self.scores == "none" else 2
         check(self.features >= fewest, "features", self.features, f"at least {fewest}")
         check(self.values <= MAX_VALUES, "pool", self.pool, f"at most {MAX_VALUES} values")
@@ -180,7 +196,7 @@ class Boundary:
         _within("mix", arrays["mix"], 0, 1)
         if abs(float(arrays["mix"].sum()) - 1) > 1e-3:
             raise ValueError(f"mix adds up to {float(arrays['mix'].sum()):g}, must be 1")
-        _within("assignment", arrays["assignment"], 0, len(self.wishes) - 1)
+        _within("assignment", arrays["assignment"], 0, len(self.precisions) - 1)
         if self.kind == "tree":
             _check_tree(arrays, self.all_features, self.regions)
         if self.skips:

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..adaptive.boundary_model import BoundaryModel
 from ..bank.exchange import pack, unpack
 from ..bank.install import install
 from ..bank.layout import Level
 from ..bank.manifest import Layer
 from ..bank.reader import Bank
 from ..bank.verify import verify
-from ..boundary import BoundaryModel
 from ..errors import BankIntegrityError, UnknownLevelError
 from ..units import format_size
 

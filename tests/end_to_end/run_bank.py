@@ -15,20 +15,20 @@ import onnxruntime
 from bapq_edge import Session
 from bapq_edge.bank.reader import Bank
 from bapq_edge.engine.native import kernels_name
-from bapq_edge.planner import Request, plan, problem_of, smallest_limit
+from bapq_edge.planning.planner import Request, chunk_costs, plan, smallest_limit
 
 
 def main(bank: str, source: str, target: str) -> None:
     with np.load(source) as arrays:
         feed = {name: arrays[name] for name in arrays.files}
     outputs = {}
-    problem = problem_of(Bank.open(bank))
+    costs = chunk_costs(Bank.open(bank))
     with Session(bank) as session:
         for level in (32, 8, 4, 2, 1):
             request = Request(level=level)
-            least = Request(level=level, weight_bytes_limit=smallest_limit(problem, request))
-            for kind, wish in (("resident", request), ("streamed", least)):
-                planned = plan(problem, wish)
+            least = Request(level=level, weight_bytes_limit=smallest_limit(costs, request))
+            for kind, precision in (("resident", request), ("streamed", least)):
+                planned = plan(costs, precision)
                 with session._planning:
                     session._adopt({None: planned})
                 session.run(None, feed)  # brings home what stays

@@ -15,8 +15,8 @@ import pytest
 
 from bapq_edge import errors
 from bapq_tools.build import build
-from bapq_tools.zoo import make_model
-from bapq_tools.zoo.digits import calibration_npz, load_digits_split
+from benchmarks.zoo import make_model
+from benchmarks.zoo.digits import calibration_npz, load_digits_split
 
 BAPQ = Path(sys.executable).with_name("bapq")
 
@@ -98,7 +98,7 @@ def test_a_row_that_fails_leaves_the_others_and_its_error(place):
     assert "failed" in out and "smallest that works" in err
 
 
-def test_wishes_that_cannot_be_are_refused_in_a_line(place):
+def test_precisions_that_cannot_be_are_refused_in_a_line(place):
     bench = ("bench", place / "digits.bank")
     for arguments, error in [
         (("--levels", "2"), errors.UnknownLevelError),

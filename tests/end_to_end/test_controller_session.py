@@ -10,9 +10,9 @@ import pytest
 
 from bapq_edge import Session
 from bapq_edge.bank.layout import LEVELS
+from bapq_edge.control.monitor import Monitor
 from bapq_edge.errors import SensorError
-from bapq_edge.planner import Request, smallest_limit
-from bapq_edge.watch import Watch
+from bapq_edge.planning.planner import Request, smallest_limit
 from support.streaming import (
     all_resident,
     chain_bank,
@@ -36,8 +36,8 @@ def bank(tmp_path_factory):
 
 @pytest.fixture
 def by_hand(monkeypatch):
-    """The watch's thread does not start: the test takes its steps."""
-    monkeypatch.setattr(Watch, "start", lambda self: None)
+    """The monitor's thread does not start: the test takes its steps."""
+    monkeypatch.setattr(Monitor, "start", lambda self: None)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def steps(session, count, x):
     """[(second, level, bits, threads)] after each step that changed one of them; runs go on."""
     seen = []
     for second in range(count):
-        session._watch.step()
+        session._monitor.step()
         run(session, x)
         stats = session.stats()
         state = (stats.level, round(stats.planned_bits_per_weight, 2), session._threads_now)
@@ -123,7 +123,7 @@ def test_heat_halves_the_threads_of_a_session_whose_level_is_fixed(
 
         monkeypatch.setattr(session._store, "publish", spy)
         (level,) = {entry[1] for entry in steps(session, count, X)}
-    assert level == 4  # the caller's own wish stays
+    assert level == 4  # the caller's own precision stays
     assert published == [1, 2]
 
 
@@ -134,14 +134,14 @@ def test_memory_that_others_take_is_given_at_once_and_comes_back_slowly(by_hand,
     count = play({"available_bytes": int(value * MIB)} for value in free)
     outputs = resident_outputs(bank, [X], [{"level": level} for level in LEVELS])
     with Session(bank, controller="auto", threads=2) as session:
-        smallest = smallest_limit(session._plans.problem, Request())
+        smallest = smallest_limit(session._plans.costs, Request())
         full = settled(session)
         run(session, X)
         full = settled(session).home_bytes
         assert full == session._bank.weight_bytes(32)
         resident = []
         for _ in range(count):
-            session._watch.step()
+            session._monitor.step()
             y = run(session, X)
             stats = settled(session)
             resident.append(stats.home_bytes + stats.ring_bytes)
@@ -150,7 +150,7 @@ def test_memory_that_others_take_is_given_at_once_and_comes_back_slowly(by_hand,
                 np.testing.assert_array_equal(y, outputs[LEVELS.index(level)][0])
             else:
                 planned = session._plans.current
-                session._adopt({None: all_resident(session._plans.problem, planned)})
+                session._adopt({None: all_resident(session._plans.costs, planned)})
                 np.testing.assert_array_equal(run(session, X), y)
                 session._adopt({None: planned})
                 run(session, X)
@@ -209,7 +209,7 @@ def test_a_budget_changed_under_the_controller_holds(by_hand, play, bank):
         for second in range(count):
             if second == 4:
                 session.set_memory_budget("512MiB")
-            session._watch.step()
+            session._monitor.step()
             np.testing.assert_array_equal(run(session, X), expected)
             if second in (3, 4, 5):
                 stats = settled(session)
@@ -223,7 +223,7 @@ def test_an_automatic_budget_is_half_of_what_is_free(by_hand, play, bank):
         (told,) = (event.reason for event in session.events() if event.kind == "budget")
         assert told == "400.0 MiB: 50% of available_bytes 800.0 MiB"
         run(session, X)
-        assert session._watch is None
+        assert session._monitor is None
     play([{"available_bytes": ""}])
     with pytest.raises(SensorError, match="give it as a size"):
         Session(bank, memory_budget="auto")
@@ -247,5 +247,5 @@ def test_the_thread_switches_by_itself_and_ends_with_the_session(play, bank):
         while session.stats().level != 2 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert session.stats().level == 2
-        thread = session._watch._thread
+        thread = session._monitor._thread
     assert not thread.is_alive()

@@ -24,11 +24,11 @@ from bapq_edge.errors import (
     DegradedWarning,
     RunInputError,
 )
-from bapq_edge.planner import Request, plan
+from bapq_edge.planning.planner import Request, plan
 from support.banks import graph_bytes, node, write_bank
 from support.streaming import (
     LINEAR,
-    WISHES,
+    PRECISIONS,
     all_resident,
     chain_bank,
     inputs,
@@ -91,7 +91,11 @@ def original(tmp_path_factory):
     path = chain_bank(tmp_path_factory.mktemp("original") / "m.bank")
     x, _ = inputs("chain")
     outputs = resident_outputs(path, [x])
-    return path, x, {wish.get("level"): y for wish, (y,) in zip(WISHES, outputs, strict=True)}
+    return (
+        path,
+        x,
+        {precision.get("level"): y for precision, (y,) in zip(PRECISIONS, outputs, strict=True)},
+    )
 
 
 @pytest.fixture
@@ -132,7 +136,7 @@ def test_a_flipped_bit_is_named_while_streaming(original, bank, level, plane, ch
     _, x, outputs = original
     with Session(bank, threads=2) as session:
         request = Request(level=level)
-        request = replace(request, weight_bytes_limit=limits(session._plans.problem, request)[0])
+        request = replace(request, weight_bytes_limit=limits(session._plans.costs, request)[0])
         position, name = place_of(session, plane, chunk)
         message = rf"m.bank: layer {name}: plane {plane}, chunk {chunk}: CRC-32 is"
         for _ in range(2):
@@ -159,7 +163,7 @@ def test_a_flipped_bit_is_named_or_a_lower_level_stands_in(original, bank, level
         session.set_level(level)
         if plane in LOWER:
             base = all_resident(
-                session._plans.problem, plan(session._plans.problem, Request(level=level))
+                session._plans.costs, plan(session._plans.costs, Request(level=level))
             )
             levels = base.levels.copy()
             levels[chunk] = LOWER[plane]
@@ -188,9 +192,7 @@ def test_a_file_cut_short_while_running_is_named(original, bank, streamed):
         data = plane_file(bank, "p4").read_bytes()
         request = Request(level=4)
         if streamed:
-            request = replace(
-                request, weight_bytes_limit=limits(session._plans.problem, request)[0]
-            )
+            request = replace(request, weight_bytes_limit=limits(session._plans.costs, request)[0])
         for size in (len(data) - 1, len(data) // 2, 0):
             session.set_level(1)
             os.truncate(plane_file(bank, "p4"), size)
@@ -210,9 +212,7 @@ def test_a_file_overwritten_while_running_is_refused(original, bank, streamed):
         data = plane_file(bank, "p4").read_bytes()
         request = Request(level=4)
         if streamed:
-            request = replace(
-                request, weight_bytes_limit=limits(session._plans.problem, request)[0]
-            )
+            request = replace(request, weight_bytes_limit=limits(session._plans.costs, request)[0])
         plane_file(bank, "p4").write_bytes(data[::-1])
         publish(session, request)
         with pytest.raises(BankIntegrityError, match="layer fc0: plane p4, chunk 0: CRC-32"):
@@ -238,7 +238,7 @@ def test_a_bank_that_is_replaced_or_removed_serves_on(original, bank, change, tm
                 other.rename(file)
         for level in (8, 32, 2, 4):
             request = Request(level=level)
-            for limit in (limits(session._plans.problem, request)[0], None):
+            for limit in (limits(session._plans.costs, request)[0], None):
                 publish(session, replace(request, weight_bytes_limit=limit))
                 np.testing.assert_array_equal(run(session, x), outputs[level])
     if change == "updated":

@@ -25,9 +25,11 @@ from bapq_edge.errors import (
     WorkerError,
 )
 from bapq_tools import build as driver
-from bapq_tools import build_bank, workers
-from bapq_tools.passes import partial, sequential
-from bapq_tools.workers import Workers
+from bapq_tools import build_bank
+from bapq_tools.build_support import workers
+from bapq_tools.build_support.workers import Workers
+from bapq_tools.quantize import checkpoint as partial
+from bapq_tools.quantize import sequential
 
 LAYERS = 6
 
@@ -216,8 +218,9 @@ def test_without_distributed(samples, tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 import numpy as np
-from bapq_tools import build_bank, workers
-from bapq_tools.passes import partial
+from bapq_tools.build_support import workers
+from bapq_tools import build_bank
+from bapq_tools.quantize import checkpoint as partial
 
 workers._WORTH_PROCESSES_S = 0
 put = partial.PartialBank.put

@@ -16,11 +16,11 @@ from bapq_edge.bank.exchange import pack, unpack
 from bapq_edge.bank.layout import LEVELS
 from bapq_edge.bank.verify import verify
 from bapq_edge.errors import UncalibratedWarning
-from bapq_tools.zoo import make_model
-from bapq_tools.zoo.digits import INPUT_NAMES, calibration_npz, split_of
-from bapq_tools.zoo.light_cnns import LIGHT_CNNS
-from bapq_tools.zoo.minilm import encode, minilm_dir
-from bapq_tools.zoo.sentences import load_sentences
+from benchmarks.zoo import make_model
+from benchmarks.zoo.digits import INPUT_NAMES, calibration_npz, split_of
+from benchmarks.zoo.light_cnns import LIGHT_CNNS
+from benchmarks.zoo.minilm import encode, minilm_dir
+from benchmarks.zoo.sentences import load_sentences
 
 SCORES = {"cnn": 0, "mlp": 1, "resnet": 0}  # which output of each digits model
 MOST_LOST = {  # right answers of 600 that a level may lose

@@ -198,13 +198,13 @@ def test_a_budget_too_small_is_refused_with_the_smallest_that_works(bank, x):
         np.testing.assert_array_equal(y, expected)
 
 
-@pytest.mark.parametrize("wish", [{}, {"bits": 6}, {"level": 4}])
-def test_a_first_larger_input_is_answered_at_the_same_precision(bank, wish):
+@pytest.mark.parametrize("precision", [{}, {"bits": 6}, {"level": 4}])
+def test_a_first_larger_input_is_answered_at_the_same_precision(bank, precision):
     xs = np.random.default_rng(3).standard_normal((64, 96), np.float32)
-    with Session(bank, **wish) as session:
+    with Session(bank, **precision) as session:
         (expected,) = session.run(None, {"x": xs})
         bits = session.stats().bits_per_weight
-    with Session(bank, memory_budget="64MiB", **wish) as session:
+    with Session(bank, memory_budget="64MiB", **precision) as session:
         (y,) = session.run(None, {"x": xs})  # its memory was not measured when it opened
         assert session.stats().bits_per_weight == bits
         np.testing.assert_array_equal(y, expected)

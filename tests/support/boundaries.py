@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from bapq_edge.bank.boundary import Arrays, Boundary, Wish
+from bapq_edge.bank.boundary import Arrays, Boundary, Precision
 from bapq_edge.bank.reader import Bank
 from bapq_tools.boundary.rewrite import rewrite
 
-LOW, HIGH = Wish(level=2), Wish(level=8)
+LOW, HIGH = Precision(level=2), Precision(level=8)
 
 
 def model(bank: Path, **changes: Any) -> tuple[Boundary, Arrays]:
@@ -30,7 +30,7 @@ def model(bank: Path, **changes: Any) -> tuple[Boundary, Arrays]:
         "kind": "tree",
         "regions": 2,
         "nodes": 3,
-        "wishes": (LOW, HIGH),
+        "precisions": (LOW, HIGH),
         "points": 2,
         "samples": 100,
         "confidence": 0.9,

@@ -11,8 +11,8 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from bapq_edge.engine.graph import RUN_INPUT
-from bapq_tools.passes import graph as graphs
-from bapq_tools.passes.ir import LayerPlan, LayerUse
+from bapq_tools.onnx_graph import graph as graphs
+from bapq_tools.onnx_graph.ir import LayerPlan, LayerUse
 
 NEWEST_OPSET = 26
 """Newest that the newest ONNX Runtime supports; the onnx package may know more."""

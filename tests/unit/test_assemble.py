@@ -14,11 +14,11 @@ from unit.models import FLOAT, INT32, INT64, weights
 
 from bapq_edge.engine.graph import RUN_INPUT
 from bapq_edge.errors import UnsupportedModelError
-from bapq_tools.importers.onnx_file import load_model
-from bapq_tools.passes.assemble import assemble
-from bapq_tools.passes.fold import fold
-from bapq_tools.passes.ir import LayerPlan
-from bapq_tools.passes.layers import find_layers
+from bapq_tools.onnx_graph.assemble import assemble
+from bapq_tools.onnx_graph.fold import fold
+from bapq_tools.onnx_graph.importers.onnx_file import load_model
+from bapq_tools.onnx_graph.ir import LayerPlan
+from bapq_tools.onnx_graph.layers import find_layers
 
 node = helper.make_node
 

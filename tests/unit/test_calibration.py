@@ -16,7 +16,7 @@ from bapq_edge.errors import (
     CalibrationValueError,
     StorageError,
 )
-from bapq_tools.passes.calibration import load_calibration
+from bapq_tools.calibration.samples import load_calibration
 
 node = helper.make_node
 

@@ -14,7 +14,7 @@ from unit import models
 from unit.models import FLOAT, INT64, weights
 
 from bapq_edge.errors import StorageError, UnsupportedModelError
-from bapq_tools.passes.fold import fold
+from bapq_tools.onnx_graph.fold import fold
 
 node = helper.make_node
 

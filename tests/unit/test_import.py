@@ -14,7 +14,7 @@ from unit import models
 from unit.models import FLOAT, INT64, weights
 
 from bapq_edge.errors import ModelFormatError, UnsupportedModelError
-from bapq_tools.importers.onnx_file import load_model
+from bapq_tools.onnx_graph.importers.onnx_file import load_model
 
 node = helper.make_node
 HALF, BFLOAT = TensorProto.FLOAT16, TensorProto.BFLOAT16

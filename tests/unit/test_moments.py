@@ -9,15 +9,15 @@ from unit import models
 from unit.models import FLOAT, INT64, weights
 
 from bapq_edge.errors import CalibrationError
-from bapq_tools.passes import chains as chains_module
-from bapq_tools.passes import moments as moments_module
-from bapq_tools.passes.calibration import load_calibration
-from bapq_tools.passes.chains import FLOAT as FLOAT_CHAIN
-from bapq_tools.passes.chains import Chains
-from bapq_tools.passes.layers import find_layers
-from bapq_tools.passes.moments import Moments
-from bapq_tools.passes.on_disk import OnDisk
-from bapq_tools.passes.reference import Reference, observed, weight_feeds
+from bapq_tools.build_support.spill import OnDisk
+from bapq_tools.calibration import forward_passes as chains_module
+from bapq_tools.calibration import input_statistics as moments_module
+from bapq_tools.calibration.forward_passes import FLOAT as FLOAT_CHAIN
+from bapq_tools.calibration.forward_passes import Chains
+from bapq_tools.calibration.input_statistics import Moments
+from bapq_tools.calibration.reference_model import Reference, observed, weight_feeds
+from bapq_tools.calibration.samples import load_calibration
+from bapq_tools.onnx_graph.layers import find_layers
 
 node = helper.make_node
 

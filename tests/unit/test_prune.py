@@ -15,11 +15,11 @@ from bapq_edge.bank.layout import LEVELS
 from bapq_edge.bank.reader import Bank
 from bapq_edge.cli import main
 from bapq_tools.build import build
-from bapq_tools.passes.fold import fold
-from bapq_tools.passes.ir import HeavyLayer, LayerOptions, LayerUse
-from bapq_tools.passes.layers import find_layers
-from bapq_tools.passes.prune import prune, prune_layers
-from bapq_tools.passes.quantize import quantize_layer
+from bapq_tools.onnx_graph.fold import fold
+from bapq_tools.onnx_graph.ir import HeavyLayer, LayerOptions, LayerUse
+from bapq_tools.onnx_graph.layers import find_layers
+from bapq_tools.quantize.prune import prune, prune_layers
+from bapq_tools.quantize.quantize import quantize_layer
 
 node = helper.make_node
 

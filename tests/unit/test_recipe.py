@@ -17,7 +17,7 @@ from bapq_edge.bank.verify import verify
 from bapq_edge.cli import main
 from bapq_edge.errors import RecipeError, StorageError
 from bapq_tools import build_bank
-from bapq_tools.passes.ir import LayerOptions
+from bapq_tools.onnx_graph.ir import LayerOptions
 from bapq_tools.recipe import load_recipe
 
 node = helper.make_node

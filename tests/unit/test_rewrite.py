@@ -17,7 +17,7 @@ from bank_samples import (
     write_bank,
 )
 
-from bapq_edge.bank.boundary import Boundary, Wish
+from bapq_edge.bank.boundary import Boundary, Precision
 from bapq_edge.bank.layout import LEVELS
 from bapq_edge.bank.reader import Bank
 from bapq_edge.bank.verify import verify
@@ -121,14 +121,14 @@ def model_of(name):
         name=name,
         stage="start",
         tap="x",
-        base=Wish(level=8),
+        base=Precision(level=8),
         pool=(2,),
         scores="none",
         features=1,
         kind="kmeans",
         regions=1,
         nodes=0,
-        wishes=(Wish(level=8),),
+        precisions=(Precision(level=8),),
         points=1,
         samples=10,
         confidence=0.95,
@@ -164,7 +164,7 @@ def test_boundary_models_and_split_are_those_given_and_others_dropped_loudly(tmp
 
 
 @pytest.mark.parametrize(
-    ("wish", "words"),
+    ("precision", "words"),
     [
         ({"row_order": {"fc": np.arange(4)}}, "no layer 'fc'; it has layer0, layer1"),
         ({"chunk_rows": {"fc": 16}}, "no layer 'fc'; it has layer0, layer1"),
@@ -175,11 +175,11 @@ def test_boundary_models_and_split_are_those_given_and_others_dropped_loudly(tmp
         ({"chunk_rows": {"layer1": 0}}, "chunks of 0 rows: choose a multiple of 16"),
     ],
 )
-def test_what_a_bank_cannot_have_is_refused_and_changes_nothing(tmp_path, wish, words):
+def test_what_a_bank_cannot_have_is_refused_and_changes_nothing(tmp_path, precision, words):
     write_bank(tmp_path / "m.bank")
     before = files_of(tmp_path)
     with pytest.raises(RequestError, match=words):
-        rewrite(tmp_path / "m.bank", tmp_path / "m.bank", **wish)
+        rewrite(tmp_path / "m.bank", tmp_path / "m.bank", **precision)
     assert files_of(tmp_path) == before
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bapq_tools.boundary.grouping import chunk_rows_of, grouped, most_skipped
+from bapq_tools.row_skipping.grouping import chunk_rows_of, grouped, most_skipped
 
 
 def cost_of_skipping(cost, order, chunk_rows):

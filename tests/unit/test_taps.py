@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bapq_edge.bank.boundary import Wish
+from bapq_edge.bank.boundary import Precision
 from bapq_edge.bank.reader import Bank
 from bapq_edge.engine.graph import RUN_INPUT
 from bapq_edge.errors import NoTapError
@@ -50,13 +50,15 @@ def plain(tmp_path):
 def halves_agree(bank, cut, x):
     """Whether head and body answer what the whole does; their models."""
     head, body = Graph(bank).split(cut)
-    runner, wish = Runner(bank), Wish(level=4)
+    runner, precision = Runner(bank), Precision(level=4)
     try:
         outs = ["y"]
-        (whole,) = runner.run(bank.graph_bytes(), wish, outs, [x], lambda f: f[0], lambda: None)
-        (tap,) = runner.run(head, wish, [cut.tap], [x], lambda f: f[0], lambda: None)
+        (whole,) = runner.run(
+            bank.graph_bytes(), precision, outs, [x], lambda f: f[0], lambda: None
+        )
+        (tap,) = runner.run(head, precision, [cut.tap], [x], lambda f: f[0], lambda: None)
         feed = {**x, cut.tap: tap}
-        (again,) = runner.run(body, wish, outs, [feed], lambda f: f[0], lambda: None)
+        (again,) = runner.run(body, precision, outs, [feed], lambda f: f[0], lambda: None)
     finally:
         runner.close()
     np.testing.assert_array_equal(whole, again)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import bapq_tools
-from bapq_tools.zoo.digits import (
+from benchmarks.zoo.digits import (
     INPUT_NAMES,
     calibration_npz,
     digits_cnn_path,

@@ -16,8 +16,8 @@ import numpy as np
 from run_counted import counted
 
 from bapq_tools import build_bank
-from bapq_tools.experiments.cases import load_case
-from bapq_tools.zoo import make_model
+from benchmarks.cases import load_case
+from benchmarks.zoo import make_model
 
 HERE = Path(__file__).parent
 ARM64 = HERE.parents[1] / ".cache" / "arm64"

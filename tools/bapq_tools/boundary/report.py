@@ -1,0 +1,114 @@
+"""What a fit found, for people and for programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["FitReport", "ModelReport", "PointReport", "StaticReport"]
+
+
+@dataclass(frozen=True)
+class StaticReport:
+    """Every input at one precision, on the held-out samples."""
+
+    precision: str
+    bits: float
+    agreement: float
+    agreement_bound: float
+    """lower bound at the fit's confidence"""
+
+
+@dataclass(frozen=True)
+class PointReport:
+    """An operating point, on the held-out samples."""
+
+    bits: float
+    """mean weight bits read per weight and run"""
+    agreement: float
+    agreement_bound: float
+    shares: dict[str, float]
+    """share of the inputs by the precision that they end at"""
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """One boundary model."""
+
+    name: str
+    stage: str
+    tap: str
+    base: str
+    head_share: float
+    """of the weights, before the tap of a gate"""
+    kind: str
+    features: int
+    regions: int
+    precisions: tuple[str, ...]
+    mix: list[float]
+    """by region, the riskiest first: share of the held-out samples"""
+    loss: list[list[float]]
+    """by region and precision: 1 - agreement"""
+    loss_bound: list[list[float]]
+    """upper bounds, each at the fit's confidence"""
+    points: list[PointReport]
+    """by rising bits"""
+    chosen: int | None
+    """the point of fewest bits that keeps the target"""
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What `fit` found and wrote."""
+
+    bank: str
+    agreement: str
+    """how answers were compared"""
+    samples: int
+    held_out: int
+    """samples that nothing was fitted to; all figures are theirs"""
+    groups: int
+    """of the held-out samples"""
+    confidence: float
+    target_agreement: float | None
+    static: list[StaticReport]
+    models: list[ModelReport]
+
+    def __str__(self) -> str:
+        """For people: one line per precision and operating point worth knowing."""
+        lines = [
+            f"{self.bank}: {self.agreement}, {self.samples} samples, {self.held_out} held out; "
+            f"bounds at confidence {self.confidence:g}"
+        ]
+        lines += [
+            f"static {each.precision}: {_figures(each)}"
+            for each in sorted(self.static, key=lambda each: each.bits)
+        ]
+        for model in self.models:
+            base = f" at {model.base}" if model.stage != "start" else ""
+            lines.append(
+                f"{model.name}: {model.regions} regions by {model.kind} of {model.features} "
+                f"features of {model.tap!r}{base}, {len(model.points)} operating points"
+            )
+            for i in _shown(model):
+                point = model.points[i]
+                shares = ", ".join(
+                    f"{precision} {share:.0%}" for precision, share in point.shares.items()
+                )
+                kept = f", keeps {self.target_agreement:g}" if i == model.chosen else ""
+                lines.append(f"  {_figures(point)}; {shares}{kept}")
+        return "\n".join(lines)
+
+
+_SHOWN_POINTS = 5
+
+
+def _shown(model: ModelReport) -> list[int]:
+    """The chosen point and some others, spread over the bits."""
+    last = len(model.points) - 1
+    spread = {round(i * last / (_SHOWN_POINTS - 1)) for i in range(_SHOWN_POINTS)}
+    return sorted(spread | ({model.chosen} if model.chosen is not None else set()))
+
+
+def _figures(each: StaticReport | PointReport) -> str:
+    bound = f"(at least {each.agreement_bound:.4f})"
+    return f"{each.bits:.2f} bits, agreement {each.agreement:.4f} {bound}"

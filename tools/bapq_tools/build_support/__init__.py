@@ -1,0 +1,1 @@
+"""What long host work needs: progress, worker processes, files for what memory cannot hold."""

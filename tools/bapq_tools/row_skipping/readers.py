@@ -1,0 +1,127 @@
+"""How strongly a bank's graph reads every row of a layer: the norms of the columns behind it."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from bapq_edge.bank.codes import dequantize, join_rows
+from bapq_edge.bank.layout import PLANES_OF_LEVEL
+from bapq_edge.bank.manifest import Layer
+from bapq_edge.bank.reader import Bank
+
+from ..boundary.rewrite import output_rows
+from ..onnx_graph import graph as graphs
+from ..onnx_graph.assemble import DOMAIN
+
+__all__ = ["Readers"]
+
+_CHANNELWISE = (
+    *("Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "HardSigmoid", "HardSwish", "Sigmoid", "Tanh"),
+    *("Gelu", "Erf", "Softplus", "Identity", "Dropout", "Add", "Sub", "Mul", "Div", "Max", "Min"),
+    *("BatchNormalization", "MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"),
+    *("ReduceMean", "ReduceMax", "Pad", "Resize", "Flatten", "Squeeze", "Unsqueeze", "Reshape"),
+)
+"""Operators behind which a channel is still that channel, or a run of as many values."""
+
+
+class Readers:
+    """What the products behind a tensor make of its channels."""
+
+    def __init__(self, bank: Bank, graph: onnx.GraphProto) -> None:
+        self._bank = bank
+        self._scope = graphs.Scope.of(graph, None)
+        self._readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in graph.node:
+            for name in dict.fromkeys(node.input):
+                self._readers.setdefault(name, []).append(node)
+        self._known: dict[str, np.ndarray | None] = {}
+
+    def strength(self, tensor: str, channels: int) -> np.ndarray:
+        """(channels,) float64: sum of the squared weights that read a channel.
+
+        All ones where no product is found whose columns the channels are.
+        """
+        total, found = np.zeros(channels), False
+        pending, seen = [(tensor, np.ones(channels))], {tensor}
+        while pending:
+            name, factor = pending.pop()
+            for node in self._readers.get(name, ()):
+                squares = self._squares(node, name)
+                each = None if squares is None else _per_channel(squares, channels)
+                if each is not None:
+                    total, found = total + factor * each, True
+                    continue
+                behind = self._filters(node, name, channels)
+                if behind is None or node.output[0] in seen:
+                    continue
+                seen.add(node.output[0])
+                pending.append((node.output[0], factor * behind))
+        return total if found and total.any() else np.ones(channels)
+
+    def _squares(self, node: onnx.NodeProto, name: str) -> np.ndarray | None:
+        """Of a product's weights, summed over the rows that read each input channel; else None."""
+        if node.input[0] != name:
+            return None
+        output = node.output[0]
+        if output not in self._known:
+            self._known[output] = self._sum(node)
+        return self._known[output]
+
+    def _sum(self, node: onnx.NodeProto) -> np.ndarray | None:
+        if node.domain == DOMAIN and node.op_type != "Gather":
+            layer = self._bank.manifest.layers[int(graphs.attribute(node, "layer", 0))]
+            group = int(graphs.attribute(node, "group", 1))
+            squares = self._squares_of_layer(layer, group)
+            kernel = [int(graphs.attribute(node, f"kernel_{a}", 1)) for a in "hw"]
+            return squares.reshape(group, np.prod(kernel), -1).sum(1).reshape(-1)
+        if not graphs.is_standard(node, "Conv", "Gemm", "MatMul"):
+            return None
+        tensor = self._scope.constant(node.input[1])
+        if tensor is None:
+            return None
+        weight = np.square(graphs.tensor_array(tensor).astype(np.float64))
+        if node.op_type == "Conv":
+            group = int(graphs.attribute(node, "group", 1))
+            if group > 1 and weight.shape[1] == 1:
+                return None  # it is looked through: see `_filters`
+            return (
+                weight.reshape(group, -1, *weight.shape[1:])
+                .sum((1, *range(3, weight.ndim + 1)))
+                .reshape(-1)
+            )
+        if weight.ndim != 2:
+            return None
+        transposed = node.op_type == "Gemm" and graphs.attribute(node, "transB", 0)
+        return weight.sum(0 if transposed else 1)
+
+    def _squares_of_layer(self, layer: Layer, group: int) -> np.ndarray:
+        """(groups, columns): chunk by chunk, since a layer may be large."""
+        level = layer.levels[0]
+        rows = output_rows(self._bank, layer).astype(np.int64)
+        squares = np.zeros((group, layer.columns))
+        for chunk in range(layer.first_chunk, layer.first_chunk + layer.chunk_count):
+            codes = join_rows([self._bank.chunk_codes(p, chunk) for p in PLANES_OF_LEVEL[level]])
+            weight = dequantize(codes, level, layer.residual_steps, layer.scale_columns)
+            mine = rows[layer.chunk_slice(chunk)] // (layer.rows // group)
+            np.add.at(squares, mine, np.square(weight, dtype=np.float64))
+        return squares
+
+    def _filters(self, node: onnx.NodeProto, name: str, channels: int) -> np.ndarray | None:
+        """(channels,): squared gain of a node that keeps channels apart; None: it does not."""
+        if graphs.is_standard(node, *_CHANNELWISE):
+            return np.ones(channels)
+        if not graphs.is_standard(node, "Conv") or node.input[0] != name:
+            return None
+        tensor = self._scope.constant(node.input[1])
+        if tensor is None or tuple(tensor.dims[:2]) != (channels, 1):
+            return None
+        weight = graphs.tensor_array(tensor).astype(np.float64)
+        return np.square(weight).reshape(channels, -1).sum(1)
+
+
+def _per_channel(squares: np.ndarray, channels: int) -> np.ndarray | None:
+    """Columns may be runs of values of a channel, as Flatten leaves them."""
+    if len(squares) % channels:
+        return None
+    return squares.reshape(channels, -1).sum(1)

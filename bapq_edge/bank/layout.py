@@ -35,7 +35,11 @@ LEVELS: tuple[Level, ...] = (32, 8, 4, 2, 1)
 """Every level, highest first."""
 
 PLANES: dict[Plane, Level] = {"f32": 32, "r8": 8, "p4": 4, "m1": 2, "s1": 1}
-"""Every plane and the level that it completes: the level runs once this plane is there too."""
+"""Every plane and the level that it completes: the level runs once this plane is there too.
+
+Their order is that of every per-plane table and mask, in bapq.h too; they are compared when the
+library is loaded.
+"""
 
 PLANES_OF_LEVEL: dict[Level, tuple[Plane, ...]] = {
     32: ("f32",),

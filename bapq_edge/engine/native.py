@@ -14,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bapq_edge import errors
-from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, Plane
+from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES
 from bapq_edge.bank.reader import Bank
 from bapq_edge.errors import BapqError
 
 __all__ = [
-    "PLANE_ORDER",
     "TRACE_EVENT",
     "TRACE_KINDS",
     "RunReport",
@@ -29,11 +28,10 @@ __all__ = [
     "library_path",
 ]
 
-_ABI_VERSION = 6
+_ABI_VERSION = 7
 _NO_LIMIT = 2**62
 _ROW_CACHE_SLOTS = 64
 _STORAGE_STATUSES = (3, 4, 5)
-PLANE_ORDER: tuple[Plane, ...] = ("f32", "r8", "p4", "m1", "s1")
 
 TRACE_KINDS = ("read", "rows", "wait")
 """the reader thread read a chunk, an operator read rows of one, an operator waited"""
@@ -41,7 +39,7 @@ TRACE_EVENT = np.dtype(
     [
         ("kind", np.int32),  # index into TRACE_KINDS
         ("chunk", np.int32),
-        ("plane", np.int32),  # index into PLANE_ORDER, -1: a wait
+        ("plane", np.int32),  # index into PLANES, -1: a wait
         ("status", np.int32),  # 0: the read succeeded
         ("start_ns", np.int64),  # as time.monotonic_ns()
         ("end_ns", np.int64),
@@ -212,6 +210,7 @@ def _library() -> ctypes.CDLL:
     number = ctypes.POINTER(ctypes.c_int64)
     signatures: dict[str, tuple[type | None, list[object]]] = {
         "bapq_abi_version": (ctypes.c_int32, []),
+        "bapq_plane_name": (ctypes.c_char_p, [ctypes.c_int32]),
         "bapq_store_open": (ctypes.c_int32, [ctypes.POINTER(_Bank), ctypes.POINTER(store), error]),
         "bapq_store_close": (ctypes.c_int32, [store, error]),
         "bapq_store_publish": (ctypes.c_int32, [store, ctypes.POINTER(_PlanRequest), error]),
@@ -238,6 +237,11 @@ def _library() -> ctypes.CDLL:
         raise errors.PlatformError(
             f"libbapq has ABI version {found}, this package needs {_ABI_VERSION}: "
             "reinstall bapq-edge"
+        )
+    planes = [library.bapq_plane_name(index) for index in range(len(PLANES) + 1)]
+    if planes != [*map(str.encode, PLANES), None]:
+        raise errors.PlatformError(
+            f"libbapq has planes {planes}, this package needs {[*PLANES]}: reinstall bapq-edge"
         )
     return library
 
@@ -293,7 +297,7 @@ class Store:
             entry.gathered = "Gather" in layer.operators
             entry.read_by_row = layer.operators == ("Gather",)
             entry.levels = sum(1 << LEVELS.index(level) for level in layer.levels)
-            for index, plane in enumerate(PLANE_ORDER):
+            for index, plane in enumerate(PLANES):
                 if plane in SCALED_PLANES:
                     entry.scale_columns[index] = layer.scale_columns.get(SCALED_PLANES[plane], 0)
             for name, rows, dtype in (
@@ -310,7 +314,7 @@ class Store:
             direct=direct,
             row_cache_slots=_ROW_CACHE_SLOTS,
         )
-        for index, plane in enumerate(PLANE_ORDER):
+        for index, plane in enumerate(PLANES):
             if plane not in bank.planes:
                 continue
             native.plane_path[index] = os.fsencode(bank.plane_path(plane))
@@ -339,7 +343,7 @@ class Store:
             home_limit_bytes: most bytes of pinned chunks in memory, those of plans that runs in
                 flight still hold included; None is no limit.
             threads: most threads that one operator runs on.
-            kept: (chunks,) bit p: plane PLANE_ORDER[p], if it is in memory, stays there, for plans
+            kept: (chunks,) bit p: the p-th of PLANES, if it is in memory, stays there, for plans
                 to come too; None: what is not pinned may go.
             region: number of the region whose values stand in for skipped rows.
 
@@ -450,6 +454,3 @@ class Store:
         if isinstance(exception, OSError):
             exception.errno = error.os_errno or errno.EIO
         return exception
-
-
-assert set(PLANE_ORDER) == set(PLANES) and len(LEVELS) == len(PLANES)

@@ -112,7 +112,7 @@ class Plan:
     reason: str
     """One line for people."""
     kept: NDArray[np.uint8] | None = None
-    """(chunks,) bit p: plane p of `native.PLANE_ORDER`, if it is in memory, stays there, for plans
+    """(chunks,) bit p: the p-th of `layout.PLANES`, if it is in memory, stays there, for plans
     to come too; None: what this plan does not pin may go"""
     region: int | None = None
     """Number of the region (`Store.add_region`) whose values stand in for skipped rows."""

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..engine.native import PLANE_ORDER, TRACE_EVENT, TRACE_KINDS
+from ..bank.layout import PLANES
+from ..engine.native import TRACE_EVENT, TRACE_KINDS
 from ..sensors import Sensors, open_sensors
 from ..session import Session
 from ..telemetry import rss_bytes
@@ -163,7 +164,7 @@ class Recorder:
             track = _READER if kind == _READ else _RUNS
             details: dict[str, Any] = {"chunk": chunk}
             if kind != _WAIT:
-                details["plane"] = PLANE_ORDER[event["plane"]]
+                details["plane"] = tuple(PLANES)[event["plane"]]
                 details["bytes"] = int(event["bytes"])
             if event["status"]:
                 details["failed"] = True

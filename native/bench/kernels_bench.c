@@ -1,13 +1,11 @@
 /* Speed of every kernel family at every level: GMAC/s of a layer of 256 rows (16 tiles), median of
  * interleaved repeats. Usage: kernels_bench [repeats] */
-#define _POSIX_C_SOURCE 199309L /* clock_gettime */
-
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
-#include "../src/kernels/kernels.h"
+#include "kernels/kernels.h"
 
 enum {
     ROWS = 256,

@@ -55,12 +55,9 @@ def watchdog():
 
 
 @pytest.fixture(scope="module")
-def faulty_pread(tmp_path_factory):
-    library = tmp_path_factory.mktemp("faulty") / "faulty_pread.so"
-    source = SUPPORT / "faulty_pread.c"
-    command = ["gcc", "-shared", "-fPIC", "-O1", "-Wall", str(source), "-o", str(library), "-ldl"]
-    subprocess.run(command, check=True)
-    return library
+def faulty_pread():
+    command = [SUPPORT.parent / "native" / "build.sh", "tests", "faulty_pread"]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +68,7 @@ def test_a_disk_that_is(faulty_pread, tmp_path, scenario):
     (tmp_path / "faults").write_bytes(bytes(4096))
     environment = {
         **os.environ,
-        "LD_PRELOAD": str(faulty_pread),
+        "LD_PRELOAD": faulty_pread,
         "BAPQ_FAULTS": str(tmp_path / "faults"),
         "PYTHONPATH": str(SUPPORT.parent),
     }

@@ -11,8 +11,7 @@ from onnx import TensorProto
 
 from bapq_edge import Session
 from bapq_edge.bank.codes import LayerCodes
-from bapq_edge.bank.layout import LEVELS
-from bapq_edge.engine.native import PLANE_ORDER
+from bapq_edge.bank.layout import LEVELS, PLANES
 from bapq_edge.errors import UnknownLevelError
 from support.banks import NO_CLIP, graph_bytes, node, random_codes, write_bank
 from support.operators import (
@@ -244,7 +243,7 @@ def test_kept_planes_are_neither_dropped_nor_read_again(tmp_path):
                 pinned=np.full_like(plan4.pinned, not streamed),
                 ring_bytes=1 << 20,
                 resident_bytes=1 << 22,
-                kept=np.full(len(plan4.levels), 1 << PLANE_ORDER.index("p4"), np.uint8),
+                kept=np.full(len(plan4.levels), 1 << list(PLANES).index("p4"), np.uint8),
             )
             before = session._store.stats().read_bytes
             session._adopt({None: plan8})

@@ -24,10 +24,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bapq_edge import Session
 from bapq_edge.bank.codes import LayerCodes
-from bapq_edge.bank.layout import PLANES_OF_LEVEL, Level
+from bapq_edge.bank.layout import PLANES, PLANES_OF_LEVEL, Level
 from bapq_edge.bank.reader import Bank
 from bapq_edge.bank.writer import BankWriter
-from bapq_edge.engine.native import PLANE_ORDER
 from bapq_edge.errors import UncalibratedWarning
 from bapq_tools.build import build_bank
 
@@ -137,7 +136,7 @@ def _measure(case: _Case, plain: Path, reordered: Path, level: Level) -> list[st
         assert plan is not None
         chunks = len(plan.levels)
         region = session._store.add_region(np.zeros(_rows(plain), np.float32))
-        planes = sum(1 << PLANE_ORDER.index(plane) for plane in PLANES_OF_LEVEL[level])
+        planes = sum(1 << list(PLANES).index(plane) for plane in PLANES_OF_LEVEL[level])
         plans = [
             replace(
                 plan,

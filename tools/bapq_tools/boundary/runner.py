@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bapq_edge.bank.boundary import Precision
+from bapq_edge.bank.layout import PLANES
 from bapq_edge.bank.reader import Bank
 from bapq_edge.engine.graph import RUN_INPUT, open_graph
-from bapq_edge.engine.native import PLANE_ORDER, Store
+from bapq_edge.engine.native import Store
 from bapq_edge.errors import ExecutionError
 from bapq_edge.planning.planner import Plan, Request, chunk_costs, plan
 
@@ -23,7 +24,7 @@ __all__ = ["Feed", "Runner", "Skip", "run_graph", "spread"]
 Feed = Mapping[str, NDArray[Any]]
 T = TypeVar("T")
 
-_ALL_PLANES = (1 << len(PLANE_ORDER)) - 1
+_ALL_PLANES = (1 << len(PLANES)) - 1
 
 
 @dataclass(frozen=True, eq=False)

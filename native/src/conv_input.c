@@ -1,4 +1,5 @@
-#include "image.h"
+/* Quantizing one sample of a convolution's input to int8. */
+#include "conv_input.h"
 
 #include <math.h>
 #include <string.h>
@@ -12,7 +13,7 @@ typedef struct {
     const float *x;
     int64_t channels, height, width;
     extent *extents; /* (channels,) */
-    bapq_image *image;
+    bapq_conv_input *input;
     float inverse;
 } job;
 
@@ -46,10 +47,10 @@ enum { STRIP = 64, LANES = 16 };
 /* One row of pixels: quantized a strip of one channel at a time, then turned channels last. */
 static void quantize_row(void *data, size_t row) {
     job *j = data;
-    const bapq_image *image = j->image;
+    const bapq_conv_input *input = j->input;
     const float to_even = 12582912.0f; /* 1.5 * 2^23: adding it rounds half to even */
     int8_t strip[LANES][STRIP];
-    float zero_point = (float)image->zero_point;
+    float zero_point = (float)input->zero_point;
     for (int64_t w = 0; w < j->width; w += STRIP) {
         int64_t width = j->width - w < STRIP ? j->width - w : STRIP;
         for (int64_t c = 0; c < j->channels; c += LANES) {
@@ -61,18 +62,19 @@ static void quantize_row(void *data, size_t row) {
                     strip[lane][i] = (int8_t)(int32_t)(v < 127.0f ? v : 127.0f);
                 }
             }
-            int8_t *q = image->q + ((int64_t)row * j->width + w) * j->channels + c;
+            int8_t *q = input->q + ((int64_t)row * j->width + w) * j->channels + c;
             for (int64_t i = 0; i < width; i++, q += j->channels)
                 for (int64_t lane = 0; lane < lanes; lane++) q[lane] = strip[lane][i];
         }
     }
 }
 
-int64_t bapq_image_scratch(int64_t channels) { return channels * (int64_t)sizeof(extent); }
+int64_t bapq_conv_input_scratch(int64_t channels) { return channels * (int64_t)sizeof(extent); }
 
-void bapq_image_quantize(const float *x, int64_t channels, int64_t height, int64_t width,
-                         const bapq_parallel *parallel, void *scratch, bapq_image *image) {
-    job j = {x, channels, height, width, scratch, image, 0.0f};
+void bapq_conv_input_quantize(const float *x, int64_t channels, int64_t height, int64_t width,
+                              const bapq_parallel *parallel, void *scratch,
+                              bapq_conv_input *input) {
+    job j = {x, channels, height, width, scratch, input, 0.0f};
     parallel->for_each(parallel->self, find_extent, (size_t)channels, &j);
     extent all = {0, 0, 0};
     for (int64_t c = 0; c < channels; c++) {
@@ -82,17 +84,17 @@ void bapq_image_quantize(const float *x, int64_t channels, int64_t height, int64
     }
     /* In double, so that neither a huge nor a subnormal range overflows on the way. */
     double low = from_ordered(all.low), range = from_ordered(all.high) - low;
-    image->finite = all.amax < 0x7F800000;
-    image->scale = (float)(range / 255.0);
-    image->zero_point = -128;
+    input->finite = all.amax < 0x7F800000;
+    input->scale = (float)(range / 255.0);
+    input->zero_point = -128;
     j.inverse = (float)(255.0 / range);
-    if (!image->finite) return;
-    if (image->scale == 0.0f ||
+    if (!input->finite) return;
+    if (input->scale == 0.0f ||
         !isfinite(j.inverse)) { /* all zero, or below what float32 can tell */
-        image->scale = 0.0f;
-        memset(image->q, image->zero_point, (size_t)(channels * height * width));
+        input->scale = 0.0f;
+        memset(input->q, input->zero_point, (size_t)(channels * height * width));
         return;
     }
-    image->zero_point -= (int32_t)rint(low * j.inverse);
+    input->zero_point -= (int32_t)rint(low * j.inverse);
     parallel->for_each(parallel->self, quantize_row, (size_t)height, &j);
 }

@@ -136,7 +136,8 @@ def model_of(name):
 
 
 def arrays_of(model, manifest):
-    arrays = {name: np.zeros(shape, t) for name, (t, shape) in model.shapes(manifest).items()}
+    shapes = model.shapes(manifest.layers)
+    arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in shapes.items()}
     arrays["mix"][:] = 1
     return arrays
 

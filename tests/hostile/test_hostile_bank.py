@@ -11,7 +11,6 @@ import zlib
 
 import numpy as np
 import pytest
-from victims import GOLDEN
 
 from bapq_edge.bank.exchange import unpack
 from bapq_edge.bank.layout import LEVELS, PLANES
@@ -28,6 +27,7 @@ from bapq_edge.errors import (
     BankVersionError,
     MissingPlaneWarning,
 )
+from support.golden_bank import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_left")
 

@@ -7,11 +7,11 @@ import sys
 
 import numpy as np
 import pytest
-from bank_samples import PRUNED, write_bank
 
 from bapq_edge.bank.consistency import parse_manifest
 from bapq_edge.bank.fields import printable, safe_name
 from bapq_edge.errors import BankFormatError, BankPathError, BankVersionError
+from support.bank_samples import PRUNED, write_bank
 
 HUGE = 1 << 60
 

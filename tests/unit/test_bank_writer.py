@@ -8,10 +8,18 @@ import shutil
 import subprocess
 import sys
 
-import bank_samples
 import numpy as np
 import pytest
-from bank_samples import (
+
+from bapq_edge.bank import staging
+from bapq_edge.bank.layout import planes_for
+from bapq_edge.bank.manifest import KeptNode
+from bapq_edge.bank.reader import Bank
+from bapq_edge.bank.verify import verify
+from bapq_edge.bank.writer import BankWriter
+from bapq_edge.errors import BankFormatError, StorageError
+from support import bank_samples
+from support.bank_samples import (
     PRUNED,
     SOURCE,
     Shape,
@@ -22,14 +30,6 @@ from bank_samples import (
     random_rows,
     write_bank,
 )
-
-from bapq_edge.bank import staging
-from bapq_edge.bank.layout import planes_for
-from bapq_edge.bank.manifest import KeptNode
-from bapq_edge.bank.reader import Bank
-from bapq_edge.bank.verify import verify
-from bapq_edge.bank.writer import BankWriter
-from bapq_edge.errors import BankFormatError, StorageError
 
 SMALL = (Shape(3, 5),)
 
@@ -280,7 +280,7 @@ def test_a_sensitivity_that_cannot_be_is_refused(tmp_path, monkeypatch, value, m
 
 KILLED_BUILD = """
 import os, sys
-from bank_samples import Shape, write_bank
+from support.bank_samples import Shape, write_bank
 from bapq_edge.bank import staging
 
 path, last = sys.argv[1:]

@@ -146,8 +146,8 @@ def assert_same_codes(found: LayerCodes, expected: LayerCodes) -> None:
             np.testing.assert_array_equal(getattr(found, field)[key], array)
 
 
-def files_of(directory):
-    """Every file below a directory and its bytes."""
+def files_of(directory) -> dict[str, bytes]:
+    """The bytes of every file below a directory, by its path in it."""
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in directory.rglob("*")

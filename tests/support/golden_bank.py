@@ -1,4 +1,4 @@
-"""Writes the golden bank: `python tests/golden/make_golden.py`, only when the format changes.
+"""Writes the golden bank, only when the format changes: `python tests/support/golden_bank.py`.
 
 RandomState is used because NumPy promises that its streams never change.
 """
@@ -15,7 +15,7 @@ from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, planes_for, sca
 from bapq_edge.bank.manifest import Calibration, KeptNode, SourceModel
 from bapq_edge.bank.writer import BankWriter
 
-GOLDEN = Path(__file__).parent / "bank_v1"
+GOLDEN = Path(__file__).parents[1] / "golden" / "bank_v1"
 GRAPH = b"not a graph, but its digest is checked all the same\n"
 
 # Ragged in rows, columns and scale groups; two chunks; shared by two operators; with and without

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +12,7 @@ from bapq_edge.bank.codes import LayerCodes, from_bf16, to_bf16
 from bapq_edge.bank.layer import Layer
 from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, Level, planes_for, scaled_levels
 from bapq_edge.bank.manifest import SourceModel
+from bapq_edge.bank.verify import verify
 from bapq_edge.bank.writer import BankWriter
 
 SOURCE = SourceModel("sample", 1234, "ab" * 16, "bapq test")
@@ -146,10 +149,17 @@ def assert_same_codes(found: LayerCodes, expected: LayerCodes) -> None:
             np.testing.assert_array_equal(getattr(found, field)[key], array)
 
 
-def files_of(directory) -> dict[str, bytes]:
+def files_of(directory: Path) -> dict[str, bytes]:
     """The bytes of every file below a directory, by its path in it."""
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in directory.rglob("*")
         if path.is_file()
     }
+
+
+def sound_files_of(bank: Path) -> dict[str, bytes]:
+    """The files of a bank that is sound and has nothing beside it."""
+    assert verify(bank).ok
+    assert os.listdir(bank.parent) == [bank.name]
+    return files_of(bank)

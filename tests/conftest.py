@@ -8,6 +8,8 @@ import pytest
 
 from bapq_edge.engine.native import library_path
 
+pytest.register_assert_rewrite("support")  # an assertion of a helper shows its values too
+
 
 def kernel_families() -> list[str]:
     """Names of the kernel families that this CPU can run, best first."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bank.boundary import Arrays, Boundary, Precision, Scores
+from ..bank.boundary import Boundary, BoundaryArrays, Precision, Scores
 from ..bank.reader import Bank
 from ..errors import RequestError, RunInputError
 
@@ -75,7 +75,7 @@ def score_features(projected: NDArray[np.float32], scores: Scores) -> NDArray[np
 class BoundaryModel:
     """One boundary model of a bank, ready to find regions. Safe to use from several threads."""
 
-    def __init__(self, description: Boundary, arrays: Arrays) -> None:
+    def __init__(self, description: Boundary, arrays: BoundaryArrays) -> None:
         """`arrays` are those of `Boundary.shapes`, checked."""
         self.description = description
         self.region_shares: NDArray[np.float32] = arrays["mix"]

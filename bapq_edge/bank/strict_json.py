@@ -21,7 +21,7 @@ __all__ = ["KEY", "Place", "Rule", "decode", "encode", "parse_json", "shown"]
 
 
 KEY = "key"
-"""In a field's metadata: the key in the document, where it is not the field's name."""
+"""Name under which a field's metadata gives its key in the document, if that is not its name."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Place:
     def wrong(
         self, value: Any, allowed: str, error: type[BankError] = BankFormatError
     ) -> BankError:
-        """The error that the value here is not what is allowed."""
+        """Make the error that the value here is not what is allowed."""
         return error(f"{self.where}: {self.key} is {shown(value)}, must be {allowed}")
 
 
@@ -134,7 +134,7 @@ def _fields_of(cls: type) -> tuple[_Field, ...]:
 
 
 def decode(hint: Any, value: Any, place: Place) -> Any:
-    """Value of the type `hint`, or BankFormatError."""
+    """Make a value of the type `hint` of parsed JSON, or raise BankFormatError."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         base, rule = arguments

@@ -12,8 +12,8 @@ from typing import Any
 from ..adaptive.boundary_model import BoundaryModel
 from ..bank.exchange import pack, unpack
 from ..bank.install import install
+from ..bank.layer import Layer
 from ..bank.layout import Level
-from ..bank.manifest import Layer
 from ..bank.reader import Bank
 from ..bank.verify import verify
 from ..errors import BankIntegrityError, UnknownLevelError

@@ -12,8 +12,6 @@ import numpy as np
 import psutil
 import pytest
 from onnx import helper
-from unit import models
-from unit.models import FLOAT, weights
 
 from bapq_edge.bank.verify import verify
 from bapq_edge.cli import main
@@ -30,6 +28,8 @@ from bapq_tools.build_support import workers
 from bapq_tools.build_support.workers import Workers
 from bapq_tools.quantize import checkpoint as partial
 from bapq_tools.quantize import sequential
+from support import onnx_models as models
+from support.onnx_models import FLOAT, weights
 
 LAYERS = 6
 

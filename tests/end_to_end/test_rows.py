@@ -10,7 +10,6 @@ import pytest
 from onnx import TensorProto
 
 from bapq_edge import Session
-from bapq_edge.bank.codes import LayerCodes
 from bapq_edge.bank.layout import LEVELS, PLANES
 from bapq_edge.errors import UnknownLevelError
 from support.banks import NO_CLIP, graph_bytes, node, random_codes, write_bank
@@ -33,17 +32,14 @@ def pruned_layer(rng, name, operator, codes, description, dropped, reordered):
     order = rng.permutation(rows) if reordered else np.arange(rows)
     stored = rows - dropped
     order[stored:].sort()
-    kept = order[:stored]
-    part = LayerCodes(
-        codes.weight[kept],
-        {plane: values[kept] for plane, values in codes.codes.items()},
-        {level: values[kept] for level, values in codes.scales.items()},
-        {level: values[kept] for level, values in codes.bias.items()},
-    )
     tables = {"stored_rows": stored, "row_order": order.astype(np.uint32)}
     if dropped and description["has_bias"]:
         tables["dropped_bias"] = rng.standard_normal(dropped).astype(np.float32)
-    return (name, operator, part, {**description, **tables}), order, tables.get("dropped_bias")
+    return (
+        (name, operator, codes.of_rows(order[:stored]), {**description, **tables}),
+        order,
+        tables.get("dropped_bias"),
+    )
 
 
 def skip(session, skipped, values):

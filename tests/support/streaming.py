@@ -14,8 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from bapq_edge import Session
 from bapq_edge.bank.layout import LEVELS, Level
 from bapq_edge.planning.planner import ChunkCosts, Plan, Request, plan, smallest_limit
-
-from .banks import NO_CLIP, graph_bytes, node, random_codes, write_bank
+from support.banks import NO_CLIP, graph_bytes, node, random_codes, write_bank
 
 SCALE_COLUMNS: dict[Level, int] = {4: 32, 2: 64, 1: 128}
 LINEAR = {"use_bias": 1, "clip_low": -NO_CLIP, "clip_high": NO_CLIP}

@@ -9,8 +9,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from unit import models
-from unit.models import FLOAT, INT32, INT64, weights
 
 from bapq_edge.engine.graph import RUN_INPUT
 from bapq_edge.errors import UnsupportedModelError
@@ -19,6 +17,8 @@ from bapq_tools.onnx_graph.fold import fold
 from bapq_tools.onnx_graph.importers.onnx_file import load_model
 from bapq_tools.onnx_graph.ir import LayerPlan
 from bapq_tools.onnx_graph.layers import find_layers
+from support import onnx_models as models
+from support.onnx_models import FLOAT, INT32, INT64, weights
 
 node = helper.make_node
 

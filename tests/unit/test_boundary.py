@@ -11,6 +11,7 @@ from sklearn.tree import DecisionTreeClassifier
 
 from bapq_edge.adaptive.boundary_model import BoundaryModel, DriftDetector
 from bapq_edge.bank.boundary import Boundary, Precision, array_file
+from bapq_edge.bank.consistency import check_boundary
 from bapq_edge.bank.exchange import pack, unpack
 from bapq_edge.bank.files import digest_of
 from bapq_edge.bank.npy import to_npy
@@ -206,7 +207,8 @@ def test_descriptions_that_contradict_themselves(bank, fields, message):
     manifest = Bank.open(bank).manifest
     found = []
     description = replace(described(stage="answer"), **fields)
-    description.check(
+    check_boundary(
+        description,
         manifest,
         lambda good, key, value, expected: good or found.append(f"{key} {value} {expected}"),
     )

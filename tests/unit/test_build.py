@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from onnx import helper
-from unit import models
-from unit.models import FLOAT, weights
 
 import bapq_tools
 from bapq_edge.bank.codes import dequantize
@@ -36,6 +34,8 @@ from bapq_edge.errors import (
 )
 from bapq_tools import build as driver
 from bapq_tools import build_bank
+from support import onnx_models as models
+from support.onnx_models import FLOAT, weights
 
 node = helper.make_node
 

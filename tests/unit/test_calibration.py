@@ -7,7 +7,6 @@ import pickle
 import numpy as np
 import pytest
 from onnx import helper
-from unit.models import FLOAT, INT32, INT64
 
 from bapq_edge.errors import (
     CalibrationArrayError,
@@ -17,6 +16,7 @@ from bapq_edge.errors import (
     StorageError,
 )
 from bapq_tools.calibration.samples import load_calibration
+from support.onnx_models import FLOAT, INT32, INT64
 
 node = helper.make_node
 

@@ -8,7 +8,6 @@ import json
 
 import numpy as np
 import pytest
-from bank_samples import SOURCE, Shape, add, assert_same_codes, files_of, random_codes, write_bank
 
 from bapq_edge.bank.exchange import pack, unpack
 from bapq_edge.bank.layout import level_within, planes_for
@@ -17,6 +16,15 @@ from bapq_edge.bank.verify import verify
 from bapq_edge.bank.writer import BankWriter
 from bapq_edge.errors import BankFormatError, MissingPlaneWarning, RequestError
 from bapq_edge.planning.planner import Request, chunk_costs, plan
+from support.bank_samples import (
+    SOURCE,
+    Shape,
+    add,
+    assert_same_codes,
+    files_of,
+    random_codes,
+    write_bank,
+)
 
 LOW = (8, 4, 2, 1)
 SHAPES = (

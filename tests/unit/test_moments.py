@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
-from unit import models
-from unit.models import FLOAT, INT64, weights
 
 from bapq_edge.errors import CalibrationError
 from bapq_tools.build_support.spill import OnDisk
@@ -18,6 +16,8 @@ from bapq_tools.calibration.input_statistics import Moments
 from bapq_tools.calibration.reference_model import Reference, observed, weight_feeds
 from bapq_tools.calibration.samples import load_calibration
 from bapq_tools.onnx_graph.layers import find_layers
+from support import onnx_models as models
+from support.onnx_models import FLOAT, INT64, weights
 
 node = helper.make_node
 

@@ -8,7 +8,6 @@ import re
 
 import numpy as np
 import pytest
-from bank_samples import Shape, write_bank
 
 from bapq_edge.bank.layout import LEVELS
 from bapq_edge.bank.reader import Bank
@@ -19,6 +18,7 @@ from bapq_edge.errors import (
     UnknownLevelError,
 )
 from bapq_edge.planning.planner import ChunkCosts, Request, chunk_costs, plan, smallest_limit
+from support.bank_samples import Shape, write_bank
 from support.banks import graph_bytes, node, random_codes
 from support.banks import write_bank as write_operator_bank
 

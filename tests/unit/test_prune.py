@@ -7,8 +7,6 @@ import json
 import numpy as np
 import pytest
 from onnx import GraphProto, NodeProto, helper, numpy_helper
-from unit import models
-from unit.models import FLOAT, weights
 
 from bapq_edge import Session
 from bapq_edge.bank.layout import LEVELS
@@ -20,6 +18,8 @@ from bapq_tools.onnx_graph.ir import HeavyLayer, LayerOptions, LayerUse
 from bapq_tools.onnx_graph.layers import find_layers
 from bapq_tools.quantize.prune import prune, prune_layers
 from bapq_tools.quantize.quantize import quantize_layer
+from support import onnx_models as models
+from support.onnx_models import FLOAT, weights
 
 node = helper.make_node
 

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import yaml
 from onnx import helper
-from unit import models
-from unit.models import FLOAT, weights
 
 from bapq_edge import Session
 from bapq_edge.bank.reader import Bank
@@ -19,6 +17,8 @@ from bapq_edge.errors import RecipeError, StorageError
 from bapq_tools import build_bank
 from bapq_tools.onnx_graph.ir import LayerOptions
 from bapq_tools.recipe import load_recipe
+from support import onnx_models as models
+from support.onnx_models import FLOAT, weights
 
 node = helper.make_node
 NAMES = ("stem", "body.1", "body.2", "body.10", "head")

@@ -6,16 +6,6 @@ import warnings
 
 import numpy as np
 import pytest
-from bank_samples import (
-    PRUNED,
-    RAGGED,
-    SOURCE,
-    Shape,
-    add,
-    files_of,
-    random_codes,
-    write_bank,
-)
 
 from bapq_edge.bank.boundary import Boundary, Precision
 from bapq_edge.bank.layout import LEVELS
@@ -29,6 +19,16 @@ from bapq_edge.errors import (
     RequestError,
 )
 from bapq_tools.boundary.rewrite import output_rows, rewrite
+from support.bank_samples import (
+    PRUNED,
+    RAGGED,
+    SOURCE,
+    Shape,
+    add,
+    files_of,
+    random_codes,
+    write_bank,
+)
 
 SHAPES = (*RAGGED, *PRUNED)
 
@@ -136,7 +136,8 @@ def model_of(name):
 
 
 def arrays_of(model, manifest):
-    arrays = {name: np.zeros(shape, t) for name, (t, shape) in model.shapes(manifest).items()}
+    shapes = model.shapes(manifest.layers)
+    arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in shapes.items()}
     arrays["mix"][:] = 1
     return arrays
 

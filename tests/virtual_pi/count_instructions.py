@@ -2,7 +2,7 @@
 
 Needs what `make test-arm` makes, and Debian's qemu-user, whose emulator takes plugins.
 
-    .venv/bin/python tests/virtual_pi/count_instructions.py
+    PYTHONPATH=tests .venv/bin/python tests/virtual_pi/count_instructions.py
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from run_counted import counted
 
 from bapq_tools import build_bank
 from benchmarks.cases import load_case
 from benchmarks.zoo import make_model
+from virtual_pi.run_counted import counted
 
 HERE = Path(__file__).parent
 ARM64 = HERE.parents[1] / ".cache" / "arm64"

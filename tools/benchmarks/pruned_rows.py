@@ -23,7 +23,6 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from bapq_edge import Session
-from bapq_edge.bank.codes import LayerCodes
 from bapq_edge.bank.layout import PLANES, PLANES_OF_LEVEL, Level
 from bapq_edge.bank.reader import Bank
 from bapq_edge.bank.writer import BankWriter
@@ -94,29 +93,9 @@ def _reorder(source: Path, target: Path) -> None:
     bank = Bank.open(source)
     (layer,) = bank.manifest.layers
     order = np.random.default_rng(0).permutation(layer.rows).astype(np.uint32)
-    codes = bank.layer_codes(layer)
-    stored = LayerCodes(
-        None,
-        {plane: values[order] for plane, values in codes.codes.items()},
-        {level: values[order] for level, values in codes.scales.items()},
-        {level: values[order] for level, values in codes.bias.items()},
-    )
+    stored = bank.layer_codes(layer).of_rows(order)
     with BankWriter(target, levels=bank.levels, source=bank.manifest.model) as writer:
-        writer.add_layer(
-            layer.name,
-            layer.operators,
-            stored,
-            rows=layer.rows,
-            columns=layer.columns,
-            chunk_rows=layer.chunk_rows,
-            residual_steps=layer.residual_steps,
-            scale_columns=layer.scale_columns,
-            has_bias=layer.has_bias,
-            method=layer.method,
-            relative_error=layer.relative_error,
-            sensitivity=bank.sensitivity(),
-            row_order=order,
-        )
+        writer.add_layer(layer, stored, sensitivity=bank.sensitivity(), row_order=order)
         writer.finish(bank.graph_bytes())
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from numpy.typing import ArrayLike
 
-from bapq_edge.bank.boundary import Arrays, Boundary
+from bapq_edge.bank.boundary import Boundary, BoundaryArrays
 from bapq_edge.errors import (
     BoundaryDroppedWarning,
     BoundaryWarning,
@@ -35,7 +35,7 @@ __all__ = ["Fit", "fit", "fit_models"]
 class Fit:
     """Boundary models, ready to be written."""
 
-    models: list[tuple[Boundary, Arrays]]
+    models: list[tuple[Boundary, BoundaryArrays]]
     split: Split | None
     report: FitReport
 

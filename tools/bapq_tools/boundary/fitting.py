@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bapq_edge.adaptive.boundary_model import BoundaryModel, OperatingPoint
-from bapq_edge.bank.boundary import Arrays, Boundary, Precision, Stage
+from bapq_edge.bank.boundary import Boundary, BoundaryArrays, Precision, Stage
 from bapq_edge.errors import (
     BoundaryWarning,
     NoTapError,
@@ -50,7 +50,7 @@ class Found:
     """A fitted boundary model."""
 
     model: Boundary
-    arrays: Arrays
+    arrays: BoundaryArrays
     cut: Cut | None
     """where it splits the graph"""
 
@@ -295,7 +295,7 @@ class Fitting:
     ) -> Found:
         """The model with what it does to the samples that it has not seen."""
         projection, held = seen.projection, self._held(losses)
-        arrays: Arrays = {
+        arrays: BoundaryArrays = {
             "center": projection.center,
             "projection": projection.matrix,
             "offset": projection.offset,

@@ -13,7 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.isotonic import isotonic_regression
 from sklearn.tree import DecisionTreeRegressor
 
-from bapq_edge.bank.boundary import Arrays, Kind
+from bapq_edge.bank.boundary import BoundaryArrays, Kind
 
 from .features import Floats
 from .folds import folds_of
@@ -66,7 +66,7 @@ class Partition:
 
     kind: Kind
     count: int
-    arrays: Arrays
+    arrays: BoundaryArrays
 
     def of(self, features: Floats) -> NDArray[np.intp]:
         """(n,): region of each."""
@@ -250,7 +250,7 @@ def _tree_arrays(
     below: NDArray[np.intp],
     above: NDArray[np.intp],
     region: NDArray[np.intp],
-) -> Arrays:
+) -> BoundaryArrays:
     return {
         "node_feature": feature.astype("<i4"),
         "node_threshold": threshold.astype("<f8"),

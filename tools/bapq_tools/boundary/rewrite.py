@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 
-from bapq_edge.bank.boundary import Arrays, Boundary
-from bapq_edge.bank.codes import LayerCodes
+from bapq_edge.bank.boundary import Boundary, BoundaryArrays
+from bapq_edge.bank.layer import Layer
 from bapq_edge.bank.layout import TILE_ROWS
-from bapq_edge.bank.manifest import Layer, Manifest
+from bapq_edge.bank.manifest import Manifest
 from bapq_edge.bank.npy import ROW_DTYPE
 from bapq_edge.bank.reader import Bank
 from bapq_edge.bank.writer import BankWriter
@@ -38,7 +39,7 @@ def rewrite(
     *,
     row_order: Mapping[str, np.ndarray] = _NOTHING,
     chunk_rows: Mapping[str, int] = MappingProxyType({}),
-    boundary: Sequence[tuple[Boundary, Arrays]] = (),
+    boundary: Sequence[tuple[Boundary, BoundaryArrays]] = (),
     split: Split | None = None,
 ) -> Path:
     """Write a bank again and return its path; `out` may be the bank itself.
@@ -76,19 +77,10 @@ def rewrite(
             picked = place[wanted]
             size = int(chunk_rows.get(layer.name, layer.chunk_rows))
             dropped = _all_rows(source, layer)[layer.stored_rows :]
+            codes = source.layer_codes(layer)
             writer.add_layer(
-                layer.name,
-                layer.operators,
-                _of_rows(source.layer_codes(layer), picked),
-                rows=layer.rows,
-                stored_rows=layer.stored_rows,
-                columns=layer.columns,
-                chunk_rows=size,
-                residual_steps=layer.residual_steps,
-                scale_columns=layer.scale_columns,
-                has_bias=layer.has_bias,
-                method=layer.method,
-                relative_error=layer.relative_error,
+                replace(layer, chunk_rows=size),
+                codes if _in_order(picked) else codes.of_rows(picked),
                 sensitivity=_shared_out(sensitivity[layer.chunk_range], layer, picked, size),
                 row_order=np.concatenate([wanted, dropped]),
                 dropped_bias=source.dropped_bias(layer),
@@ -154,20 +146,13 @@ def _say_dropped(path: Path, manifest: Manifest, given: set[str], split: Split |
         )
 
 
-def _of_rows(codes: LayerCodes, picked: np.ndarray) -> LayerCodes:
-    if np.array_equal(picked, np.arange(len(picked))):
-        return codes
-    return LayerCodes(
-        None if codes.weight is None else codes.weight[picked],
-        {plane: values[picked] for plane, values in codes.codes.items()},
-        {level: values[picked] for level, values in codes.scales.items()},
-        {level: values[picked] for level, values in codes.bias.items()},
-    )
+def _in_order(picked: np.ndarray) -> bool:
+    return np.array_equal(picked, np.arange(len(picked)))
 
 
 def _shared_out(table: np.ndarray, layer: Layer, picked: np.ndarray, size: int) -> np.ndarray:
     """(chunks, levels) float32 of the new chunks: each row bears an even share of its old one's."""
-    if size == layer.chunk_rows and np.array_equal(picked, np.arange(len(picked))):
+    if size == layer.chunk_rows and _in_order(picked):
         return table
     chunk = np.arange(layer.stored_rows) // layer.chunk_rows
     rows = table.astype(np.float64)[chunk] / np.bincount(chunk)[chunk, None]

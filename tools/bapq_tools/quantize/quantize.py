@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from bapq_edge.bank.codes import LayerCodes, dequantize, join_rows
+from bapq_edge.bank.layer import Method
 from bapq_edge.bank.layout import Level, planes_for, scaled_levels
-from bapq_edge.bank.manifest import Method
 
 from ..onnx_graph.ir import HeavyLayer, LayerOptions, MatrixStats
 from .rounding import (
@@ -132,11 +132,7 @@ class QuantizedLayer:
         """(rows, columns) float32 at a level."""
         result = np.empty(self.shape, np.float32)
         for run in _runs_of(*self.shape):
-            part = LayerCodes(
-                None if self.codes.weight is None else self.codes.weight[run],
-                {plane: code[run] for plane, code in self.codes.codes.items()},
-                {level: scale[run] for level, scale in self.codes.scales.items()},
-            )
+            part = self.codes.of_rows(run)
             result[run] = dequantize(part, level, self.residual_steps, self.scale_columns)
         return result
 
@@ -152,14 +148,8 @@ class QuantizedLayer:
 
     def of_rows(self, rows: np.ndarray) -> QuantizedLayer:
         """Some rows of the layer, by their numbers."""
-        codes = LayerCodes(
-            None if self.codes.weight is None else self.codes.weight[rows],
-            {plane: values[rows] for plane, values in self.codes.codes.items()},
-            {level: values[rows] for level, values in self.codes.scales.items()},
-            {level: values[rows] for level, values in self.codes.bias.items()},
-        )
         errors = {level: values[rows] for level, values in self.row_error.items()}
-        return replace(self, codes=codes, row_error=errors)
+        return replace(self, codes=self.codes.of_rows(rows), row_error=errors)
 
 
 def scale_columns_of(options: LayerOptions) -> dict[Level, int]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from bapq_edge.bank.layer import Layer
 from bapq_edge.bank.layout import Level, TileGeometry, planes_for, tiles_of
 from bapq_edge.bank.npy import BIAS_DTYPE, ROW_DTYPE
 from bapq_edge.bank.writer import BankWriter, chunk_rows_for
@@ -41,18 +42,20 @@ def write_layer(
             dropped_bias = bias[dropped].astype(BIAS_DTYPE)
     chunk_rows = chunk_rows_for(rows - len(dropped), columns, operators)
     writer.add_layer(
-        layer.name,
-        operators,
+        Layer(
+            name=layer.name,
+            operators=operators,
+            rows=rows,
+            stored_rows=rows - len(dropped),
+            columns=columns,
+            chunk_rows=chunk_rows,
+            residual_steps=quantized.residual_steps,
+            scale_columns=quantized.scale_columns,
+            has_bias=has_bias,
+            method=quantized.method,
+            relative_error=quantized.relative_error,
+        ),
         quantized.codes,
-        rows=rows,
-        stored_rows=rows - len(dropped),
-        columns=columns,
-        chunk_rows=chunk_rows,
-        residual_steps=quantized.residual_steps,
-        scale_columns=quantized.scale_columns,
-        has_bias=has_bias,
-        method=quantized.method,
-        relative_error=quantized.relative_error,
         sensitivity=_sensitivity(quantized, levels, chunk_rows),
         row_order=row_order,
         dropped_bias=dropped_bias,

@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 
 from bapq_edge.bank.boundary import Precision
-from bapq_edge.bank.manifest import Layer
+from bapq_edge.bank.layer import Layer
 from bapq_edge.bank.reader import Bank
 
 from ..boundary.runner import Feed, Runner

@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 
 from bapq_edge.bank.codes import dequantize, join_rows
+from bapq_edge.bank.layer import Layer
 from bapq_edge.bank.layout import PLANES_OF_LEVEL
-from bapq_edge.bank.manifest import Layer
 from bapq_edge.bank.reader import Bank
 
 from ..boundary.rewrite import output_rows

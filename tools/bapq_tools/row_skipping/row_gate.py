@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bapq_edge.adaptive.boundary_model import BoundaryModel
-from bapq_edge.bank.boundary import Arrays, Boundary, Precision, Stage
+from bapq_edge.bank.boundary import Boundary, BoundaryArrays, Precision, Stage
 from bapq_edge.bank.layout import Level
 from bapq_edge.errors import NoTapError, RequestError
 
@@ -32,7 +32,7 @@ class RowGate:
 
     pruning: RowPruning
     model: Boundary
-    arrays: Arrays
+    arrays: BoundaryArrays
     split: Split | None
 
 
@@ -86,7 +86,7 @@ def fit_row_gate(
         samples=len(rest),
         confidence=confidence,
     )
-    arrays: Arrays = {
+    arrays: BoundaryArrays = {
         "center": seen.projection.center,
         "projection": seen.projection.matrix,
         "offset": seen.projection.offset,
@@ -135,7 +135,7 @@ def _tap(study: Study, precision: Precision) -> tuple[Tap, Cut | None]:
     return study.input_tap(study.inputs[0].name), None
 
 
-def _centers(seen: Seen, doubt: float) -> Arrays:
+def _centers(seen: Seen, doubt: float) -> BoundaryArrays:
     """Nearest centres that amount to: little margin, region 0; else the class of the top score.
 
     Of features z and margin m, centre c > 0 lies at z = w at class c, m = 2t, and centre 0 at the
@@ -159,7 +159,7 @@ def _measured(
     pruning: RowPruning,
     regions: NDArray[np.intp],
     held: Held,
-) -> Arrays:
+) -> BoundaryArrays:
     """What the held-out samples say of the regions and of both operating points."""
     count = len(pruning.skipped)
     here = [regions == region for region in range(count)]

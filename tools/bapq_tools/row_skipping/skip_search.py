@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from bapq_edge.bank.boundary import Precision
-from bapq_edge.bank.manifest import Layer
+from bapq_edge.bank.layer import Layer
 from bapq_edge.bank.reader import Bank
 from bapq_edge.errors import BoundaryWarning
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from bapq_edge.bank.codes import LayerCodes, from_bf16, to_bf16
+from bapq_edge.bank.layer import Layer
 from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, Level, planes_for, scaled_levels
 from bapq_edge.bank.manifest import SourceModel
+from bapq_edge.bank.verify import verify
 from bapq_edge.bank.writer import BankWriter
 
 SOURCE = SourceModel("sample", 1234, "ab" * 16, "bapq test")
@@ -95,24 +99,31 @@ def random_sensitivity(shape: Shape, levels=LEVELS) -> np.ndarray:
     return random.random((chunks, len(levels)), np.float32) * np.array(heard)
 
 
-def add(writer: BankWriter, name: str, shape: Shape, codes: LayerCodes, levels=LEVELS, **other):
+def describe(name: str, shape: Shape, levels=LEVELS) -> Layer:
+    """What the manifest tells about a layer of that shape."""
     own = shape.own_levels or levels
-    description = {
-        "operators": ("Gemm",),
-        "rows": shape.rows,
-        "stored_rows": shape.stored_rows,
-        "columns": shape.columns,
-        "chunk_rows": shape.chunk_rows,
-        "residual_steps": shape.residual_steps,
-        "scale_columns": {level: shape.scale_columns for level in scaled_levels(own)},
-        "has_bias": shape.has_bias,
-        "method": {level: "nearest" for level in own if level != 32},
-        "relative_error": {level: 1 / level for level in own},
-        "sensitivity": random_sensitivity(shape, levels),
-        **random_rows(shape),
-        **other,
-    }
-    return writer.add_layer(name, codes=codes, **description)
+    return Layer(
+        name=name,
+        operators=("Gemm",),
+        rows=shape.rows,
+        stored_rows=shape.stored_rows,
+        columns=shape.columns,
+        chunk_rows=shape.chunk_rows,
+        residual_steps=shape.residual_steps,
+        scale_columns={level: shape.scale_columns for level in scaled_levels(own)},
+        has_bias=shape.has_bias,
+        method={level: "nearest" for level in own if level != 32},
+        relative_error={level: 1 / level for level in own},
+    )
+
+
+def add(writer: BankWriter, name: str, shape: Shape, codes: LayerCodes, levels=LEVELS, **other):
+    """Add a layer; `other` replaces fields of its description, its sensitivity or its tables."""
+    tables = {"sensitivity": random_sensitivity(shape, levels), **random_rows(shape)}
+    names = ("sensitivity", "row_order", "dropped_bias")
+    tables |= {key: value for key, value in other.items() if key in names}
+    fields = {key: value for key, value in other.items() if key not in names}
+    return writer.add_layer(replace(describe(name, shape, levels), **fields), codes, **tables)
 
 
 def write_bank(path, shapes=RAGGED, levels=LEVELS, seed=0, graph=b"graph"):
@@ -138,10 +149,17 @@ def assert_same_codes(found: LayerCodes, expected: LayerCodes) -> None:
             np.testing.assert_array_equal(getattr(found, field)[key], array)
 
 
-def files_of(directory):
-    """Every file below a directory and its bytes."""
+def files_of(directory: Path) -> dict[str, bytes]:
+    """The bytes of every file below a directory, by its path in it."""
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in directory.rglob("*")
         if path.is_file()
     }
+
+
+def sound_files_of(bank: Path) -> dict[str, bytes]:
+    """The files of a bank that is sound and has nothing beside it."""
+    assert verify(bank).ok
+    assert os.listdir(bank.parent) == [bank.name]
+    return files_of(bank)

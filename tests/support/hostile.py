@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 
 import pytest
 
 from bapq_edge.errors import BankError
-
-GOLDEN = Path(__file__).parents[1] / "golden/bank_v1"
 
 
 def snapshot(directory):

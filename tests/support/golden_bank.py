@@ -1,4 +1,4 @@
-"""Writes the golden bank: `python tests/golden/make_golden.py`, only when the format changes.
+"""Writes the golden bank, only when the format changes: `python tests/support/golden_bank.py`.
 
 RandomState is used because NumPy promises that its streams never change.
 """
@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from bapq_edge.bank.codes import LayerCodes, from_bf16, to_bf16
+from bapq_edge.bank.layer import Layer
 from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, planes_for, scaled_levels
 from bapq_edge.bank.manifest import Calibration, KeptNode, SourceModel
 from bapq_edge.bank.writer import BankWriter
 
-GOLDEN = Path(__file__).parent / "bank_v1"
+GOLDEN = Path(__file__).parents[1] / "golden" / "bank_v1"
 GRAPH = b"not a graph, but its digest is checked all the same\n"
 
 # Ragged in rows, columns and scale groups; two chunks; shared by two operators; with and without
@@ -128,14 +129,17 @@ def write_golden(path: Path) -> None:
     ) as writer:
         for name, layer in LAYERS.items():
             errors = {level: 0.5 / level for level in layer.get("levels", LEVELS)}
-            writer.add_layer(
-                name,
-                codes=golden_codes(name),
+            description = Layer(
+                name=name,
                 method={level: METHODS[level] for level in errors if level != 32},
                 relative_error=errors,
+                **{key: value for key, value in layer.items() if key != "levels"},
+            )
+            writer.add_layer(
+                description,
+                golden_codes(name),
                 sensitivity=golden_sensitivity(name),
                 **golden_rows(name),
-                **{key: value for key, value in layer.items() if key != "levels"},
             )
         writer.finish(GRAPH, [KeptNode("/stem/Conv", "Conv", 27, "fewer than 1024 weights")])
 

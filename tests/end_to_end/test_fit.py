@@ -303,7 +303,7 @@ def test_the_command_fits_reports_and_refuses(place, tmp_path):
     command += ["--calibration", place / "mlp.npz", "--model", place / "mlp.onnx"]
     command += ["-o", tmp_path / "m.bank", "--escalate", "1:8", "2:8"]
     done = subprocess.run(
-        [*command, "--report-json", "--target-agreement", "0.97"], capture_output=True, text=True
+        [*command, "--json", "--target-agreement", "0.97"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

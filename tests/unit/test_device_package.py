@@ -94,11 +94,12 @@ def test_wheel_holds_library_tools_and_profiles(tmp_path):
 def test_sizes():
     assert parse_size("64MiB") == 64 << 20
     assert parse_size("1.5 GB") == 1_500_000_000
-    assert parse_size(" 100 ") == parse_size("100B") == parse_size(100) == 100
+    assert parse_size(" 100 B ") == parse_size("100B") == parse_size(100) == 100
+    assert parse_size(" 2000000 ") == 2_000_000
     assert format_size(1536) == "1.5 KiB"
     assert format_size(64 << 20) == "64.0 MiB"
     assert format_size(12) == "12 B"
-    for size in (True, 0, -5, "64mib", "1e6", "MiB", "nan", None):
+    for size in (True, 0, -5, "64mib", "1e6", "MiB", "nan", "64", " 100 ", None):
         with pytest.raises(errors.SizeError):
             parse_size(size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -24,8 +25,11 @@ from bapq_edge.bank.layout import (
     tiles_of,
 )
 from bapq_edge.bank.manifest import Calibration, KeptNode, Manifest, SourceModel
+from bapq_edge.bank.reader import read_manifest
 from bapq_edge.bank.writer import BankWriter, check_is_bank
 from bapq_edge.errors import (
+    BankError,
+    BoundaryDroppedWarning,
     StorageError,
     UncalibratedWarning,
     UnknownLevelError,
@@ -135,13 +139,6 @@ def build(
     _check_target(out)
     if workers is None:
         workers = len(os.sched_getaffinity(0))
-    if calibration is None and wanted != (32,):
-        warnings.warn(
-            f"{out.name} is built without calibration data; its low levels will be less accurate: "
-            "give samples of real inputs",
-            UncalibratedWarning,
-            stacklevel=3,
-        )
     stages = Progress(progress)
     use_one_heap()
 
@@ -149,6 +146,14 @@ def build(
         loaded, source = _load(model)
         advance()
     data = None if calibration is None else load_calibration(calibration, loaded.graph.input)
+    if calibration is None and wanted != (32,):
+        warnings.warn(
+            f"{out.name} is built without calibration data; its low levels will be less accurate: "
+            "give samples of real inputs",
+            UncalibratedWarning,
+            stacklevel=3,
+        )
+    _warn_of_discarded(out)
     with stages.stage("fold", 1) as advance:
         folded = fold(loaded)
         del loaded
@@ -236,6 +241,19 @@ def _check_target(out: Path) -> None:
         check_is_bank(out)
     elif not out.absolute().parent.is_dir():
         raise StorageError(f"{out.absolute().parent} is no directory; create it to build there")
+
+
+def _warn_of_discarded(out: Path) -> None:
+    """Say what was fitted to the bank that is about to be replaced."""
+    with contextlib.suppress(BankError, StorageError):  # nothing there, or damaged
+        fitted = [entry.model.name for entry in read_manifest(out).boundary]
+        if fitted:
+            warnings.warn(
+                f"{out}: the boundary models {', '.join(fitted)} were fitted to the old bank and "
+                "are discarded: fit the new one",
+                BoundaryDroppedWarning,
+                stacklevel=3,
+            )
 
 
 def _load(

@@ -1,6 +1,6 @@
 """Accuracy and size of the models with trained weights, at every level and by plan.
 
-    python -m benchmarks.accuracy [NAME ...] [-o table|md|json]
+    python -m benchmarks.accuracy [NAME ...] [--format table|md|json]
 
 Banks hold levels 8, 4, 2 and 1 of all their weights, embeddings included, and are built anew. They
 go to .cache/bench.
@@ -30,7 +30,7 @@ from benchmarks.zoo import make_model
 from .cases import Case, judge, load_case
 from .measure import open_runtime
 from .models import WORK
-from .tables import print_table
+from .tables import add_format, print_table
 
 NAMES = ("minilm", "digits_cnn", "digits_mlp", "digits_resnet")
 LEVELS: tuple[Level, ...] = (8, 4, 2, 1)
@@ -42,8 +42,7 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="benchmarks.accuracy", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
-    style = "table" if sys.stdout.isatty() else "md"
-    parser.add_argument("-o", dest="style", choices=("table", "md", "json"), default=style)
+    add_format(parser, "json")
     arguments = parser.parse_args()
     names = arguments.names or NAMES
     if unknown := set(names) - set(NAMES):
@@ -53,14 +52,14 @@ def main() -> int:
         for name in names:
             results.append(measure(name))
             advance()
-    if arguments.style == "json":
+    if arguments.format == "json":
         print(json.dumps(results, indent=1))
         return 0
-    print_table("Levels", *_level_table(results), arguments.style)
+    print_table("Levels", *_level_table(results), arguments.format)
     print_table(
-        "Plans, beside the best level of no more bits", *_plan_table(results), arguments.style
+        "Plans, beside the best level of no more bits", *_plan_table(results), arguments.format
     )
-    print_table("Bytes", *_byte_table(results), arguments.style)
+    print_table("Bytes", *_byte_table(results), arguments.format)
     return 0
 
 

@@ -1,6 +1,6 @@
 """What int8 activations cost MiniLM: one scale per row against one per row and block of 32 columns.
 
-    python -m benchmarks.activation_scales [--sentences N] [-o table|md]
+    python -m benchmarks.activation_scales [--sentences N] [--format table|md]
 
 The bank's graph is written out in ONNX's own operators: weights dequantized at a level, activations
 of every matrix rounded to int8 and back. So nothing but the scales differs between two rows.
@@ -28,7 +28,7 @@ from bapq_tools.build_support.progress import Progress
 from benchmarks.zoo import make_model
 
 from .cases import Case, judge, load_case
-from .tables import print_table
+from .tables import add_format, print_table
 
 SCALES: dict[str, int | None] = {
     "float": None,
@@ -43,8 +43,7 @@ def main() -> int:
     """Measure and print the mean cosines."""
     parser = argparse.ArgumentParser(description="Mean cosine of MiniLM by activation scales.")
     parser.add_argument("--sentences", type=int, default=600, metavar="N", help="of 600 held out")
-    style = "table" if sys.stdout.isatty() else "md"
-    parser.add_argument("-o", dest="style", choices=("table", "md"), default=style)
+    add_format(parser)
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory(prefix="bapq-scales-") as folder:
@@ -65,7 +64,7 @@ def main() -> int:
             rows.append([name, *cosines])
     heads = ["activations of matrices", *(f"weights at level {level}" for level in LEVELS)]
     title = f"MiniLM, mean cosine to float32 over {len(feeds)} held-out sentences"
-    print_table(title, heads, rows, arguments.style)
+    print_table(title, heads, rows, arguments.format)
     return 0
 
 

@@ -1,6 +1,6 @@
 """ONNX Runtime's memory settings: what the process grew by after 1, 2 and 12 runs of a bank.
 
-    python -m benchmarks.arena [MODEL ...] [-o table|md]
+    python -m benchmarks.arena [MODEL ...] [--format table|md]
 
 Each row is a process of its own; all weights are streamed, level 8, one thread.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .tables import print_table
+from .tables import add_format, print_table
 
 RUNS = (1, 2, 12)
 
@@ -65,7 +65,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="benchmarks.arena")
     parser.add_argument("models", nargs="*", default=["resnet50", "densenet121"], metavar="MODEL")
-    parser.add_argument("-o", "--output", choices=("table", "md"), default="table")
+    add_format(parser)
     arguments = parser.parse_args()
     rows = []
     for name in arguments.models:
@@ -80,7 +80,7 @@ def main() -> None:
                 sizes = [f"{size / 2**20:.1f}" for size in json.loads(result.stdout)]
                 rows.append([name, _on(arena), _on(patterns), *sizes])
     heads = ["model", "arena", "memory patterns", *(f"MiB after {run}" for run in RUNS)]
-    print_table("Growth of the process's peak, weights streamed", heads, rows, arguments.output)
+    print_table("Growth of the process's peak, weights streamed", heads, rows, arguments.format)
 
 
 def _on(value: bool) -> str:

@@ -1,6 +1,6 @@
 """What boundary models give: escalation, gates and targets, on samples that no fit has seen.
 
-    python -m benchmarks.boundary [NAME ...] [-o table|md|json] [--pictures FOLDER]
+    python -m benchmarks.boundary [NAME ...] [--format table|md|json] [--pictures FOLDER]
 
 Digits: the 600 test images and four distorted copies of each; a split takes 400 images, with their
 copies, to fit and the others to test. MiniLM: the 600 held-out sentences, 300 to fit. Five splits;
@@ -37,7 +37,7 @@ from benchmarks.zoo.sentences import load_sentences
 
 from .cases import load_case
 from .models import WORK
-from .tables import print_table
+from .tables import add_format, print_table
 
 DIGITS = ("digits_cnn", "digits_mlp", "digits_resnet")
 NAMES = (*DIGITS, "minilm")
@@ -82,8 +82,7 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="benchmarks.boundary")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
-    style = "table" if sys.stdout.isatty() else "md"
-    parser.add_argument("-o", dest="style", choices=("table", "md", "json"), default=style)
+    add_format(parser, "json")
     parser.add_argument("--pictures", type=Path, help="folder that pictures are drawn into")
     arguments = parser.parse_args()
     names = arguments.names or NAMES
@@ -94,13 +93,13 @@ def main() -> int:
         for name in names:
             results.append(Experiment(name).measure(arguments.pictures))
             advance()
-    if arguments.style == "json":
+    if arguments.format == "json":
         print(json.dumps(results, indent=1))
         return 0
     for title, heads, key in TABLES:
         rows = [[each["model"], *row] for each in results for row in each[key]]
         if rows:
-            print_table(title, ("model", *heads), rows, arguments.style)
+            print_table(title, ("model", *heads), rows, arguments.format)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Time and memory of calibrated builds, workers included.
 
-    python -m benchmarks.build_cost [NAME ...] [--workers N] [-o table|md]
+    python -m benchmarks.build_cost [NAME ...] [--workers N] [--format table|md]
 
 Memory is the largest sum of anonymous memory (smaps_rollup) over the build and its workers, ten
 times a second: what the kernel cannot take back. Pages of mapped files, which it can, do not count.
@@ -22,7 +22,7 @@ from bapq_tools.build_support.progress import Progress
 from benchmarks.zoo import MODELS, make_model
 
 from .cases import load_case
-from .tables import print_table
+from .tables import add_format, print_table
 
 NAMES = ("minilm", "resnet50", "vgg19")
 _MIB = 1 << 20
@@ -33,8 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.build_cost")
     parser.add_argument("names", nargs="*", choices=[*MODELS, []], default=[], metavar="NAME")
     parser.add_argument("--workers", type=int, default=2)
-    style = "table" if sys.stdout.isatty() else "md"
-    parser.add_argument("-o", dest="style", choices=("table", "md"), default=style)
+    add_format(parser)
     arguments = parser.parse_args()
     names = arguments.names or NAMES
     rows = []
@@ -43,7 +42,7 @@ def main() -> int:
             rows.append(measure(name, arguments.workers))
             advance()
     heads = ("model", "weights", "build", "peak memory", "twice float32 + 1 GB")
-    print_table(f"Calibrated builds, {arguments.workers} workers", heads, rows, arguments.style)
+    print_table(f"Calibrated builds, {arguments.workers} workers", heads, rows, arguments.format)
     return 0
 
 

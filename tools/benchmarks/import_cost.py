@@ -1,6 +1,6 @@
 """What `import bapq_edge` adds to a program that uses NumPy and ONNX Runtime.
 
-    python -m benchmarks.import_cost [-r PAIRS] [-o table|md]
+    python -m benchmarks.import_cost [-r PAIRS] [--format table|md]
 
 Every import is a process of its own, with and without the package in turns.
 """
@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 
-from .tables import print_table
+from .tables import add_format, print_table
 
 _SCRIPT = """
 import time
@@ -41,7 +41,7 @@ def main() -> None:
     """Measure in turns, print the medians and their differences."""
     parser = argparse.ArgumentParser(prog="benchmarks.import_cost")
     parser.add_argument("-r", "--pairs", type=int, default=25, metavar="PAIRS")
-    parser.add_argument("-o", "--output", choices=("table", "md"), default="table")
+    add_format(parser)
     arguments = parser.parse_args()
     measure(WITH)  # leaves the files in the page cache, and the byte code beside them
     samples: dict[str, list[tuple[float, int]]] = {WITHOUT: [], WITH: []}
@@ -58,7 +58,7 @@ def main() -> None:
         f"median of {arguments.pairs} processes",
         ("import", "time", "resident memory"),
         [(name, f"{s * 1e3:.0f} ms", f"{size / 2**20:.1f} MiB") for name, (s, size) in rows],
-        arguments.output,
+        arguments.format,
     )
 
 

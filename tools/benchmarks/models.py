@@ -1,6 +1,6 @@
 """Errors, memory, speed and build time of the zoo's models at every level: `make bench`.
 
-    python -m benchmarks.models [NAME ...] [-o table|md|json]
+    python -m benchmarks.models [NAME ...] [--format table|md|json]
 
 Each measurement is a process of its own; docs/measuring.md says how each figure is made. Models and
 banks go to .cache/bench.
@@ -23,7 +23,7 @@ from bapq_tools.build_support.progress import Progress
 from benchmarks.zoo import MODELS
 
 from .measure import runtimes_of
-from .tables import print_table
+from .tables import add_format, print_table
 
 WORK = Path(__file__).resolve().parents[2] / ".cache" / "bench"
 
@@ -35,8 +35,7 @@ def main() -> int:
     """Measure and print; 0, or 1 when a measurement failed."""
     parser = argparse.ArgumentParser(prog="benchmarks.models", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}")
-    style = "table" if sys.stdout.isatty() else "md"
-    parser.add_argument("-o", dest="style", choices=("table", "md", "json"), default=style)
+    add_format(parser, "json")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(MODELS)
     if unknown:
@@ -47,16 +46,16 @@ def main() -> int:
         print(f"benchmarks.models: failed: {' '.join(error.cmd)}", file=sys.stderr)
         return 1
     setting = {"onnxruntime": onnxruntime.__version__, "kernels": kernels_name()}
-    if arguments.style == "json":
+    if arguments.format == "json":
         print(json.dumps({**setting, "models": results}, indent=1))
         return 0
     note = f"onnxruntime {setting['onnxruntime']}, kernels {setting['kernels']}"
     build_rows = [_build_row(result) for result in results]
     run_rows = [row for result in results for row in _run_rows(result)]
     print_table(
-        f"Builds, levels 32, 8, 4, 2 and 1 ({note})", BUILD_HEADS, build_rows, arguments.style
+        f"Builds, levels 32, 8, 4, 2 and 1 ({note})", BUILD_HEADS, build_rows, arguments.format
     )
-    print_table(f"Runs, one thread on one core ({note})", RUN_HEADS, run_rows, arguments.style)
+    print_table(f"Runs, one thread on one core ({note})", RUN_HEADS, run_rows, arguments.format)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Time of one plan, by number of chunks and kind of request, on random chunks.
 
-python -m benchmarks.planner_time [-o table|md]
+python -m benchmarks.planner_time [--format table|md]
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from bapq_edge.bank.layout import LEVELS
 from bapq_edge.planning.planner import ChunkCosts, Request, plan
 
-from .tables import print_table
+from .tables import add_format, print_table
 
 CHUNK_COUNTS = (500, 5_000, 50_000)
 ROUNDS = 21
@@ -24,8 +24,7 @@ ROUNDS = 21
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="benchmarks.planner_time")
-    style = "table" if sys.stdout.isatty() else "md"
-    parser.add_argument("-o", dest="style", choices=("table", "md"), default=style)
+    add_format(parser)
     arguments = parser.parse_args()
     problems = [_random_problem(count) for count in CHUNK_COUNTS]
     requests = [_requests(costs) for costs in problems]
@@ -37,7 +36,7 @@ def main() -> int:
         ]
         rows.append([name, *(f"{1e3 * seconds:.1f} ms" for seconds in times)])
     heads = ["request", *(f"{count:,} chunks" for count in CHUNK_COUNTS)]
-    print_table(f"One plan, {len(LEVELS)} levels", heads, rows, arguments.style)
+    print_table(f"One plan, {len(LEVELS)} levels", heads, rows, arguments.format)
     return 0
 
 

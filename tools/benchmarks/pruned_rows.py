@@ -1,6 +1,6 @@
 """What reordered and skipped rows cost and save: single layers, one thread.
 
-    python -m benchmarks.pruned_rows [-o table|md]
+    python -m benchmarks.pruned_rows [--format table|md]
 
 Each layer runs as built, with its rows in a random order, and with every second chunk skipped; then
 in turn on two plans that skip one half each: a switch of regions at every run.
@@ -29,7 +29,7 @@ from bapq_edge.bank.writer import BankWriter
 from bapq_edge.errors import UncalibratedWarning
 from bapq_tools.build import build_bank
 
-from .tables import print_table
+from .tables import add_format, print_table
 
 LEVELS: tuple[Level, ...] = (8, 4)
 ROUNDS = 5
@@ -57,8 +57,7 @@ CASES = (  # of two or more chunks each
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="benchmarks.pruned_rows")
-    style = "table" if sys.stdout.isatty() else "md"
-    parser.add_argument("-o", dest="style", choices=("table", "md"), default=style)
+    add_format(parser)
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +69,7 @@ def main() -> int:
             _reorder(plain, reordered)
             rows += [_measure(case, plain, reordered, level) for level in LEVELS]
     heads = ("layer", "level", "in order", "reordered", "half skipped", "and switched")
-    print_table("Time of a run, the best of many", heads, rows, arguments.style)
+    print_table("Time of a run, the best of many", heads, rows, arguments.format)
     return 0
 
 

@@ -1,6 +1,6 @@
 """What static pruning leaves of the bundled models, and what it saves where whole rows are zero.
 
-python -m benchmarks.pruning [-o table|md]
+python -m benchmarks.pruning [--format table|md]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bapq_tools.build import build
 from benchmarks.zoo.digits import digits_cnn_path, digits_mlp_path
 
 from .cases import Case, judge, load_case
-from .tables import print_table
+from .tables import add_format, print_table
 
 TAUS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
 SHARES = (0.0, 0.125, 0.25, 0.5)
@@ -33,8 +33,7 @@ MODELS = {"digits_cnn": digits_cnn_path(), "digits_mlp": digits_mlp_path()}
 def main() -> int:
     """Build, run and print."""
     parser = argparse.ArgumentParser(prog="benchmarks.pruning")
-    style = "table" if sys.stdout.isatty() else "md"
-    parser.add_argument("-o", dest="style", choices=("table", "md"), default=style)
+    add_format(parser)
     arguments = parser.parse_args()
     levels = [f"level {level}" for level in LEVELS]
     heads = ["tau", "weights left", "zero rows", "not stored", *levels]
@@ -48,9 +47,9 @@ def main() -> int:
                 left = f"{100 * report.remaining_ratio_in_all:.1f} %"
                 zero, dropped = str(report.pruned_rows), str(report.dropped_rows)
                 rows.append([f"{tau:g}", left, zero, dropped, *_right(bank, case)])
-        print_table(f"{name}, right of 600", heads, rows, arguments.style)
+        print_table(f"{name}, right of 600", heads, rows, arguments.format)
     heads = ["hidden rows zeroed", "not stored", "bytes at level 4", *levels]
-    print_table("digits_mlp, right of 600", heads, list(_whole_rows()), arguments.style)
+    print_table("digits_mlp, right of 600", heads, list(_whole_rows()), arguments.format)
     return 0
 
 

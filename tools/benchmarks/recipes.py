@@ -1,6 +1,6 @@
 """What the recipe of `bapq build --analyze` gives, against the planner on a bank without one.
 
-python -m benchmarks.recipes [MODEL] [-o table|md]
+python -m benchmarks.recipes [MODEL] [--format table|md]
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bapq_tools.build import build
 from benchmarks.zoo import MODELS, make_model
 
 from .cases import Case, judge, load_case
-from .tables import print_table
+from .tables import add_format, print_table
 
 RUN_AT = (4, 2)
 
@@ -30,8 +30,7 @@ def main() -> int:
     """Build, run and print."""
     parser = argparse.ArgumentParser(prog="benchmarks.recipes")
     parser.add_argument("model", nargs="?", choices=MODELS, default="minilm", metavar="MODEL")
-    style = "table" if sys.stdout.isatty() else "md"
-    parser.add_argument("-o", dest="style", choices=("table", "md"), default=style)
+    add_format(parser)
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +52,7 @@ def main() -> int:
                 [f"{bits} bits, no recipe", *_measured(plain, {"bits": bits}, case, reference)]
             )
     title = f"{arguments.model}: {len(recipe['layers'])} layers in the recipe"
-    print_table(title, ["run", "bits per weight", "answers"], rows, arguments.style)
+    print_table(title, ["run", "bits per weight", "answers"], rows, arguments.format)
     return 0
 
 

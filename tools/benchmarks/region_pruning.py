@@ -1,6 +1,6 @@
 """Rows that inputs of one class can do without: what skipping them saves, and what it costs.
 
-    python -m benchmarks.region_pruning [NAME ...] [-o table|md|json]
+    python -m benchmarks.region_pruning [NAME ...] [--format table|md|json]
 
 A split holds 300 of the 600 test images out, with a distorted copy of each. The fit sees the other
 images, test, calibration and training, with four distorted copies; half of them choose what is
@@ -40,7 +40,7 @@ from benchmarks.zoo.distorted import distort
 
 from .cases import load_case
 from .models import WORK
-from .tables import print_table
+from .tables import add_format, print_table
 
 NAMES = ("digits_cnn", "digits_resnet", "digits_mlp")
 LEVEL: Level = 8
@@ -74,8 +74,7 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="benchmarks.region_pruning")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
-    style = "table" if sys.stdout.isatty() else "md"
-    parser.add_argument("-o", dest="style", choices=("table", "md", "json"), default=style)
+    add_format(parser, "json")
     arguments = parser.parse_args()
     names = arguments.names or NAMES
     if unknown := set(names) - set(NAMES):
@@ -84,12 +83,12 @@ def main() -> int:
     with Progress(True).stage("splits", SPLITS * len(names)) as advance:
         for name in names:
             results.append(measure(name, advance))
-    if arguments.style == "json":
+    if arguments.format == "json":
         print(json.dumps(results, indent=1))
         return 0
     for title, heads, key in TABLES:
         rows = [[each["model"], *row] for each in results for row in each[key]]
-        print_table(title, ("model", *heads), rows, arguments.style)
+        print_table(title, ("model", *heads), rows, arguments.format)
     return 0
 
 

@@ -1,6 +1,6 @@
 """What a memory budget gives and costs: part of `make bench`.
 
-    python -m benchmarks.streaming [SECTION ...] [-o table|md|json]
+    python -m benchmarks.streaming [SECTION ...] [--format table|md|json]
 
 Each measurement is a process of its own; docs/measuring.md says how each figure is made. Models and
 banks are those of `models.py`, in .cache/bench; what is missing there is built.
@@ -24,7 +24,7 @@ from bapq_edge.units import format_size
 
 from .cgroups import GroupError, memory_group, slow_reads_group, within
 from .models import WORK
-from .tables import print_table
+from .tables import add_format, print_table
 
 BUDGETS = {"vgg19": "64MiB", "resnet50": "32MiB", "minilm": "16MiB", "densenet121": "32MiB"}
 STORAGE_BYTES_S = 40_000_000
@@ -201,8 +201,7 @@ def main() -> int:
     """Measure and print; 0, or 1 when a measurement failed."""
     parser = argparse.ArgumentParser(prog="benchmarks.streaming", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
-    style = "table" if sys.stdout.isatty() else "md"
-    parser.add_argument("-o", dest="style", choices=("table", "md", "json"), default=style)
+    add_format(parser, "json")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(SECTIONS)
     if unknown:
@@ -218,13 +217,13 @@ def main() -> int:
         for name in arguments.names or SECTIONS:
             print(f"measuring {name}", file=sys.stderr)
             results[name] = SECTIONS[name]()
-            if arguments.style != "json":
-                results[name].print(arguments.style)
+            if arguments.format != "json":
+                results[name].print(arguments.format)
                 sys.stdout.flush()
     except subprocess.CalledProcessError as error:
         print(f"benchmarks.streaming: failed: {' '.join(error.cmd)}", file=sys.stderr)
         return 1
-    if arguments.style == "json":
+    if arguments.format == "json":
         found = {name: section.values or section.note for name, section in results.items()}
         print(json.dumps(found, indent=1))
     return 0

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Sequence
 
-__all__ = ["print_table"]
+__all__ = ["add_format", "print_table"]
+
+
+def add_format(parser: argparse.ArgumentParser, *more: str) -> None:
+    """Add --format: `table`, `md` and what else the program can print; default: as stdout is."""
+    default = "table" if sys.stdout.isatty() else "md"
+    parser.add_argument("--format", choices=("table", "md", *more), default=default)
 
 
 def print_table(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
 
+from bapq_edge.array_files import read_arrays
 from bapq_edge.errors import (
     CalibrationArrayError,
     CalibrationError,
@@ -23,7 +23,8 @@ _MASK = "attention_mask"
 """The input by which language models are told which tokens are padding, by common convention."""
 
 CalibrationSource = str | os.PathLike[str] | Mapping[str, np.ndarray]
-"""An .npz file, or the arrays themselves: one per model input, samples on the first axis."""
+"""An .npz file, an .npy where the model has one input, or the arrays themselves: one per model
+input, samples on the first axis."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def load_calibration(
     fixes at n takes n rows per sample), or one axis more, in front, that counts whole inputs.
 
     Raises:
-        CalibrationError: not an .npz file of plain arrays, or no samples.
+        CalibrationError: not a file of plain arrays, or no samples.
         CalibrationArrayError: an array is missing, or no input has its name.
         CalibrationShapeError: shape or type do not fit, or sample counts differ.
         CalibrationValueError: NaN or infinity.
@@ -72,7 +73,7 @@ def load_calibration(
     if isinstance(source, Mapping):
         given = {str(name): np.asarray(array) for name, array in source.items()}
     else:
-        given = _read_npz(source)
+        given = _read(source, list(inputs))
     _check_names(given, inputs)
     arrays, rows_per_sample, counts = {}, {}, {}
     for name, kind in inputs.items():
@@ -116,21 +117,24 @@ def _padded_arrays(
 # ---- checks ----
 
 
-def _read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    problem = f"{os.fspath(path)} is not an .npz file of plain arrays; write it with numpy.savez"
+def _read(path: str | os.PathLike[str], inputs: list[str]) -> dict[str, np.ndarray]:
     try:
-        with open(path, "rb") as file:  # np.load leaves a damaged file open
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise CalibrationError(problem)
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise CalibrationError(problem) from error
+        arrays = read_arrays(path)
+    except ValueError as error:
+        raise CalibrationError(str(error)) from error
     except OSError as error:
         reason = error.strerror or str(error)
         raise StorageError(
             f"calibration file {os.fspath(path)} cannot be read: {reason}; check the path"
         ) from error
+    if isinstance(arrays, dict):
+        return arrays
+    if len(inputs) != 1:
+        raise CalibrationArrayError(
+            f"{os.fspath(path)} holds one array, the model has {len(inputs)} inputs, "
+            f"{', '.join(inputs)}; write an .npz with an array for each"
+        )
+    return {inputs[0]: arrays}
 
 
 def _check_names(given: Iterable[str], needed: Iterable[str]) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bapq_edge.bank.reader import Bank
-from bapq_edge.errors import BapqWarning, RequestError, UnknownLevelError
+from bapq_edge.commands.options import add_json, parse_levels
 from bapq_edge.units import format_size
 
 from ..build_support.extras import host_packages
@@ -20,19 +18,25 @@ from ..build_support.extras import host_packages
 if TYPE_CHECKING:
     from ..build import BuildReport
 
-__all__ = ["add_build_command", "run_build", "show_warning"]
+__all__ = ["add_build_command", "run_build"]
 
 
 def add_build_command(commands: Any) -> None:
     """Add `build` to the subparsers of the `bapq` command."""
     build = commands.add_parser("build", help="compile an ONNX model into a bank")
     build.add_argument("model", type=Path, metavar="MODEL.onnx")
-    build.add_argument("-o", "--output", type=Path, metavar="OUT.bank")
+    build.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="OUT.bank",
+        help="default: beside MODEL.onnx",
+    )
     build.add_argument(
         "--calibration",
         type=Path,
         metavar="DATA.npz",
-        help="one array per model input, samples on the first axis",
+        help="one array per model input, samples on the first axis; .npy where there is one input",
     )
     build.add_argument(
         "--levels",
@@ -64,18 +68,15 @@ def add_build_command(commands: Any) -> None:
         help="spread the work over the Dask cluster of this scheduler, such as tcp://host:8786",
     )
     build.add_argument("--quiet", action="store_true", help="show no progress and no summary")
-    build.add_argument(
-        "--json", action="store_true", help="print the summary, or the analysis, as JSON"
-    )
+    add_json(build, "the summary, or the analysis,")
     build.set_defaults(command=run_build)
 
 
 def run_build(arguments: argparse.Namespace) -> None:
     """Build a bank and print the summary, or the analysis."""
-    if arguments.output is None and not arguments.analyze:
-        raise RequestError("a build needs a name for its bank: give -o OUT.bank, or --analyze")
     with tempfile.TemporaryDirectory(prefix="bapq-analyze-") as folder:
-        out = arguments.output or Path(folder) / f"{arguments.model.stem}.bank"
+        beside = Path(folder) if arguments.analyze else arguments.model.parent
+        out = arguments.output or beside / f"{arguments.model.stem}.bank"
         report = _build(arguments, out)
         if arguments.analyze:
             _print_analysis(arguments, out)
@@ -88,20 +89,18 @@ def run_build(arguments: argparse.Namespace) -> None:
 def _build(arguments: argparse.Namespace, out: Path) -> BuildReport:
     with host_packages():
         from ..build import build
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", BapqWarning)
-        warnings.showwarning = show_warning
-        return build(
-            arguments.model,
-            out,
-            arguments.calibration,
-            None if arguments.levels is None else _levels(arguments.levels),
-            arguments.workers,
-            progress=not arguments.quiet,
-            recipe=arguments.recipe,
-            prune_tau=arguments.prune_tau,
-            dask=arguments.dask,
-        )
+    levels = None if arguments.levels is None else parse_levels(arguments.levels, "8,4,2,1")
+    return build(
+        arguments.model,
+        out,
+        arguments.calibration,
+        levels,
+        arguments.workers,
+        progress=not arguments.quiet,
+        recipe=arguments.recipe,
+        prune_tau=arguments.prune_tau,
+        dask=arguments.dask,
+    )
 
 
 def _print_analysis(arguments: argparse.Namespace, bank: Path) -> None:
@@ -114,25 +113,10 @@ def _print_analysis(arguments: argparse.Namespace, bank: Path) -> None:
         print(to_yaml(analysis, arguments.model.name), end="")
 
 
-def _levels(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UnknownLevelError(
-            f"--levels {text!r} is not a list of levels; write it as 8,4,2,1"
-        ) from None
-
-
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
-
-
-def show_warning(message: Warning | str, *_: Any) -> None:
-    """One line on stderr; stands in for `warnings.showwarning`."""
-    print(f"bapq: {message}", file=sys.stderr)
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
 
 
 def _summary(report: BuildReport) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import warnings
+import os
 from pathlib import Path
 from typing import Any
 
-from bapq_edge.errors import BapqWarning
+from bapq_edge.commands.options import add_json
+from bapq_edge.commands.paths import check_outside
 
 from ..build_support.extras import host_packages
-from .build import show_warning
 
 __all__ = ["add_fit_command", "run_fit"]
 
@@ -26,7 +26,8 @@ def add_fit_command(commands: Any) -> None:
         type=Path,
         required=True,
         metavar="DATA.npz",
-        help="one array per model input, samples on the first axis; best not those of the build",
+        help="one array per model input, samples on the first axis; .npy where there is one input; "
+        "best not those of the build",
     )
     fit.add_argument(
         "--model",
@@ -68,32 +69,32 @@ def add_fit_command(commands: Any) -> None:
         "-o", "--output", type=Path, metavar="OUT.bank", help="default: BANK is replaced"
     )
     fit.add_argument("--quiet", action="store_true", help="show no progress and no summary")
-    fit.add_argument("--report-json", action="store_true", help="print the report as JSON")
+    add_json(fit, "the report")
     fit.set_defaults(command=run_fit)
 
 
 def run_fit(arguments: argparse.Namespace) -> None:
     """Fit, write the bank, and print what was found."""
+    bank, out = arguments.bank, arguments.output
+    if out is not None and os.path.realpath(out) != os.path.realpath(bank):
+        check_outside(bank, out)
     with host_packages("fitting a boundary model"):
         from ..boundary.fit import fit
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", BapqWarning)
-        warnings.showwarning = show_warning
-        report = fit(
-            arguments.bank,
-            arguments.calibration,
-            arguments.model,
-            target_agreement=arguments.target_agreement,
-            tap=arguments.tap,
-            agreement=arguments.agreement,
-            judge=arguments.judge,
-            escalate=arguments.escalate,
-            out=arguments.output,
-            confidence=arguments.confidence,
-            seed=arguments.seed,
-            progress=not arguments.quiet,
-        )
-    if arguments.report_json:
+    report = fit(
+        bank,
+        arguments.calibration,
+        arguments.model,
+        target_agreement=arguments.target_agreement,
+        tap=arguments.tap,
+        agreement=arguments.agreement,
+        judge=arguments.judge,
+        escalate=arguments.escalate,
+        out=out,
+        confidence=arguments.confidence,
+        seed=arguments.seed,
+        progress=not arguments.quiet,
+    )
+    if arguments.json:
         print(json.dumps(dataclasses.asdict(report)))
     elif not arguments.quiet:
         print(report)

@@ -59,7 +59,7 @@ bench-boundary: $(VENV)/.ready $(MINILM)  ## measure what boundary models give
 	PYTHONPATH=tools $(BIN)/python -m benchmarks.region_pruning
 
 docs: $(VENV)/.docs  ## build the pages as a site, in build/site
-	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build
 
 lint: $(VENV)/.ready  ## check style and types
 	$(BIN)/ruff check --quiet .

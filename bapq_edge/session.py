@@ -125,8 +125,7 @@ class Session:
             direct_io: read around the page cache, which then stays for other programs.
             on_switch: called with every Event of kind "switch", on the thread that switched.
 
-        Raises:
-            BankError, RequestError and its kinds, StorageError, PlatformError, SensorError.
+        Raises BankError, RequestError and its kinds, StorageError, PlatformError, SensorError.
         """
         self._ledger = MemoryLedger()
         self._log = EventLog()

@@ -81,7 +81,10 @@ def fit(
     Raises:
         BoundaryError: TooFewSamplesError, SingleClassError, NoTapError, TargetNotMetError.
         RequestError: what was asked for cannot be had.
-        BankError, CalibrationError, ModelError, StorageError.
+        BankError: the bank.
+        CalibrationError: the samples.
+        ModelError: the float model.
+        StorageError: the disk.
     """
     with Study(
         bank,

@@ -125,7 +125,10 @@ class Session:
             direct_io: read around the page cache, which then stays for other programs.
             on_switch: called with every Event of kind "switch", on the thread that switched.
 
-        Raises BankError, RequestError and its kinds, StorageError, PlatformError, SensorError.
+        Raises:
+            RequestError and its kinds: a setting that cannot be had.
+            BankError and its kinds, StorageError: the bank cannot be used.
+            PlatformError: this machine cannot run it.
         """
         self._ledger = MemoryLedger()
         self._log = EventLog()

@@ -1,6 +1,6 @@
 """The picture of the README: memory for the same answers, model by model.
 
-    python -m benchmarks.streaming budgets -o json > docs/pictures/memory.json
+    python -m benchmarks.streaming budgets --format json > docs/pictures/memory.json
     python -m benchmarks.memory_picture docs/pictures/memory.json -o docs/pictures/memory.svg
 
 An SVG that is readable on light and dark pages.

@@ -49,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(command: list[str], folder: Path) -> str:
     """The output of a command that must succeed."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONWARNINGS": "error"}
+    environment = {**os.environ, "PATH": path}
     ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
@@ -64,7 +64,7 @@ def test_every_command_of_the_readme_runs(place):
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
 def test_every_snippet_of_the_readme_runs(place, snippet):
-    run([sys.executable, "-c", snippet], place)
+    run([sys.executable, "-W", "error", "-c", snippet], place)
 
 
 def test_the_first_snippet_has_ten_lines():

@@ -15,11 +15,11 @@ PIP := -m pip --disable-pip-version-check --quiet
 OLDEST_ORT = $(shell $(PYTHON) -c 'import sys; v = sys.version_info[1]; print("1.17.3" if v <= 12 else "1.20.1" if v == 13 else "1.24.1")')
 OLDEST_NUMPY = $(shell $(PYTHON) -c 'import sys; print("numpy<2" if sys.version_info[1] <= 12 else "numpy")')
 
-.PHONY: help demo test test-arm test-pi test-walk test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary lint format clean
+.PHONY: help demo test test-arm test-pi test-walk test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary docs lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z0-9_-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
 
-demo: $(VENV)/.ready  ## build a bank of a bundled model and run it under a budget
+demo: $(VENV)/.ready $(MINILM)  ## show memory, time and answers of MiniLM under a budget (two minutes)
 	PYTHONPATH=tools $(BIN)/python examples/demo.py
 
 test: $(VENV)/.ready $(OLDEST)/.ready $(MINILM) lint  ## run the tests
@@ -58,6 +58,9 @@ bench-boundary: $(VENV)/.ready $(MINILM)  ## measure what boundary models give
 	PYTHONPATH=tools $(BIN)/python -m benchmarks.boundary
 	PYTHONPATH=tools $(BIN)/python -m benchmarks.region_pruning
 
+docs: $(VENV)/.docs  ## build the pages as a site, in build/site
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build
+
 lint: $(VENV)/.ready  ## check style and types
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
@@ -83,6 +86,10 @@ endef
 $(VENV)/.ready: pyproject.toml $(NATIVE)
 	@test -x $(BIN)/python || { $(call make_venv,$(VENV)); }
 	$(BIN)/python $(PIP) install --editable '.[host,test]' --config-settings=cmake.define.BAPQ_WERROR=ON
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/.ready
+	$(BIN)/python $(PIP) install --editable '.[docs]' --config-settings=cmake.define.BAPQ_WERROR=ON
 	@touch $@
 
 # The device as a user installs it: the wheel, without the host's packages, on the oldest onnxruntime.

@@ -11,7 +11,7 @@
     │   └── CalibrationValueError       NaN or infinity
     ├── BankError                       a bank on disk
     │   ├── BankNotFoundError           no such bank
-    │   ├── BankFormatError             breaks the specification (docs/bank_format.md)
+    │   ├── BankFormatError             breaks the specification (docs/reference/bank_format.md)
     │   ├── BankVersionError            written for another format version
     │   ├── BankPathError               names a file outside the bank
     │   ├── BankTruncatedError          a file is shorter than what it must hold
@@ -167,7 +167,7 @@ class BankNotFoundError(BankError, FileNotFoundError):
 
 
 class BankFormatError(BankError, ValueError):
-    """The bank breaks the specification in docs/bank_format.md."""
+    """The bank breaks the specification in docs/reference/bank_format.md."""
 
     exit_code = 32
 

@@ -3,8 +3,8 @@
 A policy is a small object with one method. The session asks it before a run, where the graph is
 split once more between head and body, and after the answer; what it returns is run next.
 
-start ──► Choice ──► head ──► gate ──► Choice ──► body ──► answer ──► None: the answer stands
-                                                             └──► Choice: answered again at it
+    start ──► Choice ──► head ──► gate ──► Choice ──► body ──► answer ──► None: the answer stands
+                                                                 └──► Choice: answered again at it
 """
 
 from __future__ import annotations

@@ -126,7 +126,9 @@ class Session:
             on_switch: called with every Event of kind "switch", on the thread that switched.
 
         Raises:
-            BankError, RequestError and its kinds, StorageError, PlatformError, SensorError.
+            RequestError and its kinds: a setting that cannot be had.
+            BankError and its kinds, StorageError: the bank cannot be used.
+            PlatformError: this machine cannot run it.
         """
         self._ledger = MemoryLedger()
         self._log = EventLog()

@@ -1,6 +1,6 @@
 """Boundary models on the device: from a tensor to its region, with NumPy alone.
 
-The format, and what each array means, is in bank/boundary.py and docs/boundary.md.
+The format, and what each array means, is in bank/boundary.py and docs/explanation/boundary.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Levels, planes and tile geometry: the constants of the bank format.
 
 The same constants stand in native/src/kernels/kernels.h; a test holds the two together. Their
-reasons are in docs/bank_format.md.
+reasons are in docs/reference/bank_format.md.
 """
 
 from __future__ import annotations

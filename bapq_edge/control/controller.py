@@ -2,7 +2,7 @@
 
 Every restriction sheds at once, as far as the reading demands, and returns one step per hold time,
 after the reading has been on the good side of its threshold by a band for that long. An absent
-reading changes nothing. docs/controller.md has the rules in full and a picture of them.
+reading changes nothing. docs/explanation/controller.md has the rules in full and a picture of them.
 """
 
 from __future__ import annotations

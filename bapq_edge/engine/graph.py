@@ -130,7 +130,7 @@ def open_graph(model: bytes, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Measured: the arena without memory patterns has the lowest peak, and it does not grow from run
-    # to run (docs/design.md).
+    # to run (docs/explanation/design.md).
     options.enable_mem_pattern = False
     options.log_severity_level = 4  # what fails is raised, with its own words, not logged as well
     # Idle threads that spin would take the core that a prefetch thread or another program needs.

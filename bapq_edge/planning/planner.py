@@ -1,7 +1,7 @@
 """The planner: which level every chunk runs at, and which chunks stay in memory.
 
 A pure function of numbers: no file, no clock, no chance. `chunk_costs` once per bank, then `plan`
-at every change of what is wanted or allowed. docs/planner.md explains the method.
+at every change of what is wanted or allowed. docs/explanation/planner.md explains the method.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     open_sensors() ──► Sensors.read() ──► Readings ──► controller.py
 
-Everything may be absent, and what is absent reads None. docs/controller.md says what is read where.
+Everything may be absent, and what is absent reads None. docs/explanation/controller.md says what is
+read where.
 """
 
 from __future__ import annotations

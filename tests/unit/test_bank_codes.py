@@ -1,4 +1,4 @@
-"""Tile records against the words of docs/bank_format.md, byte by byte."""
+"""Tile records against the words of docs/reference/bank_format.md, byte by byte."""
 
 from __future__ import annotations
 

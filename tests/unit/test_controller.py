@@ -374,7 +374,7 @@ def test_automatic_budget_takes_the_tighter_of_system_and_cgroup():
         automatic_budget_bytes(Readings(0.0, battery_percent=50.0))
 
 
-# ---- the picture in docs/controller.md ----
+# ---- the picture in docs/explanation/controller.md ----
 
 
 def test_the_scripted_trace_makes_the_switches_that_the_docs_show(tmp_path, capsys, monkeypatch):

@@ -1,1 +1,1 @@
-"""The measurements behind the figures of README and docs/measuring.md."""
+"""The measurements behind the figures of README and docs/explanation/measuring.md."""

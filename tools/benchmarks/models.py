@@ -2,8 +2,8 @@
 
     python -m benchmarks.models [NAME ...] [--format table|md|json]
 
-Each measurement is a process of its own; docs/measuring.md says how each figure is made. Models and
-banks go to .cache/bench.
+Each measurement is a process of its own; docs/explanation/measuring.md says how each is
+made. Models and banks go to .cache/bench.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m benchmarks.streaming [SECTION ...] [--format table|md|json]
 
-Each measurement is a process of its own; docs/measuring.md says how each figure is made. Models and
-banks are those of `models.py`, in .cache/bench; what is missing there is built.
+Each measurement is a process of its own; docs/explanation/measuring.md says how each is
+made. Models and banks are those of `models.py`, in .cache/bench; what is missing there is built.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ def fit(
         target_agreement: 0 to 1; the fit fails unless held-out samples show that some boundary
             model keeps it.
         tap: tensors to try for the gate, in place of those that are found.
-        agreement: argmax, cosine or tolerance:X; None: as the outputs look (docs/boundary.md).
+        agreement: argmax, cosine or tolerance:X; None: as the outputs look
+            (docs/how-to/adaptive.md).
         judge: the output that is judged; None is the only one of floats.
         escalate: pairs such as "2:8" or "4.6b:8", from which precision to which; none: from every
             level to the highest.
@@ -80,7 +81,10 @@ def fit(
     Raises:
         BoundaryError: TooFewSamplesError, SingleClassError, NoTapError, TargetNotMetError.
         RequestError: what was asked for cannot be had.
-        BankError, CalibrationError, ModelError, StorageError.
+        BankError: the bank.
+        CalibrationError: the samples.
+        ModelError: the float model.
+        StorageError: the disk.
     """
     with Study(
         bank,

@@ -52,7 +52,7 @@ def main() -> int:
         make_model("minilm", model)
         case = load_case("minilm", model)
         feeds = case.held_out[: arguments.sentences]
-        bapq_tools.build_bank(model, bank_path, case.calibration, LEVELS)
+        bapq_tools.build_bank(model, bank_path, calibration=case.calibration, levels=LEVELS)
         bank = Bank.open(bank_path)
         progress = Progress(True)
         reference = embeddings(model.read_bytes(), case, feeds, progress, "float32")

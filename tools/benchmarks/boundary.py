@@ -24,10 +24,10 @@ from bapq_edge.adaptive.boundary_model import BoundaryModel, OperatingPoint
 from bapq_edge.bank.boundary import Precision
 from bapq_edge.bank.reader import Bank
 from bapq_edge.errors import RequestError
+from bapq_tools import build_bank
 from bapq_tools.boundary.fit import Fit, fit_models
 from bapq_tools.boundary.rewrite import rewrite
 from bapq_tools.boundary.study import Study
-from bapq_tools.build import build
 from bapq_tools.build_support.progress import Progress
 from benchmarks.zoo import make_model
 from benchmarks.zoo.digits import INPUT_NAMES, load_digits_split, scale_images
@@ -139,7 +139,9 @@ class Experiment:
         make_model(name, str(self.model))
         built = folder / "built.bank"
         case = load_case(name, self.model)
-        build(self.model, built, case.calibration, (8, 4, 2, 1), progress=False)
+        build_bank(
+            self.model, built, calibration=case.calibration, levels=(8, 4, 2, 1), progress=False
+        )
         self.bank = rewrite(built, self.bank, chunk_rows=self._chunk_rows(built))
         self.feeds, self.groups, self.clean = samples_of(name)
         self.study = Study(

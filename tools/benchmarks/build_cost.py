@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from bapq_tools.build import build
+from bapq_tools import build_bank
 from bapq_tools.build_support.progress import Progress
 from benchmarks.zoo import MODELS, make_model
 
@@ -78,7 +78,14 @@ def _build(name: str, model: Path, workers: int, queue: multiprocessing.Queue) -
     case = load_case(name, model)
     bank = model.with_suffix(".bank")
     started_s = time.perf_counter()
-    report = build(model, bank, case.calibration, (8, 4, 2, 1), workers=workers, progress=False)
+    report = build_bank(
+        model,
+        bank,
+        calibration=case.calibration,
+        levels=(8, 4, 2, 1),
+        workers=workers,
+        progress=False,
+    )
     queue.put((time.perf_counter() - started_s, report.weights))
 
 

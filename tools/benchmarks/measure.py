@@ -44,7 +44,7 @@ def runtimes_of(folder: Path) -> list[str]:
 
 def build(folder: Path) -> dict[str, Any]:
     """Write model, bank and input; seconds of the bank's build, and bytes per runtime."""
-    from bapq_tools.build import build as build_bank
+    from bapq_tools import build_bank
     from benchmarks.zoo import make_model
 
     from .cases import load_case
@@ -55,7 +55,9 @@ def build(folder: Path) -> dict[str, Any]:
     case = load_case(folder.name, model)
     np.savez(folder / "single.npz", **case.single)
     started_s = time.perf_counter()
-    report = build_bank(model, bank_path, case.calibration, LEVELS, progress=False)
+    report = build_bank(
+        model, bank_path, calibration=case.calibration, levels=LEVELS, progress=False
+    )
     seconds = time.perf_counter() - started_s
     if folder.name == "minilm":
         _quantize_dynamic(model, folder / "dynamic_int8.onnx")

@@ -29,7 +29,7 @@ from bapq_edge.bank.reader import Bank
 from bapq_edge.bank.writer import BankWriter
 from bapq_edge.engine.native import PLANE_ORDER
 from bapq_edge.errors import UncalibratedWarning
-from bapq_tools.build import build_bank
+from bapq_tools import build_bank
 
 from .tables import print_table
 

@@ -29,9 +29,9 @@ from bapq_edge.bank.layout import Level
 from bapq_edge.bank.reader import Bank
 from bapq_edge.engine.graph import RUN_INPUT, open_graph
 from bapq_edge.engine.native import Store
+from bapq_tools import build_bank
 from bapq_tools.boundary.rewrite import rewrite
 from bapq_tools.boundary.study import Study
-from bapq_tools.build import build
 from bapq_tools.build_support.progress import Progress
 from bapq_tools.row_skipping.row_gate import RowGate, fit_row_gate
 from benchmarks.zoo import make_model
@@ -121,7 +121,13 @@ def measure(name: str, advance: Callable[[], None]) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     model, built, out = (folder / f for f in ("model.onnx", "level8.bank", "rows.bank"))
     make_model(name, str(model))
-    build(model, built, load_case(name, model).calibration, (LEVEL,), progress=False)
+    build_bank(
+        model,
+        built,
+        calibration=load_case(name, model).calibration,
+        levels=(LEVEL,),
+        progress=False,
+    )
     feeds, groups, labels = samples_of(name)
     outcomes, cost = [], []
     with Study(built, feeds, model, groups=groups, progress=False) as study:

@@ -22,7 +22,7 @@ from bapq_edge.errors import (
 
 from ..build_support.progress import Progress
 from ..calibration.samples import CalibrationSource
-from .fitting import Fitting, Found
+from .fitting import FittedModel, Fitting
 from .precisions import default_pairs, parse_pair
 from .report import FitReport
 from .rewrite import Split, rewrite
@@ -172,8 +172,8 @@ def _checked_rows(rows: ArrayLike | None, samples: int) -> np.ndarray:
     return found
 
 
-def _refusal(target: float, fitting: Fitting, found: Sequence[Found]) -> str:
-    """Why the target is not met, and what can be."""
+def _refusal(target: float, fitting: Fitting, found: Sequence[FittedModel]) -> str:
+    """Say why the target is not met, and which one can be."""
     points = [(point, each) for each in found for point in each.points]
     best, model = max(points, key=lambda pair: (pair[0].agreement_bound, -pair[0].bits))
     held = fitting.held

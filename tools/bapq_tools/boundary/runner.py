@@ -18,7 +18,7 @@ from bapq_edge.engine.native import PLANE_ORDER, Store
 from bapq_edge.errors import ExecutionError
 from bapq_edge.planning.planner import Plan, Request, chunk_costs, plan
 
-__all__ = ["Feed", "Runner", "Skip", "run_graph", "spread"]
+__all__ = ["Feed", "Runner", "Skip", "map_feeds", "run_graph"]
 
 Feed = Mapping[str, NDArray[Any]]
 T = TypeVar("T")
@@ -36,10 +36,10 @@ class Skip:
     """by `Runner.add_region`: what the rows give instead"""
 
 
-def spread(
+def map_feeds(
     work: Callable[[Feed], T], feeds: Sequence[Feed], advance: Callable[..., None]
 ) -> list[T]:
-    """`work` of every feed, on one thread per usable core."""
+    """The results of `work` for every feed, on one thread per usable core."""
     results: list[T] = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for result in pool.map(work, feeds):
@@ -114,7 +114,7 @@ class Runner:
             own = {name: value for name, value in feed.items() if name in inputs}
             return keep(self._once(session, outputs, own, RUN_INPUT in inputs))
 
-        return spread(once, feeds, advance)
+        return map_feeds(once, feeds, advance)
 
     def _once(
         self, session: Any, outputs: Sequence[str], feed: Feed, takes_ticket: bool

@@ -87,20 +87,20 @@ def run_build(arguments: argparse.Namespace) -> None:
 
 def _build(arguments: argparse.Namespace, out: Path) -> BuildReport:
     with host_packages():
-        from ..build import build
+        from ..build import build_bank
     with warnings.catch_warnings():
         warnings.simplefilter("always", BapqWarning)
         warnings.showwarning = show_warning
-        return build(
+        return build_bank(
             arguments.model,
             out,
-            arguments.calibration,
-            None if arguments.levels is None else _levels(arguments.levels),
-            arguments.workers,
-            progress=not arguments.quiet,
+            calibration=arguments.calibration,
+            levels=None if arguments.levels is None else _levels(arguments.levels),
             recipe=arguments.recipe,
             prune_tau=arguments.prune_tau,
+            workers=arguments.workers,
             dask=arguments.dask,
+            progress=not arguments.quiet,
         )
 
 

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from bapq_edge.engine.graph import RUN_INPUT
 from bapq_edge.errors import UnsupportedModelError
 
-from . import graph as graphs
+from . import graphs
 from .ir import HeavyLayer, LayerPlan, LayerUse
 
 DOMAIN = "bapq"

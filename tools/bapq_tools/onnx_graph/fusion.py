@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from . import graph as graphs
-from .canonical import HeavyNode
+from . import graphs
+from .heavy_nodes import HeavyNode
 from .ir import Activation
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -102,7 +102,7 @@ def split_own_bias(
 ) -> None:
     """Move the third input of a Gemm or Conv into an Add behind the node, in place.
 
-    That of a Conv is a constant (see canonical.py); that of a Gemm may be computed.
+    That of a Conv is a constant (see heavy_nodes.py); that of a Gemm may be computed.
     """
     output, name = node.output[0], own_bias_input(node)
     product = node.output[0] = graphs.fresh_name(f"{output}_product", taken)

@@ -13,8 +13,7 @@ import onnx
 from bapq_edge.bank.manifest import KeptNode
 from bapq_edge.errors import NoHeavyLayerError
 
-from . import graph as graphs
-from .canonical import MIN_WEIGHTS, HeavyNode, Refusal, recognise
+from . import graphs
 from .fusion import (
     Bias,
     Neighbours,
@@ -23,6 +22,7 @@ from .fusion import (
     own_bias_input,
     split_own_bias,
 )
+from .heavy_nodes import MIN_WEIGHTS, HeavyNode, Refusal, recognise
 from .ir import HeavyLayer, LayerPlan, LayerUse
 
 _NAME_LENGTH = 80

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from .. import graph as graphs
+from .. import graphs
 
 _VALUE_TYPES = {
     "value_float": np.float32,

@@ -17,7 +17,7 @@ from onnx import TensorProto
 
 from bapq_edge.errors import ModelFormatError, StorageError, UnsupportedModelError
 
-from .. import graph as graphs
+from .. import graphs
 from .constants import constants_to_initializers, drop_initializers_from_inputs
 from .half_floats import widen_half_floats
 from .quantized import resolve_quantization

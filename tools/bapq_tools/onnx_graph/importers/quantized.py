@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from .. import graph as graphs
+from .. import graphs
 
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
 

@@ -10,7 +10,7 @@ from onnx import TensorProto
 
 from bapq_edge.errors import ModelError, UnsupportedModelError
 
-from . import graph as graphs
+from . import graphs
 from .ir import ConvGeometry, Operator
 
 MIN_WEIGHTS = 1024

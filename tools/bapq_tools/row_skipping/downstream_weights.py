@@ -1,4 +1,4 @@
-"""How strongly a bank's graph reads every row of a layer: the norms of the columns behind it."""
+"""The weights behind a layer in a bank's graph: how strongly each of its rows is read."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from bapq_edge.bank.manifest import Layer
 from bapq_edge.bank.reader import Bank
 
 from ..boundary.rewrite import output_rows
-from ..onnx_graph import graph as graphs
+from ..onnx_graph import graphs
 from ..onnx_graph.assemble import DOMAIN
 
-__all__ = ["Readers"]
+__all__ = ["DownstreamWeights"]
 
 _CHANNELWISE = (
     *("Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "HardSigmoid", "HardSwish", "Sigmoid", "Tanh"),
@@ -25,8 +25,8 @@ _CHANNELWISE = (
 """Operators behind which a channel is still that channel, or a run of as many values."""
 
 
-class Readers:
-    """What the products behind a tensor make of its channels."""
+class DownstreamWeights:
+    """The weights of the products behind each tensor."""
 
     def __init__(self, bank: Bank, graph: onnx.GraphProto) -> None:
         self._bank = bank
@@ -38,9 +38,9 @@ class Readers:
         self._known: dict[str, np.ndarray | None] = {}
 
     def strength(self, tensor: str, channels: int) -> np.ndarray:
-        """(channels,) float64: sum of the squared weights that read a channel.
+        """Sum of the squared weights that read each channel, (channels,) float64.
 
-        All ones where no product is found whose columns the channels are.
+        It is all ones where no product is found whose columns the channels are.
         """
         total, found = np.zeros(channels), False
         pending, seen = [(tensor, np.ones(channels))], {tensor}
@@ -60,7 +60,7 @@ class Readers:
         return total if found and total.any() else np.ones(channels)
 
     def _squares(self, node: onnx.NodeProto, name: str) -> np.ndarray | None:
-        """Of a product's weights, summed over the rows that read each input channel; else None."""
+        """Squares of a product's weights, summed per input channel; None where it is no product."""
         if node.input[0] != name:
             return None
         output = node.output[0]
@@ -96,7 +96,7 @@ class Readers:
         return weight.sum(0 if transposed else 1)
 
     def _squares_of_layer(self, layer: Layer, group: int) -> np.ndarray:
-        """(groups, columns): chunk by chunk, since a layer may be large."""
+        """Sum the squares of a layer, (groups, columns), chunk by chunk, since it may be large."""
         level = layer.levels[0]
         rows = output_rows(self._bank, layer).astype(np.int64)
         squares = np.zeros((group, layer.columns))
@@ -108,7 +108,7 @@ class Readers:
         return squares
 
     def _filters(self, node: onnx.NodeProto, name: str, channels: int) -> np.ndarray | None:
-        """(channels,): squared gain of a node that keeps channels apart; None: it does not."""
+        """Squared gain of a node that keeps channels apart, (channels,); None where it does not."""
         if graphs.is_standard(node, *_CHANNELWISE):
             return np.ones(channels)
         if not graphs.is_standard(node, "Conv") or node.input[0] != name:
@@ -121,7 +121,7 @@ class Readers:
 
 
 def _per_channel(squares: np.ndarray, channels: int) -> np.ndarray | None:
-    """Columns may be runs of values of a channel, as Flatten leaves them."""
+    """Sum columns that are runs of values of a channel, as Flatten leaves them."""
     if len(squares) % channels:
         return None
     return squares.reshape(channels, -1).sum(1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,26 +91,14 @@ def analyze(bank: Bank) -> Analysis:
     findings.sort(key=lambda finding: -finding.error_share)
     names = dict.fromkeys(finding.layer for finding in findings)
     names.update(dict.fromkeys(name for name in left if left[name] != levels))
-    return Analysis(
-        tuple(findings),
-        tuple(
-            LevelChange(
-                level,
-                *(
-                    sum(table.error(name, own, level) for name, own in held.items())
-                    for held in both
-                ),
-                *(
-                    sum(table.bytes(name, own, level) for name, own in held.items())
-                    for held in both
-                ),
-            )
-            for both in [(before, left)]
-            for level in levels
-            if any(level_within(left[n], level) != level_within(before[n], level) for n in left)
-        ),
-        {"layers": {name: {"levels": list(left[name])} for name in names}},
-    )
+    changes = []
+    for level in levels:
+        if any(level_within(left[n], level) != level_within(before[n], level) for n in left):
+            error_before, bytes_before = table.total(before, level)
+            error_after, bytes_after = table.total(left, level)
+            changes.append(LevelChange(level, error_before, error_after, bytes_before, bytes_after))
+    recipe = {"layers": {name: {"levels": list(left[name])} for name in names}}
+    return Analysis(tuple(findings), tuple(changes), recipe)
 
 
 def to_yaml(analysis: Analysis, name: str) -> str:
@@ -155,6 +144,11 @@ class _Table:
     def error(self, name: str, own: tuple[Level, ...], level: Level) -> float:
         """The error of a layer that has the levels `own`, where `level` is asked for."""
         return self._error[name, level_within(own, level)]
+
+    def total(self, layers: Mapping[str, tuple[Level, ...]], level: Level) -> tuple[float, int]:
+        """The error and the bytes of all layers, where `level` is asked for."""
+        errors = sum(self.error(name, own, level) for name, own in layers.items())
+        return errors, sum(self.bytes(name, own, level) for name, own in layers.items())
 
     def bytes(self, name: str, own: tuple[Level, ...], level: Level) -> int:
         """The bytes of the same layer; a plane's share depends on all levels of the layer."""

@@ -195,8 +195,9 @@ def _digest_of(folded: onnx.ModelProto, plan: LayerPlan) -> str:
     for tensor in graphs.tensors(folded.graph):
         digest.update(tensor.raw_data)
     for layer in plan.layers:
-        digest.update(layer.weight)
-        digest.update(b"" if layer.bias is None else layer.bias)
+        digest.update(layer.weight.data)
+        if layer.bias is not None:
+            digest.update(layer.bias.data)
     return digest.hexdigest()
 
 

@@ -52,7 +52,7 @@ class Projection:
 
     def features(self, values: Floats) -> Floats:
         """Map (n, values) to (n, features), with margin and entropy where the values are scores."""
-        z = (values - self.center) @ self.matrix + self.offset
+        z: NDArray[Any] = (values - self.center) @ self.matrix + self.offset
         return score_features(z, self.scores)
 
 

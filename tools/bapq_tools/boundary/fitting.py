@@ -193,10 +193,12 @@ class Fitting:
             partition, left = choose_regions(probe.features, probe.projection.doubt, task)
             found.append(_GateCandidate(tap, base, cut, bits, probe, partition, left))
         if not found:
-            return _no_gate("the graph has no tap that features can be taken from", names)
+            _no_gate("the graph has no tap that features can be taken from", names)
+            return None
         best = min(found, key=lambda each: each.left)
         if not names and best.left >= loss_left(nothing_found, best.probe.features, plain):
-            return _no_gate("no tap tells inputs apart better than static plans do", names)
+            _no_gate("no tap tells inputs apart better than static plans do", names)
+            return None
         return self._measured_gate(best, span)
 
     def _measured_gate(self, best: _GateCandidate, span: tuple[float, float]) -> FittedModel:

@@ -19,4 +19,4 @@ def folds_of(groups: NDArray[np.intp], folds: int, seed: int) -> NDArray[np.intp
 
 def held_out(groups: NDArray[np.intp], seed: int) -> NDArray[np.bool_]:
     """Choose about half of the samples, (n,)."""
-    return folds_of(groups, 2, seed) == 1
+    return np.equal(folds_of(groups, 2, seed), 1)

@@ -95,7 +95,8 @@ def region_losses(
     size = np.bincount(regions, minlength=count)[:, None].astype(np.float64)
     mean = losses.mean(0)
     added = np.where(size > 0, prior, 1.0)
-    return (total + added * mean) / (size + added)
+    result: Floats = (total + added * mean) / (size + added)
+    return result
 
 
 def escalate(regions: int) -> NDArray[np.uint8]:
@@ -107,8 +108,8 @@ def climb(bits: Floats, losses: Floats) -> NDArray[np.uint8]:
     """Climb from the cheapest precision everywhere to the dearest, the best step first.
 
     `bits` is (precisions,), `losses` (regions, precisions), the result (points, regions). The steps
-    of a region are the edges of the convex hull of its precisions: each saves less loss per bit than
-    the one before.
+    of a region are the edges of the convex hull of its precisions: each saves less loss per bit
+    than the one before.
     """
     order = np.argsort(bits, kind="stable")
     steps = []

@@ -73,7 +73,8 @@ class Partition:
         if self.kind == "kmeans":
             scaled = features * self.arrays["scale"].astype(np.float64)
             away = np.square(scaled[:, None] - self.arrays["centers"]).sum(2)
-            return away.argmin(1)
+            result: NDArray[np.intp] = away.argmin(1)
+            return result
         feature, children = self.arrays["node_feature"], self.arrays["node_children"]
         rows, node = np.arange(len(features)), np.zeros(len(features), np.intp)
         while (inner := feature[node] >= 0).any():

@@ -165,4 +165,5 @@ def _extract(
     graphs.delete_where(result.graph.initializer, lambda tensor: tensor.name not in read)
     graphs.delete_where(result.graph.sparse_initializer, lambda s: s.values.name not in read)
     graphs.delete_where(result.graph.value_info, lambda info: info.name not in computed)
-    return result.SerializeToString(deterministic=True)
+    found: bytes = result.SerializeToString(deterministic=True)
+    return found

@@ -18,7 +18,8 @@ def rows_of(
         if conv is not None:
             return _conv_rows(x, conv, limit, rng)
         rows = x.reshape(-1, x.shape[-1])
-        return rows[_pick(len(rows), limit, rng)]
+        result: np.ndarray = rows[_pick(len(rows), limit, rng)]
+        return result
 
 
 def _pick(count: int, limit: int, rng: np.random.Generator) -> np.ndarray:
@@ -49,7 +50,8 @@ def _conv_rows(
     values = x[image[:, None, None], :, iy[:, :, None], ix[:, None, :]]  # (rows, ky, kx, channels)
     values = values * inside[..., None]
     shape = (len(picked), len(ky), len(kx), conv.group, channels // conv.group)
-    return values.reshape(shape).transpose(0, 3, 1, 2, 4).reshape(len(picked), -1)
+    result: np.ndarray = values.reshape(shape).transpose(0, 3, 1, 2, 4).reshape(len(picked), -1)
+    return result
 
 
 def _windows(size: int, conv: ConvGeometry, axis: int) -> tuple[int, int]:

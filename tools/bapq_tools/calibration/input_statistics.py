@@ -169,7 +169,7 @@ def _shares(level: Level, levels: Sequence[Level]) -> dict[Level, float]:
 
 def _centre(rows: np.ndarray, held_out: np.ndarray) -> np.ndarray:
     """Subtract the mean of `rows` from both in place; return it, (columns,) float32."""
-    mean = rows.mean(0, dtype=np.float64).astype(np.float32)
+    mean: np.ndarray = rows.mean(0, dtype=np.float64).astype(np.float32)
     rows -= mean
     held_out -= mean
     return mean

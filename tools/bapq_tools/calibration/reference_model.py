@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -46,7 +47,7 @@ class Reference:
         self._plan = plan
         self._constants: list[onnx.TensorProto] = []
         taken = graphs.names(model.graph)
-        operators = {
+        operators: dict[int, list[onnx.NodeProto]] = {
             id(node): [] for layer in plan.layers for use in layer.uses for node in use.replaced
         }
         for layer in plan.layers:
@@ -180,7 +181,7 @@ class Reference:
         x = use.activation_input
         nodes: list[onnx.NodeProto] = []
 
-        def add(op_type: str, inputs: list[str], **attributes: object) -> str:
+        def add(op_type: str, inputs: list[str], **attributes: Any) -> str:
             output = graphs.fresh_name(f"{use.output}_{op_type}", taken)
             nodes.append(helper.make_node(op_type, inputs, [output], **attributes))
             return output
@@ -203,7 +204,7 @@ class Reference:
 
     def _constant(self, name: str, value: float, taken: set[str]) -> str:
         name = graphs.fresh_name(name, taken)
-        self._constants.append(numpy_helper.from_array(np.float32(value), name))
+        self._constants.append(numpy_helper.from_array(np.array(value, np.float32), name))
         return name
 
 

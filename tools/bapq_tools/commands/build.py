@@ -130,7 +130,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def show_warning(message: Warning | str, *_: Any) -> None:
+def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """One line on stderr; stands in for `warnings.showwarning`."""
     print(f"bapq: {message}", file=sys.stderr)
 

@@ -11,6 +11,7 @@ import onnx
 from bapq_edge.bank.manifest import KeptNode
 
 Operator = Literal["MatMul", "Gemm", "Conv", "Gather"]
+AutoPad = Literal["NOTSET", "SAME_UPPER", "SAME_LOWER"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ConvGeometry:
     """Top, left, bottom, right. Unused unless auto_pad is NOTSET."""
     dilations: tuple[int, int] = (1, 1)
     group: int = 1
-    auto_pad: Literal["NOTSET", "SAME_UPPER", "SAME_LOWER"] = "NOTSET"
+    auto_pad: AutoPad = "NOTSET"
     dimensions: Literal[1, 2] = 2
 
 

@@ -21,7 +21,8 @@ from types import TracebackType
 import numpy as np
 
 from bapq_edge.bank.codes import LayerCodes
-from bapq_edge.bank.layout import PLANES, Level, Plane, planes_for
+from bapq_edge.bank.layout import LEVELS, PLANES, Level, Plane, planes_for
+from bapq_edge.bank.manifest import Method
 from bapq_edge.bank.staging import storage_errors
 from bapq_edge.errors import ClusterError, StorageError, WorkerError
 
@@ -30,6 +31,7 @@ from .quantized_layer import QuantizedLayer
 
 _KEY_FILE = "key.json"
 _LAYER_FILE = re.compile(r"layer_(\d+)\.([0-9a-f]{32})\.npz")
+_METHODS: dict[str, Method] = {"nearest": "nearest", "compensated": "compensated"}
 
 
 class Checkpoint:
@@ -113,7 +115,7 @@ class Checkpoint:
         arrays |= {f"output_error.{k}": np.array(v) for k, v in layer.output_error.items()}
         with storage_errors(self.folder):
             fresh = self.scratch / "layer.npz"
-            np.savez(fresh, **arrays)
+            np.savez(fresh, **arrays)  # type: ignore[arg-type]  # no array is allow_pickle
             path = self.folder / f"layer_{index}.{_digest(fresh)}.npz"
             os.replace(fresh, path)
         self._files[index] = path
@@ -125,8 +127,8 @@ class Checkpoint:
             columns = int(file["columns"]) if "columns" in file else 0
 
             def by_level(prefix: str) -> dict[Level, np.ndarray]:
-                names = [name for name in file.files if name.startswith(prefix + ".")]
-                return {int(name.removeprefix(prefix + ".")): file[name] for name in names}
+                names = {level: f"{prefix}.{level}" for level in LEVELS}
+                return {level: file[name] for level, name in names.items() if name in file}
 
             row_error = by_level("row_error")
             codes = LayerCodes(
@@ -144,7 +146,7 @@ class Checkpoint:
                 int(file["residual_steps"]),
                 {level: int(value) for level, value in by_level("scale_columns").items()},
                 row_error,
-                {level: str(value) for level, value in by_level("method").items()},
+                {level: _METHODS[str(value)] for level, value in by_level("method").items()},
                 {level: float(value) for level, value in by_level("output_error").items()},
             )
 
@@ -161,7 +163,8 @@ def _packed(plane: Plane, code: np.ndarray) -> np.ndarray:
         return np.packbits(code, axis=1)
     if code.shape[1] % 2:
         code = np.pad(code, ((0, 0), (0, 1)))
-    return code[:, ::2] | code[:, 1::2] << 4
+    result: np.ndarray = code[:, ::2] | code[:, 1::2] << 4
+    return result
 
 
 def _unpacked(plane: Plane, packed: np.ndarray, columns: int) -> np.ndarray:

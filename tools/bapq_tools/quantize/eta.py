@@ -62,7 +62,8 @@ def forward_s(layers: int, samples: int) -> float:
 
 def statistics_s(layer: HeavyLayer, passes: int) -> float:
     """Guess for the statistics of a layer's input."""
-    return 1e-6 * passes * layer.weight.shape[1] ** 2
+    columns: int = layer.weight.shape[1]
+    return 1e-6 * passes * columns**2
 
 
 def codes_s(layer: HeavyLayer, calibrated: bool) -> float:

@@ -71,13 +71,14 @@ class Grid:
 
     def with_signs(self, scale: np.ndarray, code: np.ndarray, scale1: np.ndarray) -> LayerCodes:
         """Codes of levels 2 and 1, out of level 2's scale and codes and level 1's scale."""
-        both = (code + np.float32(1.5)).astype(np.uint8)
-        return LayerCodes(codes={"s1": both >> 1, "m1": both & 1}, scales={2: scale, 1: scale1})
+        sign, bit = divmod((code + np.float32(1.5)).astype(np.uint8), np.uint8(2))
+        return LayerCodes(codes={"s1": sign, "m1": bit}, scales={2: scale, 1: scale1})
 
     def in_steps(self, w: np.ndarray, scale: np.ndarray) -> np.ndarray:
         """The weights in units of the lead's scale; 0 where that is 0."""
         spread = self.spread(scale, w.shape[1], self.lead)
-        return w * np.divide(1, spread, out=np.zeros_like(spread), where=spread > 0)
+        result: np.ndarray = w * np.divide(1, spread, out=np.zeros_like(spread), where=spread > 0)
+        return result
 
     def reachable(self, w: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The lowest and the highest level-4 code from which the residual reaches the weight."""

@@ -68,18 +68,18 @@ def join_layer(
     families = families_of(options)
     parts = itertools.product(_parts(layer, stats), families)
     for (part, family), result in zip(parts, results, strict=True):
-        for plane, values in result.codes.codes.items():
+        for plane, code in result.codes.codes.items():
             if plane in planes_for(levels):
                 if plane not in codes.codes:
                     codes.codes[plane] = np.empty((rows, columns), np.uint8)
-                codes.codes[plane][part.rows, part.columns] = values
-        for level, values in result.codes.scales.items():
+                codes.codes[plane][part.rows, part.columns] = code
+        for level, scale in result.codes.scales.items():
             if level in scaled_levels(levels):
                 size = scale_columns_of(options)[level]
                 if level not in codes.scales:
                     codes.scales[level] = np.empty((rows, -(-columns // size)), np.float32)
                 begin = part.columns.start // size
-                codes.scales[level][part.rows, begin : begin + values.shape[1]] = values
+                codes.scales[level][part.rows, begin : begin + scale.shape[1]] = scale
         for level in family:
             found = result.levels[level]
             if level in levels:

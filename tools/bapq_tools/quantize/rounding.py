@@ -76,7 +76,8 @@ class RoundingProblem:
         """The error d H dᵀ of each row d, (rows,) float64."""
         peak = max(float(np.abs(difference).max(initial=0)), 2.0**-100)
         unit = difference / np.float32(peak)  # squares of any float32 would overflow
-        return (unit * self.times(unit)).sum(1, dtype=np.float64) * peak**2
+        result: np.ndarray = (unit * self.times(unit)).sum(1, dtype=np.float64) * peak**2
+        return result
 
 
 def absorb_drift(weight: np.ndarray, drift: np.ndarray, problem: RoundingProblem) -> np.ndarray:
@@ -195,7 +196,8 @@ class _ColumnGrids:
         np.floor(x, out=x)
         x += np.float32(0.5)
         np.maximum(x, self.lowest[column], out=x)
-        return np.minimum(x, self.highest[column], out=x)
+        result: np.ndarray = np.minimum(x, self.highest[column], out=x)
+        return result
 
 
 def _inverse_factor(gram: np.ndarray, order: np.ndarray) -> np.ndarray:

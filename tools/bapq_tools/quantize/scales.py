@@ -121,12 +121,14 @@ def divided(w: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 def nearest(x: np.ndarray, half: int) -> np.ndarray:
     """The nearest of the 2*half mid-rise points -half+0.5 to half-0.5."""
-    return np.clip(np.floor(x), -half, half - 1) + np.float32(0.5)
+    result: np.ndarray = np.clip(np.floor(x), -half, half - 1) + np.float32(0.5)
+    return result
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Divide a by b; 0 where b is 0."""
-    return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
+    result: np.ndarray = np.divide(a, b, out=np.zeros_like(a), where=b > 0)
+    return result
 
 
 def _sum_weights(h: np.ndarray, w: np.ndarray) -> np.ndarray:

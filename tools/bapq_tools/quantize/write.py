@@ -104,4 +104,5 @@ def _sensitivity(
             chunks = chunks / chunks.sum() * error
         columns.append(chunks)
     # An error that dwarfs the output may leave float32's range; it need only stay the largest.
-    return np.minimum(np.stack(columns, axis=1), np.finfo(np.float32).max).astype(np.float32)
+    result: np.ndarray = np.minimum(np.stack(columns, axis=1), np.finfo(np.float32).max)
+    return result.astype(np.float32)

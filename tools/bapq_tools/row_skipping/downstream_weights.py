@@ -74,7 +74,7 @@ class DownstreamWeights:
             group = int(graphs.attribute(node, "group", 1))
             squares = self._squares_of_layer(layer, group)
             kernel = [int(graphs.attribute(node, f"kernel_{a}", 1)) for a in "hw"]
-            return squares.reshape(group, np.prod(kernel), -1).sum(1).reshape(-1)
+            return _summed(squares.reshape(group, np.prod(kernel), -1), 1)
         if not graphs.is_standard(node, "Conv", "Gemm", "MatMul"):
             return None
         tensor = self._scope.constant(node.input[1])
@@ -85,15 +85,12 @@ class DownstreamWeights:
             group = int(graphs.attribute(node, "group", 1))
             if group > 1 and weight.shape[1] == 1:
                 return None  # it is looked through: see `_filters`
-            return (
-                weight.reshape(group, -1, *weight.shape[1:])
-                .sum((1, *range(3, weight.ndim + 1)))
-                .reshape(-1)
-            )
+            of_group = weight.reshape(group, -1, *weight.shape[1:])
+            return _summed(of_group, 1, *range(3, of_group.ndim))
         if weight.ndim != 2:
             return None
         transposed = node.op_type == "Gemm" and graphs.attribute(node, "transB", 0)
-        return weight.sum(0 if transposed else 1)
+        return _summed(weight, 0 if transposed else 1)
 
     def _squares_of_layer(self, layer: Layer, group: int) -> np.ndarray:
         """Sum the squares of a layer, (groups, columns), chunk by chunk, since it may be large."""
@@ -117,11 +114,16 @@ class DownstreamWeights:
         if tensor is None or tuple(tensor.dims[:2]) != (channels, 1):
             return None
         weight = graphs.tensor_array(tensor).astype(np.float64)
-        return np.square(weight).reshape(channels, -1).sum(1)
+        return _summed(np.square(weight).reshape(channels, -1), 1)
 
 
 def _per_channel(squares: np.ndarray, channels: int) -> np.ndarray | None:
     """Sum columns that are runs of values of a channel, as Flatten leaves them."""
     if len(squares) % channels:
         return None
-    return squares.reshape(channels, -1).sum(1)
+    return _summed(squares.reshape(channels, -1), 1)
+
+
+def _summed(values: np.ndarray, *axes: int) -> np.ndarray:
+    """Sum over some axes; what is left is one row."""
+    return np.asarray(values.sum(axes)).reshape(-1)

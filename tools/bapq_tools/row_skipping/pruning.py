@@ -50,7 +50,7 @@ class Samples:
 
     def of(self, region: int) -> list[Feed]:
         """The samples of a region."""
-        return [self.feeds[i] for i in np.flatnonzero(self.regions == region)]
+        return [self.feeds[i] for i in np.flatnonzero(self.regions == region).tolist()]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def prune_rows(
             search = SkipSearch(runner, trial, precision, output, agreement, tolerance, candidates)
             for region in range(regions):
                 rows = np.concatenate([each[region] for each in values])
-                mine = [reference[i] for i in np.flatnonzero(held_out.regions == region)]
+                mine = [reference[i] for i in np.flatnonzero(held_out.regions == region).tolist()]
                 search.add(rows, fitted.of(region), held_out.of(region), mine)
                 advance()
             skips = [search.skips(region, candidates, advance) for region in range(regions)]

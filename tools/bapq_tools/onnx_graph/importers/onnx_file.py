@@ -53,7 +53,7 @@ def _parse(path: Path) -> onnx.ModelProto:
         raise ModelFormatError(f"{path} is {found}; name an .onnx file")
     data = _read(path)
     try:
-        model = onnx.ModelProto.FromString(data)
+        model: onnx.ModelProto = onnx.ModelProto.FromString(data)
     except DecodeError as error:
         raise ModelFormatError(
             f"{path} ({len(data)} bytes) is not an ONNX model, or a truncated one; export it again"

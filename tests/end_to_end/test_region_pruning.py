@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from onnx import helper, numpy_helper, parser
@@ -56,7 +58,9 @@ def inputs():
 @pytest.fixture(scope="module")
 def bank(model, inputs, tmp_path_factory):
     path = tmp_path_factory.mktemp("bank") / "m.bank"
-    return build_bank(model, path, calibration={"x": inputs[::3]}, levels=(8, 2), progress=False)
+    return Path(
+        build_bank(model, path, calibration={"x": inputs[::3]}, levels=(8, 2), progress=False)
+    )
 
 
 def agreement(found, wanted):

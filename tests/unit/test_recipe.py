@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,7 +204,7 @@ def test_a_build_follows_its_recipe(samples, tmp_path):
 
 
 def test_a_wrong_recipe_leaves_the_old_bank(samples, tmp_path):
-    out = build_bank(chain(), tmp_path / "a.bank", calibration=samples, progress=False)
+    out = Path(build_bank(chain(), tmp_path / "a.bank", calibration=samples, progress=False))
     before = (out / "manifest.json").read_bytes()
     with pytest.raises(RecipeError):
         build_bank(chain(), out, calibration=samples, progress=False, recipe={"layers": {"no": {}}})

@@ -6,67 +6,53 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from ..onnx_graph.ir import HeavyLayer
 
-_TRUST = 0.02
-"""Share of a kind of work after which its own speed counts more than the guess."""
-
-
-@dataclass
-class _Work:
-    """One kind of work, in guessed seconds, and the seconds that it has taken so far."""
-
-    planned_s: float = 0.0
-    done_s: float = 0.0
-    took_s: float = 0.0
-
-    @property
-    def left_s(self) -> float:
-        """The time left, by the speed so far: guesses of a kind are wrong by about one factor."""
-        trust_s = _TRUST * self.planned_s + 1e-9
-        return (self.planned_s - self.done_s) * (self.took_s + trust_s) / (self.done_s + trust_s)
-
 
 class Eta:
-    """Tells the share of the whole work that is done, by the time that it takes."""
+    """Tells the share of the whole work that is done, each kind of work by its speed so far."""
 
     def __init__(self, advance: Callable[[float], None]) -> None:
         """`advance` is told the share that was done since its last call."""
         self._advance, self._told = advance, 0.0
-        self._kinds: defaultdict[str, _Work] = defaultdict(_Work)
+        self._planned_s: defaultdict[str, float] = defaultdict(float)  # by kind, as guessed
+        self._done_s: defaultdict[str, float] = defaultdict(float)  # of this, by the same guess
+        self._took_s: defaultdict[str, float] = defaultdict(float)
 
     def plan(self, kind: str, guess_s: float) -> None:
         """Announce work."""
-        self._kinds[kind].planned_s += guess_s
+        self._planned_s[kind] += guess_s
 
     @contextlib.contextmanager
     def doing(self, kind: str, guess_s: float) -> Iterator[None]:
         """Context of planned work."""
         started_s = time.perf_counter()
         yield
-        self._kinds[kind].took_s += time.perf_counter() - started_s
-        self._kinds[kind].done_s += guess_s
-        took_s = sum(work.took_s for work in self._kinds.values())
-        share = took_s / (took_s + sum(work.left_s for work in self._kinds.values()))
+        self._took_s[kind] += time.perf_counter() - started_s
+        self._done_s[kind] += guess_s
+        took_s = sum(self._took_s.values())
+        share = took_s / (took_s + sum(map(self._left_s, self._planned_s)))
         if share > self._told:
             self._advance(share - self._told)
             self._told = share
 
+    def _left_s(self, kind: str) -> float:
+        planned_s, done_s = self._planned_s[kind], self._done_s[kind]
+        trust_s = 0.02 * planned_s + 1e-9  # after so much, its own speed counts more than the guess
+        return (planned_s - done_s) * (self._took_s[kind] + trust_s) / (done_s + trust_s)
 
-def forward_s(layers: int, samples: int) -> float:
-    """Guess for running samples through some layers."""
-    return 1e-4 * layers * samples
+
+def forward_s(layers: int, runs: int) -> float:
+    """Guess for so many runs of a sample through some layers."""
+    return 1e-4 * layers * runs
 
 
-def statistics_s(layer: HeavyLayer, passes: int) -> float:
-    """Guess for the statistics of a layer's input."""
-    columns: int = layer.weight.shape[1]
-    return 1e-6 * passes * columns**2
+def statistics_s(layer: HeavyLayer, runs: int) -> float:
+    """Guess for the statistics of a layer's input, over so many runs of a sample."""
+    return runs * (1e-4 + 2.5e-10 * float(layer.weight.shape[1]) ** 2)
 
 
 def codes_s(layer: HeavyLayer, calibrated: bool) -> float:
     """Guess for choosing a layer's codes on one core."""
-    columns = layer.weight.shape[1]
-    return 1e-9 * layer.weight.size * (columns + 1000 if calibrated else 300)
+    return 1e-9 * layer.weight.size * (layer.weight.shape[1] + 1000 if calibrated else 300)

@@ -79,7 +79,8 @@ def quantize_layers(
         [layer for layer in stage.layers if index[layer.name] not in checkpoint] for stage in stages
     ]
     run_layers = [len(reference.weight_inputs(stage.nodes)) for stage in stages]
-    pass_s = [forward_s(count, len(passes.levels) * data.samples) for count in run_layers]
+    pass_runs = len(passes.levels) * data.samples
+    pass_s = [forward_s(count, pass_runs) for count in run_layers]
     measure_s: dict[str, float] = {}
     for number, layers in enumerate(to_do):
         eta.plan("forward", pass_s[number])
@@ -87,7 +88,7 @@ def quantize_layers(
             runs = measured_runs(options[layer.name].levels, data.samples)
             measure_s[layer.name] = forward_s(sum(run_layers[number + 1 :]), runs)
             eta.plan("forward", measure_s[layer.name])
-            eta.plan("statistics", statistics_s(layer, len(passes.levels)))
+            eta.plan("statistics", statistics_s(layer, pass_runs))
             eta.plan("codes", codes_s(layer, observed(layer)))
     for number, (stage, layers) in enumerate(zip(stages, to_do, strict=True)):
         with eta.doing("forward", pass_s[number]):
@@ -97,7 +98,7 @@ def quantize_layers(
         later_nodes = [node for later in stages[number + 1 :] for node in later.nodes]
         errors: OutputErrors | None = None
         with spill.temporary():
-            with eta.doing("statistics", sum(statistics_s(n, len(passes.levels)) for n in layers)):
+            with eta.doing("statistics", sum(statistics_s(layer, pass_runs) for layer in layers)):
                 calibrated = _calibrated(layers, InputStatistics(passes, spill), options)
             results = _quantize(calibrated, options, workers)
             for layer in layers:

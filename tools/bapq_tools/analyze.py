@@ -51,7 +51,7 @@ class SensitiveLayer:
 
 @dataclass(frozen=True)
 class LevelChange:
-    """What the recipe does to a run at one level."""
+    """The change that the recipe makes to a run at one level."""
 
     level: Level
     error_before: float

@@ -58,7 +58,7 @@ _TABLES_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build did. It stands for the path of its bank: `Session(build_bank(...))` works."""
+    """The outcome of a build. It may be given wherever the path of its bank may."""
 
     bank: str
     """Path of the bank."""

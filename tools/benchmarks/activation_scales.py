@@ -72,7 +72,7 @@ def main() -> int:
 def embeddings(
     model: bytes, case: Case, feeds: list[dict[str, np.ndarray]], progress: Progress, stage: str
 ) -> list[np.ndarray]:
-    """(1, hidden) of every feed, by ONNX Runtime."""
+    """Run every feed with ONNX Runtime; (1, hidden) each."""
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     found = []
     with progress.stage(stage, len(feeds)) as advance:

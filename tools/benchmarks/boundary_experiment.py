@@ -43,7 +43,7 @@ ESCALATE = {
 }
 DIGITS_ESCALATE = ("1:8", "2:8", "4:8")
 RESIDENT_SHARE = 0.35
-"""Of the bytes of level 8: what the run on the device may hold of the weights."""
+"""Share of the bytes of level 8 that the run on the device may hold."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class SampleSplit:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one operating point, or plan, gives on the test samples of one split."""
+    """Results of one operating point, or plan, on the test samples of one split."""
 
     bits: float
     agreement: float
@@ -145,7 +145,7 @@ class Experiment:
         )
 
     def regions(self, model: BoundaryModel, rows: np.ndarray) -> np.ndarray:
-        """(rows,): regions of samples."""
+        """The regions of samples, (rows,)."""
         about = model.description
         if about.stage == "answer":
             tap = self.study.answer_tap(about.base).values
@@ -248,7 +248,7 @@ class Experiment:
         return rows
 
     def _target_rows(self, splits: list[SampleSplit], fits: list[Fit]) -> list[list[str]]:
-        """What a session with this target would choose, over all models of the bank."""
+        """Measure what a session with this target would choose, over all models of the bank."""
         rows = []
         for target in TARGETS:
             found, names = [], []

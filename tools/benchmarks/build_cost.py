@@ -90,7 +90,7 @@ def _build(name: str, model: Path, workers: int, queue: multiprocessing.Queue) -
 
 
 def _anonymous_bytes(pid: int | None) -> int:
-    """Of a process and all its children."""
+    """The anonymous bytes of a process and all its children."""
     total = 0
     try:
         root = psutil.Process(pid)

@@ -98,7 +98,7 @@ def _script(controller: Controller) -> Iterator[Readings]:
 
 
 def _play(path: Path, config: ControllerConfig) -> Iterator[Readings]:
-    """What the mock in real time would read, without the waiting."""
+    """Read what the mock in real time would read, without the waiting."""
     rows = load_trace(path)
     span_s = rows[-1].time_s - rows[0].time_s + config.hold_s
     now_s = 0.0

@@ -28,7 +28,7 @@ WITHOUT, WITH = "numpy, onnxruntime", "numpy, onnxruntime, bapq_edge"
 
 
 def measure(modules: str) -> tuple[float, int]:
-    """(seconds, resident bytes) of a process that imports the modules."""
+    """Seconds and resident bytes of a process that imports the modules."""
     command = [sys.executable, "-c", _SCRIPT.format(modules)]
     # A package that pip installed has its byte code on the disk.
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}

@@ -37,7 +37,7 @@ LATENCY_ROUNDS = range(11, 1001)
 
 
 def runtimes_of(folder: Path) -> list[str]:
-    """What runs the model: fp32 first, then the peers, then the levels, highest first."""
+    """List what runs the model: fp32 first, then the peers, then the levels, highest first."""
     peers = ["dynamic_int8"] if (folder / "dynamic_int8.onnx").exists() else []
     return ["fp32", *peers, *map(str, LEVELS)]
 

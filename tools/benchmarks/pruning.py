@@ -26,7 +26,7 @@ from .tables import print_table
 
 TAUS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
 SHARES = (0.0, 0.125, 0.25, 0.5)
-"""of the rows of every hidden layer that are zeroed, the weakest first"""
+"""Shares of the rows of every hidden layer that are zeroed, the weakest first."""
 MODELS = {"digits_cnn": digits_cnn_path(), "digits_mlp": digits_mlp_path()}
 
 

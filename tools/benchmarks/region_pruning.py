@@ -47,7 +47,7 @@ LEVEL: Level = 8
 SPLITS = 5
 COPIES = 4
 STRENGTH = 0.5
-"""Of the distortions: the inputs that a device meets are a little unlike those of the data set."""
+"""Strength of the distortions: a device meets inputs a little unlike those of the data set."""
 HELD_OUT = 300
 TOLERANCE = 0.0075
 DOUBT = 0.2
@@ -57,16 +57,16 @@ TIMED_ROUNDS = 9
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one split."""
+    """Results of one split."""
 
     share: dict[str, float]
-    """of the rows of each layer of which some are skipped, over the held-out images"""
+    """Share of skipped rows over the held-out images, by layers of which some are skipped."""
     rows: float
-    """of all rows of these layers"""
+    """Share of all rows of these layers."""
     weights: float
-    """of all weights of the bank"""
+    """Share of all weights of the bank."""
     lost: tuple[float, float]
-    """agreement lost by skipping: of the held-out images, and of distorted copies"""
+    """Agreement lost by skipping, of the held-out images and of distorted copies."""
     accuracy_lost: float
 
 
@@ -199,7 +199,7 @@ def judged(
     distorted: np.ndarray,
     labels: np.ndarray,
 ) -> Outcome:
-    """What the device answers to held-out samples."""
+    """Measure the device's answers to held-out samples."""
     answers: dict[int, int] = {}
     regions: dict[int, int] = {}
     bits = float(gate.arrays["outlook"][0, 0])  # of the point that skips
@@ -249,7 +249,7 @@ class Engine:
             self._store.add_region(each)
 
     def plan(self, skipped: np.ndarray, region: int, streamed: bool = False) -> Callable[[], None]:
-        """What makes runs skip these chunks, and pin the others or stream them."""
+        """Make runs skip these chunks, and pin the others or stream them."""
         return partial(
             self._store.publish,
             np.where(skipped, 0, LEVEL).astype(np.uint8),

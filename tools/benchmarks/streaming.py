@@ -188,7 +188,7 @@ def limit() -> Section:
 
 
 def peers() -> Section:
-    """What the nearest published work states."""
+    """The figures that the nearest published work states."""
     return Section("", note=FLEXNN)
 
 

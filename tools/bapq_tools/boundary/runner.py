@@ -28,12 +28,12 @@ _ALL_PLANES = (1 << len(PLANE_ORDER)) - 1
 
 @dataclass(frozen=True, eq=False)
 class Skip:
-    """What is neither read nor computed."""
+    """Chunks that are neither read nor computed."""
 
     chunks: NDArray[np.bool_]
-    """(chunks,)"""
+    """Whether a chunk is skipped, (chunks,)."""
     region: int
-    """by `Runner.add_region`: what the rows give instead"""
+    """Number by `Runner.add_region`: its values stand in for the skipped rows."""
 
 
 def map_feeds(

@@ -137,7 +137,7 @@ class Study:
 
     @property
     def classes(self) -> NDArray[np.intp]:
-        """(samples,): the reference's class, where that is what is judged."""
+        """The reference's class, (samples,), where that is what is judged."""
         return self.judge.classes(self.wanted)
 
     def answers(self, precision: Precision) -> SampleArrays:

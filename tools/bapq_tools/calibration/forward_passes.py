@@ -42,7 +42,7 @@ Tensors = dict[str, Any]
 """Arrays by name. A sequence is a list of arrays."""
 
 WeightSource = Callable[[Level, HeavyLayer], Mapping[str, np.ndarray]]
-"""(level of the pass, layer) -> what the reference graph reads for the layer."""
+"""A function of a pass's level and a layer, whose result the reference graph reads as weights."""
 
 
 class ForwardPasses:
@@ -100,7 +100,7 @@ class ForwardPasses:
                     pass
 
     def input_of(self, layer: HeavyLayer, level: Level, sample: int) -> np.ndarray:
-        """What a layer of the latest stage multiplies in the pass of a level."""
+        """The input that a layer of the latest stage multiplies in the pass of a level."""
         found: np.ndarray = self.tensors(level, sample)[observed_use(layer).activation_input]
         return found
 

@@ -25,7 +25,7 @@ class GramMatrices:
     grams: dict[Level, list[np.ndarray]]
     """Per block (c, c) float32. `add` leaves the lower triangle to `mirror`."""
     drifts: dict[tuple[Level, str], np.ndarray]
-    """By level and name of the weight, (rows, columns) float32."""
+    """One matrix per level and name of the weight, (rows, columns) float32."""
 
     @classmethod
     def zeros(

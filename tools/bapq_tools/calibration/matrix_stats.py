@@ -11,7 +11,7 @@ from bapq_edge.bank.layout import Level
 
 @dataclass(frozen=True)
 class LevelStats:
-    """What a layer meets where the layers before it run at a level. Inputs are centred."""
+    """The inputs of a layer where the layers before it run at a level; they are centred."""
 
     grams: tuple[np.ndarray, ...]
     """Mean of x xᵀ, (c, c) float32 for each block of columns."""
@@ -25,7 +25,7 @@ class LevelStats:
 
 @dataclass(frozen=True)
 class MatrixStats:
-    """What calibration saw of the input of a matrix: a layer, or one group of a grouped Conv."""
+    """The inputs of a matrix, which is a layer or one group of a grouped Conv."""
 
     blocks: tuple[slice, ...]
     """Runs of columns. Correlations between them are not known."""
@@ -34,7 +34,7 @@ class MatrixStats:
     held_out: np.ndarray
     """The float model's inputs where `LevelStats.held_out` are taken, centred."""
     levels: dict[Level, LevelStats]
-    """By level: 4, 2 and 1, as far as the bank has them."""
+    """The statistics of levels 4, 2 and 1, as far as the bank has them."""
 
     def part(self, rows: slice, block: int) -> MatrixStats:
         """The statistics of some rows of the matrix and one block of its columns."""

@@ -47,7 +47,7 @@ class CandidateCodes:
     codes: list[LayerCodes]
     """One entry per run of rows."""
     targets: dict[Level, np.ndarray]
-    """What a level's codes aim at, (rows, columns), where that is not the weight."""
+    """The matrix that a level's codes aim at, (rows, columns), where it is not the weight."""
 
 
 def compensated_codes(

@@ -1,4 +1,4 @@
-"""How much of the quantizing is done: guessed from sizes, corrected by the time that work takes."""
+"""The progress of the quantizing: guessed from sizes, corrected by the time that work takes."""
 
 from __future__ import annotations
 

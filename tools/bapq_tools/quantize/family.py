@@ -38,7 +38,7 @@ then stay near a core's cache."""
 
 @dataclass(frozen=True)
 class LevelResult:
-    """How one level of some rows came out."""
+    """The result for one level of some rows."""
 
     row_error: np.ndarray
     """Mean square of the error that the rounding adds to each row's output, (rows,) float64."""

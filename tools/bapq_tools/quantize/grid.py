@@ -12,13 +12,14 @@ from bapq_edge.bank.layout import Level
 from .scales import divided, fit_scale1, fit_scale2, fit_scale4, grouped, nearest
 
 NEAREST_RESIDUAL_STEPS = 16
-"""Nearest codes: 7.5/16 of a step and half a residual step reach exactly half a step of level 4,
-with the finest grid the format admits."""
+"""Residual steps of nearest codes: 7.5/16 of a step and half a residual step reach exactly half a
+step of level 4, with the finest grid the format admits."""
 
 COMPENSATED_RESIDUAL_STEPS = 12
-"""The residual reaches 2/3 of a step: a level-4 code may be the farther neighbour of a weight in
-the middle third. On MiniLM, cosines of levels 8 and 4 with float activations are 0.9996 and 0.9922
-at 8 steps, 0.9997 and 0.9919 at 10, 0.9998 and 0.9908 at 12, 0.9999 and 0.9812 at 16."""
+"""Residual steps of compensated codes. The residual reaches 2/3 of a step: a level-4 code may be the
+farther neighbour of a weight in the middle third. On MiniLM, cosines of levels 8 and 4 with float
+activations are 0.9996 and 0.9922 at 8 steps, 0.9997 and 0.9919 at 10, 0.9998 and 0.9908 at 12,
+0.9999 and 0.9812 at 16."""
 
 
 def residual_steps(levels: tuple[Level, ...], calibrated: bool) -> int:

@@ -1,4 +1,4 @@
-"""What is asked for a layer: levels, columns per scale, pruning."""
+"""The options of a layer: levels, columns per scale, pruning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCALE_COLUMNS: dict[Level, int] = {4: 32, 2: 96, 1: 128}
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """What was asked for one layer, by the build or by its recipe."""
+    """The options of one layer, by the build or by its recipe."""
 
     levels: tuple[Level, ...]
     """Levels that the layer gets, highest first: those of the bank or some of them."""

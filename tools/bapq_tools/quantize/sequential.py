@@ -31,7 +31,7 @@ from .quantized_layer import QuantizedLayer
 from .sensitivity import OutputErrors, measured_runs
 
 Options = Mapping[str, LayerOptions]
-"""What is asked for, by the layer's name."""
+"""The options of the layers, by name."""
 
 
 def quantize_layers(

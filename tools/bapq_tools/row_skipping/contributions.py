@@ -1,4 +1,4 @@
-"""What every row of a layer contributes in every region: its mean, and what the mean would cost.
+"""Measures what each row of a layer contributes in each region: its mean, and the mean's cost.
 
 Both are measured on the bank itself, at the precision that is asked for: behind the clip, where
 the next layer reads. A mean of clipped values passes the clip unchanged, and of all constants it
@@ -33,7 +33,7 @@ _BLOCK_SAMPLES = 32
 
 @dataclass(frozen=True)
 class Contribution:
-    """What the output rows of one layer contribute."""
+    """The contribution of the output rows of one layer."""
 
     mean: NDArray[np.float32]
     """Mean of the output over samples and positions, (regions, rows)."""

@@ -18,9 +18,9 @@ from pathlib import Path
 from .sentences import CALIBRATION, HELD_OUT, SENTENCES_PATH
 
 WORDS = range(6, 61)
-"""accepted lengths of a sentence"""
+"""Accepted lengths of a sentence."""
 PER_MODULE = 12
-"""at most, so that no single subject dominates"""
+"""Most sentences of a module, so that no single subject dominates."""
 NOTICE = """\
 # Sentences from the docstrings of CPython's standard library, one a line, made by
 # make_sentences.py. Copyright (c) 2001 Python Software Foundation; All Rights Reserved.

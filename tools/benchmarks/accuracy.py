@@ -1,6 +1,6 @@
 """Accuracy and size of the models with trained weights, at every level and by plan.
 
-    python -m benchmarks.accuracy [NAME ...] [-o table|md|json]
+    PYTHONPATH=tools python -m benchmarks.accuracy [NAME ...] [-o table|md|json]
 
 Banks hold levels 8, 4, 2 and 1 of all their weights, embeddings included, and are built anew. They
 go to .cache/bench.

@@ -1,6 +1,6 @@
 """What int8 activations cost MiniLM: one scale per row against one per row and block of 32 columns.
 
-    python -m benchmarks.activation_scales [--sentences N] [-o table|md]
+    PYTHONPATH=tools python -m benchmarks.activation_scales [--sentences N] [-o table|md]
 
 The bank's graph is written out in ONNX's own operators: weights dequantized at a level, activations
 of every matrix rounded to int8 and back. So nothing but the scales differs between two rows.

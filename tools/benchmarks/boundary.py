@@ -1,6 +1,6 @@
 """What boundary models give: escalation, gates and targets, on samples that no fit has seen.
 
-    python -m benchmarks.boundary [NAME ...] [-o table|md|json] [--pictures FOLDER]
+    PYTHONPATH=tools python -m benchmarks.boundary [NAME ...] [-o table|md|json] [--pictures FOLDER]
 
 Digits: the 600 test images and four distorted copies of each; a split takes 400 images, with their
 copies, to fit and the others to test. MiniLM: the 600 held-out sentences, 300 to fit. Five splits;

@@ -1,6 +1,6 @@
 """Time and memory of calibrated builds, workers included.
 
-    python -m benchmarks.build_cost [NAME ...] [--workers N] [-o table|md]
+    PYTHONPATH=tools python -m benchmarks.build_cost [NAME ...] [--workers N] [-o table|md]
 
 Memory is the largest sum of anonymous memory (smaps_rollup) over the build and its workers, ten
 times a second: what the kernel cannot take back. Pages of mapped files, which it can, do not count.

@@ -1,6 +1,6 @@
 """What `import bapq_edge` adds to a program that uses NumPy and ONNX Runtime.
 
-    python -m benchmarks.import_cost [-r PAIRS] [-o table|md]
+    PYTHONPATH=tools python -m benchmarks.import_cost [-r PAIRS] [-o table|md]
 
 Every import is a process of its own, with and without the package in turns.
 """

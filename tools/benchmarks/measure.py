@@ -1,7 +1,7 @@
 """One measurement in a process of its own; `models.py` starts them and reads their JSON.
 
-    python -m benchmarks.measure build|errors|latency FOLDER
-    python -m benchmarks.measure memory FOLDER RUNTIME
+    PYTHONPATH=tools python -m benchmarks.measure build|errors|latency FOLDER
+    PYTHONPATH=tools python -m benchmarks.measure memory FOLDER RUNTIME
 
 FOLDER is named after a model of the zoo and holds what `build` writes: model.onnx, model.bank and
 single.npz, the input of one run. A runtime is fp32 (ONNX Runtime on model.onnx), dynamic_int8 (the

@@ -1,6 +1,6 @@
 """Time of one plan, by number of chunks and kind of request, on random chunks.
 
-python -m benchmarks.planner_time [-o table|md]
+PYTHONPATH=tools python -m benchmarks.planner_time [-o table|md]
 """
 
 from __future__ import annotations

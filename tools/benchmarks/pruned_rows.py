@@ -1,6 +1,6 @@
 """What reordered and skipped rows cost and save: single layers, one thread.
 
-    python -m benchmarks.pruned_rows [-o table|md]
+    PYTHONPATH=tools python -m benchmarks.pruned_rows [-o table|md]
 
 Each layer runs as built, with its rows in a random order, and with every second chunk skipped; then
 in turn on two plans that skip one half each: a switch of regions at every run.

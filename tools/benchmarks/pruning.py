@@ -1,6 +1,6 @@
 """What static pruning leaves of the bundled models, and what it saves where whole rows are zero.
 
-python -m benchmarks.pruning [-o table|md]
+PYTHONPATH=tools python -m benchmarks.pruning [-o table|md]
 """
 
 from __future__ import annotations

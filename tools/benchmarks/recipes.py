@@ -1,6 +1,6 @@
 """What the recipe of `bapq build --analyze` gives, against the planner on a bank without one.
 
-python -m benchmarks.recipes [MODEL] [-o table|md]
+PYTHONPATH=tools python -m benchmarks.recipes [MODEL] [-o table|md]
 """
 
 from __future__ import annotations

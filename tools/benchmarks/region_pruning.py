@@ -1,6 +1,6 @@
 """Rows that inputs of one class can do without: what skipping them saves, and what it costs.
 
-    python -m benchmarks.region_pruning [NAME ...] [-o table|md|json]
+    PYTHONPATH=tools python -m benchmarks.region_pruning [NAME ...] [-o table|md|json]
 
 A split holds 300 of the 600 test images out, with a distorted copy of each. The fit sees the other
 images, test, calibration and training, with four distorted copies; half of them choose what is

@@ -1,6 +1,6 @@
 """What a memory budget gives and costs: part of `make bench`.
 
-    python -m benchmarks.streaming [SECTION ...] [-o table|md|json]
+    PYTHONPATH=tools python -m benchmarks.streaming [SECTION ...] [-o table|md|json]
 
 Each measurement is a process of its own; docs/measuring.md says how each figure is made. Models and
 banks are those of `models.py`, in .cache/bench; what is missing there is built.

@@ -10,14 +10,14 @@ from scipy import stats
 
 __all__ = ["HeldOut", "OperatingPoints", "climb", "escalate", "operating_points", "region_losses"]
 
-Floats = NDArray[np.float64]
+Float64s = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """Samples that nothing was fitted to, and how sure the bounds on their mean loss are."""
 
-    losses: Floats
+    losses: Float64s
     """Loss of each sample at each precision, 1 - agreement: (n, precisions)."""
     groups: NDArray[np.intp]
     """Group of each sample, (n,): samples of one group are alike."""
@@ -26,7 +26,7 @@ class HeldOut:
     confidence: float
     """Confidence of every bound."""
 
-    def upper(self, losses: Floats, rows: NDArray[np.bool_] | slice = slice(None)) -> float:
+    def upper(self, losses: Float64s, rows: NDArray[np.bool_] | slice = slice(None)) -> float:
         """A one-sided upper bound of the mean of losses (n,), from some of the samples.
 
         For losses of 0 and 1 it is Clopper and Pearson's, for as many samples as are worth the same
@@ -65,7 +65,7 @@ class HeldOut:
         return float(np.clip(error**2 / (most.var() / n), 1, largest))
 
 
-def _group_error(losses: Floats, groups: NDArray[np.intp]) -> tuple[int, float]:
+def _group_error(losses: Float64s, groups: NDArray[np.intp]) -> tuple[int, float]:
     """The number of groups, and the standard error of the mean if groups are drawn as a whole."""
     _, members = np.unique(groups, return_inverse=True)
     sums = np.bincount(members, losses - losses.mean())
@@ -79,13 +79,13 @@ class OperatingPoints:
 
     assignment: NDArray[np.uint8]
     """Index of the precision of each region, (points, regions)."""
-    outlook: Floats
+    outlook: Float64s
     """Mean bits, mean agreement and its lower bound, (points, 3)."""
 
 
 def region_losses(
-    regions: NDArray[np.intp], losses: Floats, count: int, prior: float = 0.0
-) -> Floats:
+    regions: NDArray[np.intp], losses: Float64s, count: int, prior: float = 0.0
+) -> Float64s:
     """Mean loss of every region, (count, precisions); `prior` more samples lose the average.
 
     A region without samples loses what all do.
@@ -95,7 +95,7 @@ def region_losses(
     size = np.bincount(regions, minlength=count)[:, None].astype(np.float64)
     mean = losses.mean(0)
     added = np.where(size > 0, prior, 1.0)
-    result: Floats = (total + added * mean) / (size + added)
+    result: Float64s = (total + added * mean) / (size + added)
     return result
 
 
@@ -104,7 +104,7 @@ def escalate(regions: int) -> NDArray[np.uint8]:
     return np.tri(regions + 1, regions, -1, dtype=np.uint8)
 
 
-def climb(bits: Floats, losses: Floats) -> NDArray[np.uint8]:
+def climb(bits: Float64s, losses: Float64s) -> NDArray[np.uint8]:
     """Climb from the cheapest precision everywhere to the dearest, the best step first.
 
     `bits` is (precisions,), `losses` (regions, precisions), the result (points, regions). The steps
@@ -130,7 +130,7 @@ def climb(bits: Floats, losses: Floats) -> NDArray[np.uint8]:
 
 
 def operating_points(
-    assignment: NDArray[np.uint8], bits: Floats, regions: NDArray[np.intp], held: HeldOut
+    assignment: NDArray[np.uint8], bits: Float64s, regions: NDArray[np.intp], held: HeldOut
 ) -> OperatingPoints:
     """Measure the assignments on held-out samples; dominated ones are left out.
 

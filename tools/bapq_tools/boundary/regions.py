@@ -93,7 +93,7 @@ class Partition:
         return replace(self, arrays=arrays)
 
 
-Fit = Callable[[Floats, Task], Partition]
+RegionFitter = Callable[[Floats, Task], Partition]
 
 
 def choose_regions(
@@ -112,12 +112,12 @@ def choose_regions(
     return candidates[chosen](features, task), float(scores[chosen].mean())
 
 
-def loss_left(fit: Fit, features: Floats, task: Task) -> float:
+def loss_left(fit: RegionFitter, features: Floats, task: Task) -> float:
     """Cross-validate: the mean `area` of folds that the regions were not fitted to."""
     return float(np.mean(_scores(fit, features, task)))
 
 
-def _scores(fit: Fit, features: Floats, task: Task) -> list[float]:
+def _scores(fit: RegionFitter, features: Floats, task: Task) -> list[float]:
     folds = folds_of(task.groups, _FOLDS, task.seed)
     scores = []
     for fold in range(_FOLDS):
@@ -164,7 +164,7 @@ def _rows(task: Task, rows: NDArray[np.bool_]) -> Task:
     return replace(task, losses=task.losses[rows], groups=task.groups[rows])
 
 
-def _candidates(samples: int, doubt: Sequence[tuple[int, int]]) -> Iterator[Fit]:
+def _candidates(samples: int, doubt: Sequence[tuple[int, int]]) -> Iterator[RegionFitter]:
     most = samples // LEAST_SAMPLES
     for feature, sign in doubt:
         for count in _BANDS:

@@ -16,10 +16,10 @@ NEAREST_RESIDUAL_STEPS = 16
 step of level 4, with the finest grid the format admits."""
 
 COMPENSATED_RESIDUAL_STEPS = 12
-"""Residual steps of compensated codes. The residual reaches 2/3 of a step: a level-4 code may be the
-farther neighbour of a weight in the middle third. On MiniLM, cosines of levels 8 and 4 with float
-activations are 0.9996 and 0.9922 at 8 steps, 0.9997 and 0.9919 at 10, 0.9998 and 0.9908 at 12,
-0.9999 and 0.9812 at 16."""
+"""Residual steps of compensated codes: with a residual that reaches 2/3 of a step, a level-4 code
+may be the farther neighbour of a weight in the middle third. On MiniLM, cosines of levels 8 and 4
+with float activations are 0.9996 and 0.9922 at 8 steps, 0.9997 and 0.9919 at 10, 0.9998 and 0.9908
+at 12, 0.9999 and 0.9812 at 16."""
 
 
 def residual_steps(levels: tuple[Level, ...], calibrated: bool) -> int:

@@ -1,6 +1,6 @@
 """Write sentences.txt: English sentences out of the docstrings of CPython's standard library.
 
-    python -m benchmarks.zoo.make_sentences [OUT.txt]
+    PYTHONPATH=tools python -m benchmarks.zoo.make_sentences [OUT.txt]
 
 Deterministic for one CPython version; the bundled file was made with 3.11.
 """

@@ -1,6 +1,7 @@
 """The controller on a scripted trace: readings above, what it decides below.
 
-    PYTHONPATH=tools python -m benchmarks.controller_trace [--trace CSV] [--profile NAME] [-o OUT.svg]
+    PYTHONPATH=tools python -m benchmarks.controller_trace [--trace CSV] [--profile NAME]
+        [-o OUT.svg]
 
 Without --trace: a Raspberry Pi 4 on which another process takes memory and frees it, the sun heats
 the case and leaves it, and the battery runs down and is charged, all with noise. Its free memory

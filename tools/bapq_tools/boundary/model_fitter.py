@@ -1,4 +1,4 @@
-"""Fits on half of the samples, which find features and regions; the other half measures them."""
+"""Fits boundary models: half of the samples find features and regions, the others measure them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from bapq_edge.adaptive.boundary_model import BoundaryModel, OperatingPoint
+from bapq_edge.adaptive.boundary_model import BoundaryModel
 from bapq_edge.bank.boundary import Arrays, Boundary, Precision, Stage
 from bapq_edge.errors import (
     BoundaryWarning,
@@ -20,6 +20,7 @@ from bapq_edge.errors import (
 )
 
 from .features import Floats, Probe, class_probe, loss_probe, own_scores
+from .fitted_model import FittedModel
 from .folds import held_out
 from .operating_points import HeldOut, operating_points, region_losses
 from .precisions import gate_precisions
@@ -32,64 +33,17 @@ from .regions import (
     nothing_found,
     precisions_of,
 )
-from .report import ModelReport, PointReport, StaticReport
+from .report import StaticReport
 from .study import Study, Tap
 from .taps import Cut
 
-__all__ = ["FittedModel", "Fitting"]
+__all__ = ["ModelFitter"]
 
 _LEAST_GROUPS = 8
 """Least number on both sides of the split: folds of one group would say nothing of others."""
 
 _MOST_CUTS = 3
 """Most cuts that are tried: each is run over all samples, at two precisions."""
-
-
-@dataclass(frozen=True)
-class FittedModel:
-    """A fitted boundary model."""
-
-    model: Boundary
-    arrays: Arrays
-    cut: Cut | None
-    """Where it splits the graph, if it does."""
-
-    @property
-    def points(self) -> list[OperatingPoint]:
-        """The operating points, by rising bits."""
-        return BoundaryModel(self.model, self.arrays).points
-
-    def report(self, target: float | None) -> ModelReport:
-        """Report the model, with the point that the device would choose for the target."""
-        device, model = BoundaryModel(self.model, self.arrays), self.model
-        chosen = None
-        if target is not None:
-            kept = [i for i, point in enumerate(device.points) if point.agreement_bound >= target]
-            chosen = kept[0] if kept else None
-        return ModelReport(
-            name=model.name,
-            stage=model.stage,
-            tap=model.tap,
-            base=str(model.base),
-            head_share=self.cut.share if self.cut else 0.0,
-            kind=model.kind,
-            features=model.all_features,
-            regions=model.regions,
-            precisions=tuple(map(str, model.precisions)),
-            mix=self.arrays["mix"].tolist(),
-            loss=self.arrays["loss"].tolist(),
-            loss_bound=self.arrays["loss_bound"].tolist(),
-            points=[
-                PointReport(
-                    point.bits,
-                    point.agreement,
-                    point.agreement_bound,
-                    {str(precision): share for precision, share in device.share_of(point).items()},
-                )
-                for point in device.points
-            ],
-            chosen=chosen,
-        )
 
 
 @dataclass(frozen=True)
@@ -107,7 +61,7 @@ class _GateCandidate:
     """The loss that is left, as `choose_regions` has it."""
 
 
-class Fitting:
+class ModelFitter:
     """The samples of one fit, and the models that they give."""
 
     def __init__(self, study: Study, rows: NDArray[np.intp], confidence: float, seed: int) -> None:

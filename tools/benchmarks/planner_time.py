@@ -65,7 +65,7 @@ def _requests(costs: ChunkCosts) -> dict[str, Request]:
         "level 8, half of it streamed": Request(level=8, weight_bytes_limit=limit),
         "3.5 bits": Request(bits=3.5, weight_bytes_limit=limit),
         "auto": Request(weight_bytes_limit=limit),
-        "auto with a latency precision": Request(weight_bytes_limit=limit, **second),
+        "auto with a wanted latency": Request(weight_bytes_limit=limit, **second),
     }
 
 

@@ -26,8 +26,7 @@ DAMPING = 0.05
 """Share of the mean diagonal added to H: calibration has not seen all directions."""
 
 _RIDGES = (0.03, 0.3)
-"""Shares added to H where drift is absorbed. The best on held-out
-samples is taken, or none."""
+"""Shares added to H where drift is absorbed. The best on held-out samples is taken, or none."""
 
 _DESCENTS: dict[Level, int] = {4: 1, 2: 2}
 """Rounds of coordinate descent after compensated rounding."""
@@ -52,14 +51,13 @@ class CandidateCodes:
 
 def compensated_codes(
     weight: np.ndarray, stats: MatrixStats, problem: RoundingProblem, grid: Grid
-) -> list[CandidateCodes]:
-    """Compensated codes of one family, as a list of one candidate.
+) -> CandidateCodes | None:
+    """Choose compensated codes of one family.
 
-    The list is empty where the statistics are too ill-conditioned, or the weights too large, to
-    compute with.
+    None where the statistics are too ill-conditioned, or the weights too large, to compute with.
     """
     if float(np.abs(weight).max()) > _LARGEST_WEIGHT:
-        return []
+        return None
     runs = row_runs(*weight.shape)
     try:
         targets = {grid.lead: _target(weight, stats, grid.lead)}
@@ -73,9 +71,9 @@ def compensated_codes(
             own = RoundingProblem.damped(stats.blocks, stats.levels[1].grams, DAMPING)
             for run, found in zip(runs, codes, strict=True):
                 found.scales[1] = _refit1(targets[1][run], found, own, grid)
-        return [CandidateCodes("compensated", codes, targets)]
+        return CandidateCodes("compensated", codes, targets)
     except np.linalg.LinAlgError:
-        return []
+        return None
 
 
 def _compensate4(

@@ -82,7 +82,7 @@ def quantize_family(
     grid = Grid(lead, residual_steps(options.levels, stats is not None), scale_columns_of(options))
     if stats is None:
         return _nearest_in_blocks(weight, grid, family)
-    # A bank with level 8 or 1 of this family only has no chain for its lead.
+    # A bank with level 8 or 1 of this family only has no forward pass at the lead.
     seen = stats.levels.get(lead) or next(iter(stats.levels.values()))
     problem = RoundingProblem.damped(stats.blocks, seen.grams, DAMPING)
     runs = row_runs(*weight.shape)
@@ -91,7 +91,8 @@ def quantize_family(
         CandidateCodes("nearest", [grid.nearest(weight[run], problem.diagonal) for run in runs], {})
     ]
     if lead in stats.levels and lead in options.levels:
-        candidates += compensated_codes(weight, stats, problem, grid)
+        compensated = compensated_codes(weight, stats, problem, grid)
+        candidates += [] if compensated is None else [compensated]
 
     def held_out_error(candidate: CandidateCodes) -> float:
         error = 0.0

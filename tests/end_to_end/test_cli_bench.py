@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from bapq_edge import errors
-from bapq_tools.build import build
+from bapq_tools import build_bank
 from benchmarks.zoo import make_model
 from benchmarks.zoo.digits import calibration_npz, load_digits_split
 
@@ -39,11 +39,11 @@ def place(tmp_path_factory):
     make_model("digits_cnn", folder / "digits.onnx")
     calibration_npz(folder / "calibration.npz", "cnn")
     np.savez(folder / "input.npz", image=load_digits_split().x_test[:1])
-    build(
+    build_bank(
         folder / "digits.onnx",
         folder / "digits.bank",
-        folder / "calibration.npz",
-        (32, 8, 4),
+        calibration=folder / "calibration.npz",
+        levels=(32, 8, 4),
         progress=False,
     )
     return folder

@@ -41,7 +41,7 @@ def place(tmp_path_factory):
         bapq_tools.build_bank(
             folder / f"{kind}.onnx",
             folder / f"{kind}.bank",
-            {INPUT_NAMES[kind]: split.x_calibration},
+            calibration={INPUT_NAMES[kind]: split.x_calibration},
             progress=False,
         )
         np.savez(folder / f"{kind}.npz", **{INPUT_NAMES[kind]: IMAGES[kind]})
@@ -174,7 +174,7 @@ def test_the_reference_may_be_level_32_of_the_bank(place, tmp_path):
     bapq_tools.build_bank(
         place / "mlp.onnx",
         tmp_path / "mlp.bank",
-        {"pixels": split_of("mlp").x_calibration},
+        calibration={"pixels": split_of("mlp").x_calibration},
         levels=(32, 4, 1),
         progress=False,
     )
@@ -279,7 +279,7 @@ def test_a_bank_of_one_level_leaves_nothing_to_choose(place, tmp_path):
     bapq_tools.build_bank(
         place / "mlp.onnx",
         tmp_path / "mlp.bank",
-        {"pixels": split_of("mlp").x_calibration},
+        calibration={"pixels": split_of("mlp").x_calibration},
         levels=(4,),
         progress=False,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from onnx import helper, numpy_helper, parser
@@ -11,9 +13,9 @@ from bapq_edge.bank.boundary import Precision
 from bapq_edge.bank.codes import dequantize
 from bapq_edge.bank.reader import Bank
 from bapq_edge.errors import BoundaryWarning, RequestError
+from bapq_tools import build_bank
 from bapq_tools.boundary.rewrite import output_rows, rewrite
 from bapq_tools.boundary.study import Study
-from bapq_tools.build import build_bank
 from bapq_tools.row_skipping.pruning import Samples, prune_rows
 from bapq_tools.row_skipping.row_gate import fit_row_gate
 
@@ -56,7 +58,9 @@ def inputs():
 @pytest.fixture(scope="module")
 def bank(model, inputs, tmp_path_factory):
     path = tmp_path_factory.mktemp("bank") / "m.bank"
-    return build_bank(model, path, {"x": inputs[::3]}, levels=(8, 2), progress=False)
+    return Path(
+        build_bank(model, path, calibration={"x": inputs[::3]}, levels=(8, 2), progress=False)
+    )
 
 
 def agreement(found, wanted):

@@ -11,7 +11,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from bapq_edge.engine.graph import RUN_INPUT
-from bapq_tools.onnx_graph import graph as graphs
+from bapq_tools.onnx_graph import graphs
 from bapq_tools.onnx_graph.ir import LayerPlan, LayerUse
 
 NEWEST_OPSET = 26

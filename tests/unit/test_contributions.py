@@ -8,9 +8,9 @@ from onnx import helper, numpy_helper, parser
 
 from bapq_edge.bank.boundary import Precision
 from bapq_edge.bank.reader import Bank
-from bapq_tools.build import build_bank
+from bapq_tools import build_bank
 from bapq_tools.row_skipping.contributions import contributions
-from bapq_tools.row_skipping.readers import Readers
+from bapq_tools.row_skipping.downstream_weights import DownstreamWeights
 
 
 def model_of(text, **weights):
@@ -113,5 +113,5 @@ def test_how_strongly_channels_are_read(tmp_path, nodes, expected):
     squares = {name: np.square(w, dtype=np.float64) for name, w in weights.items()}
     model = model_of(("8, 4, 4", "k", nodes), **weights)
     bank = bank_of(tmp_path, model_of((32, 32, SHARED), w=normal(rng, 32, 32)))
-    found = Readers(bank, model.graph).strength("x", 8)
+    found = DownstreamWeights(bank, model.graph).strength("x", 8)
     np.testing.assert_allclose(found, expected(squares), rtol=1e-6)

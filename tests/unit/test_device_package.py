@@ -84,7 +84,7 @@ def test_wheel_holds_library_tools_and_profiles(tmp_path):
         "bapq_edge/engine/libbapq.so",
         "bapq_edge/device_profiles/raspberry_pi_4.yaml",
         "bapq_tools/build.py",
-        "bapq_tools/quantize/quantize.py",
+        "bapq_tools/quantize/layer_tasks.py",
     } <= names
     assert not [name for name in names if name.endswith((".c", ".h", ".o"))]
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}

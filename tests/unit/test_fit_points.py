@@ -8,7 +8,7 @@ from scipy import stats
 
 from bapq_tools.boundary.folds import folds_of, held_out
 from bapq_tools.boundary.operating_points import (
-    Held,
+    HeldOut,
     climb,
     escalate,
     operating_points,
@@ -19,7 +19,7 @@ from bapq_tools.boundary.operating_points import (
 def held(losses, groups=None, binary=True, confidence=0.9):
     losses = np.asarray(losses, float).reshape(len(losses), -1)
     groups = np.arange(len(losses)) if groups is None else np.asarray(groups)
-    return Held(losses, groups, binary, confidence)
+    return HeldOut(losses, groups, binary, confidence)
 
 
 def test_the_bound_of_right_and_wrong_answers_is_clopper_pearsons():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from bapq_edge.bank.verify import verify
 from bapq_edge.cli import main
 from bapq_edge.errors import RecipeError, StorageError
 from bapq_tools import build_bank
-from bapq_tools.onnx_graph.ir import LayerOptions
+from bapq_tools.quantize.options import LayerOptions
 from bapq_tools.recipe import load_recipe
 from support import onnx_models as models
 from support.onnx_models import FLOAT, weights
@@ -178,7 +179,9 @@ def test_a_build_follows_its_recipe(samples, tmp_path):
             "stem": {"scale_columns": {4: 64}},
         },
     }
-    path = build_bank(chain(), tmp_path / "a.bank", samples, progress=False, recipe=recipe)
+    path = build_bank(
+        chain(), tmp_path / "a.bank", calibration=samples, progress=False, recipe=recipe
+    )
     manifest = Bank.open(path).manifest
     found = {layer.name: (layer.levels, layer.scale_columns) for layer in manifest.layers}
     assert found == {
@@ -201,10 +204,10 @@ def test_a_build_follows_its_recipe(samples, tmp_path):
 
 
 def test_a_wrong_recipe_leaves_the_old_bank(samples, tmp_path):
-    out = build_bank(chain(), tmp_path / "a.bank", samples, progress=False)
+    out = Path(build_bank(chain(), tmp_path / "a.bank", calibration=samples, progress=False))
     before = (out / "manifest.json").read_bytes()
     with pytest.raises(RecipeError):
-        build_bank(chain(), out, samples, progress=False, recipe={"layers": {"no": {}}})
+        build_bank(chain(), out, calibration=samples, progress=False, recipe={"layers": {"no": {}}})
     assert (out / "manifest.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.bank"]
 

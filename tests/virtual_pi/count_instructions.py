@@ -50,7 +50,9 @@ def main() -> None:
             calibration = folder / "calibration.npz"
             samples = case.calibration.items()
             np.savez(calibration, **{key: array[:CALIBRATION_SAMPLES] for key, array in samples})
-            build_bank(files[0], files[1], calibration, levels=(32, 8, 4, 2, 1), progress=False)
+            build_bank(
+                files[0], files[1], calibration=calibration, levels=(32, 8, 4, 2, 1), progress=False
+            )
             np.savez(files[2], **case.single)
             for cpu in CPUS:
                 result = subprocess.run(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +24,11 @@ from bapq_edge.bank.layout import (
 )
 from bapq_edge.bank.reader import Bank
 
-__all__ = ["Analysis", "Finding", "LevelChange", "analyze", "to_yaml"]
+__all__ = ["Analysis", "LevelChange", "SensitiveLayer", "analyze", "to_yaml"]
 
 _EXTRA_SHARE = 0.1
-"""Most bytes that the recipe may add to a run at any level: beyond a tenth, running all layers a
-level higher, or letting the planner choose chunk by chunk, is the better use of bytes."""
+"""Largest share of bytes that the recipe may add to a run at any level: beyond a tenth, running all
+layers a level higher, or letting the planner choose chunk by chunk, is the better use of bytes."""
 
 _OUTSTANDING = 1.2
 """A layer is sensitive if it loses this many times what the median layer does per byte saved: in a
@@ -35,26 +36,26 @@ model whose layers are much alike none is."""
 
 
 @dataclass(frozen=True)
-class Finding:
+class SensitiveLayer:
     """A layer that is better off without a level."""
 
     layer: str
     level: Level
     error_share: float
-    """of the error that all layers have at this level"""
+    """Share of the error that all layers have at this level."""
     extra_bytes: int
-    """that a run at this level then reads more"""
+    """Bytes that a run at this level then reads more."""
     error_per_mib: float
-    """error that the level adds to the next higher one, per MiB saved"""
+    """Error that the level adds to the next higher one, per MiB saved."""
 
 
 @dataclass(frozen=True)
 class LevelChange:
-    """What the recipe does to a run at one level."""
+    """The change that the recipe makes to a run at one level."""
 
     level: Level
     error_before: float
-    """sum of the bank's sensitivity table"""
+    """Sum of the bank's sensitivity table."""
     error_after: float
     bytes_before: int
     bytes_after: int
@@ -64,21 +65,21 @@ class LevelChange:
 class Analysis:
     """The sensitive layers of a bank, and the recipe that spares them."""
 
-    findings: tuple[Finding, ...]
-    """worst first"""
+    findings: tuple[SensitiveLayer, ...]
+    """The worst first."""
     changes: tuple[LevelChange, ...]
-    """of the levels that the recipe changes, highest first"""
+    """Levels that the recipe changes, highest first."""
     recipe: dict[str, Any]
-    """as `bapq build --recipe` takes it"""
+    """The recipe as `bapq build --recipe` takes it."""
 
 
 def analyze(bank: Bank) -> Analysis:
-    """The sensitive layers by the bank's sensitivity table; all planes must be there."""
+    """Find the sensitive layers by the bank's sensitivity table; all planes must be there."""
     table = _Table(bank)
     levels = bank.manifest.levels
     before = {name: layer.levels for name, layer in table.layers.items()}
     left = dict(before)
-    findings: list[Finding] = []
+    findings: list[SensitiveLayer] = []
     for upper, level in itertools.pairwise(levels):
         if upper == 32:
             continue  # four times the bytes for an error that hardly counts
@@ -90,30 +91,18 @@ def analyze(bank: Bank) -> Analysis:
     findings.sort(key=lambda finding: -finding.error_share)
     names = dict.fromkeys(finding.layer for finding in findings)
     names.update(dict.fromkeys(name for name in left if left[name] != levels))
-    return Analysis(
-        tuple(findings),
-        tuple(
-            LevelChange(
-                level,
-                *(
-                    sum(table.error(name, own, level) for name, own in held.items())
-                    for held in both
-                ),
-                *(
-                    sum(table.bytes(name, own, level) for name, own in held.items())
-                    for held in both
-                ),
-            )
-            for both in [(before, left)]
-            for level in levels
-            if any(level_within(left[n], level) != level_within(before[n], level) for n in left)
-        ),
-        {"layers": {name: {"levels": list(left[name])} for name in names}},
-    )
+    changes = []
+    for level in levels:
+        if any(level_within(left[n], level) != level_within(before[n], level) for n in left):
+            error_before, bytes_before = table.total(before, level)
+            error_after, bytes_after = table.total(left, level)
+            changes.append(LevelChange(level, error_before, error_after, bytes_before, bytes_after))
+    recipe = {"layers": {name: {"levels": list(left[name])} for name in names}}
+    return Analysis(tuple(findings), tuple(changes), recipe)
 
 
 def to_yaml(analysis: Analysis, name: str) -> str:
-    """The recipe with the figures that speak for it as comments; `name` is the model's."""
+    """Write the recipe, with figures that speak for it as comments; `name` is the model's."""
     lines = [f"# {name}: layers that lose most for the bytes that a level saves."]
     if not analysis.findings:
         lines.append("# None stands out.")
@@ -140,7 +129,7 @@ def to_yaml(analysis: Analysis, name: str) -> str:
 
 
 class _Table:
-    """Error and bytes of every layer at every level that it has."""
+    """The error and the bytes of every layer at every level that it has."""
 
     def __init__(self, bank: Bank) -> None:
         sensitivity = bank.sensitivity().astype(np.float64)
@@ -153,11 +142,16 @@ class _Table:
                 self._error[name, level] = float(sensitivity[chunks, column].sum())
 
     def error(self, name: str, own: tuple[Level, ...], level: Level) -> float:
-        """Of a layer that has the levels `own`, where `level` is asked for."""
+        """The error of a layer that has the levels `own`, where `level` is asked for."""
         return self._error[name, level_within(own, level)]
 
+    def total(self, layers: Mapping[str, tuple[Level, ...]], level: Level) -> tuple[float, int]:
+        """The error and the bytes of all layers, where `level` is asked for."""
+        errors = sum(self.error(name, own, level) for name, own in layers.items())
+        return errors, sum(self.bytes(name, own, level) for name, own in layers.items())
+
     def bytes(self, name: str, own: tuple[Level, ...], level: Level) -> int:
-        """As `error`. What a plane holds of the layer depends on all levels of the layer."""
+        """The bytes of the same layer; a plane's share depends on all levels of the layer."""
         layer = self.layers[name]
         record_bytes = sum(
             TileGeometry.of_layer(
@@ -168,8 +162,10 @@ class _Table:
         return tiles_of(layer.stored_rows) * record_bytes
 
 
-def _outstanding(table: _Table, left: dict[str, tuple[Level, ...]], level: Level) -> list[Finding]:
-    """Layers that should run higher where `level` is asked for, the worst first, as bytes allow."""
+def _outstanding(
+    table: _Table, left: dict[str, tuple[Level, ...]], level: Level
+) -> list[SensitiveLayer]:
+    """The layers that should run higher where `level` is asked for, as far as bytes allow."""
     total_error = sum(table.error(name, own, level) for name, own in left.items())
     whole = sum(table.bytes(name, table.layers[name].levels, level) for name in left)
     most = whole * (1 + _EXTRA_SHARE) - sum(table.bytes(n, own, level) for n, own in left.items())
@@ -185,5 +181,7 @@ def _outstanding(table: _Table, left: dict[str, tuple[Level, ...]], level: Level
     for per_byte, saved, error, name in sorted(steps, key=lambda step: -step[0]):
         if per_byte > max(_OUTSTANDING * usual, 0) and saved <= most:
             most -= saved
-            findings.append(Finding(name, level, error / total_error, saved, per_byte * (1 << 20)))
+            findings.append(
+                SensitiveLayer(name, level, error / total_error, saved, per_byte * (1 << 20))
+            )
     return findings

@@ -1,4 +1,4 @@
-"""The host pipeline from a model to a bank, stage by stage."""
+"""Builds a bank from a model, stage by stage."""
 
 from __future__ import annotations
 
@@ -38,74 +38,86 @@ from bapq_edge.errors import (
 
 from .build_support.heap import use_one_heap
 from .build_support.progress import Progress
-from .build_support.spill import OnDisk
+from .build_support.spill import Spill
 from .build_support.workers import Workers
 from .calibration.samples import CalibrationSource, load_calibration
-from .onnx_graph import graph as graphs
+from .onnx_graph import graphs
 from .onnx_graph.assemble import assemble, drop_replaced
 from .onnx_graph.fold import fold
 from .onnx_graph.importers.onnx_file import load_model
-from .onnx_graph.ir import LayerOptions, LayerPlan
+from .onnx_graph.ir import LayerPlan
 from .onnx_graph.layers import find_layers
-from .quantize.checkpoint import PartialBank
+from .quantize.checkpoint import Checkpoint
+from .quantize.options import LayerOptions, scale_columns_of
 from .quantize.prune import PruneReport, prune_layers
-from .quantize.quantize import scale_columns_of
 from .quantize.sequential import quantize_layers
 from .quantize.write import tile_bytes, write_layer
 from .recipe import RecipeSource, load_recipe
 
-__all__ = ["BuildReport", "build", "build_bank"]
+__all__ = ["BuildReport", "build_bank"]
 
 _TABLES_BYTES = 1 << 20
-"""Reserved for manifest, chunk tables and the graph's nodes when the free space is checked."""
+"""Space for manifest, chunk tables and the graph's nodes, when the free space is checked."""
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build did."""
+    """The outcome of a build. It may be given wherever the path of its bank may."""
 
     bank: str
+    """Path of the bank."""
     layers: int
     weights: int
     plane_bytes: dict[Plane, int]
     kept_in_float: int
-    """nodes with weights that stay with the graph engine"""
+    """Number of nodes with weights that stay with the graph engine."""
     calibration_samples: int
     relative_error: dict[Level, float]
-    """per level, the layers' relative errors averaged by their weights"""
+    """The layers' relative errors per level, averaged by their weights."""
     stage_seconds: dict[str, float]
     remaining_ratio: dict[str, float] = field(default_factory=dict)
-    """per layer that was pruned, the share of its weights that are not zero"""
+    """Share of the weights that are not zero, for each layer that was pruned."""
     remaining_ratio_in_all: float = 1.0
-    """the share of all weights that pruning left"""
+    """Share of all weights that pruning left."""
     pruned_rows: int = 0
-    """rows of pruned layers that are zero as a whole: their output is their bias"""
+    """Rows of pruned layers that are zero as a whole: their output is their bias."""
     dropped_rows: int = 0
-    """of these, rows that are not stored"""
+    """Number of these rows that are not stored."""
+
+    def __fspath__(self) -> str:
+        """The path of the bank."""
+        return self.bank
 
 
 def build_bank(
     model: str | os.PathLike[str] | onnx.ModelProto,
     out: str | os.PathLike[str],
+    *,
     calibration: CalibrationSource | None = None,
     levels: Iterable[int] | None = None,
-    workers: int | None = None,
-    progress: bool = True,
     recipe: RecipeSource | None = None,
     prune_tau: float | None = None,
+    workers: int | None = None,
     dask: str | None = None,
-) -> Path:
-    """Compile a model into a bank and return the bank's path.
+    progress: bool = True,
+) -> BuildReport:
+    """Compile a model into a bank.
 
-    `calibration` is an .npz file or a mapping, one array per model input, samples on the first
-    axis. `workers` is the number of processes, by default that of the usable cores; `dask` is the
-    address of a Dask scheduler whose workers are used instead. The bank depends on neither. A bank
-    that stands at `out` is replaced once the new one is whole; a build that was stopped goes on
-    from the layers it had finished.
+    A bank that stands at `out` is replaced once the new one is whole. A build that was stopped goes
+    on from the layers it had finished. The bank depends neither on `workers` nor on `dask`.
 
-    `recipe` is a YAML file or what it would hold: what is done otherwise for some layers. `levels`,
-    by default 8, 4, 2 and 1, and `prune_tau` stand in for its settings of all layers. With
-    `prune_tau` T, weights smaller than T times the largest of their layer become zero.
+    Args:
+        model: the model, or the path of its .onnx file.
+        out: path of the bank.
+        calibration: an .npz file or a mapping, one array per model input, samples on the first
+            axis.
+        levels: levels of the bank; None: those of the recipe, by default 8, 4, 2 and 1.
+        recipe: a YAML file or what it would hold: settings for all layers and for some.
+        prune_tau: weights become zero that are smaller than this share of the largest of their
+            layer; None: what the recipe says.
+        workers: number of processes; None: as many as there are usable cores.
+        dask: address of a Dask scheduler, whose workers are used instead of processes.
+        progress: show it on stderr.
 
     Raises:
         RecipeError: the recipe, or `prune_tau`.
@@ -115,26 +127,10 @@ def build_bank(
         StorageError: the disk.
         ClusterError, WorkerError: a worker is lost, or was never there.
     """
-    report = build(model, out, calibration, levels, workers, progress, recipe, prune_tau, dask)
-    return Path(report.bank)
-
-
-def build(
-    model: str | os.PathLike[str] | onnx.ModelProto,
-    out: str | os.PathLike[str],
-    calibration: CalibrationSource | None = None,
-    levels: Iterable[int] | None = None,
-    workers: int | None = None,
-    progress: bool = True,
-    recipe: RecipeSource | None = None,
-    prune_tau: float | None = None,
-    dask: str | None = None,
-) -> BuildReport:
-    """`build_bank` with a report of what it did."""
-    precisions = load_recipe(recipe).with_settings(
+    settings = load_recipe(recipe).with_settings(
         None if levels is None else _checked_levels(levels), prune_tau
     )
-    wanted = precisions.levels
+    wanted = settings.levels
     out = Path(out)
     _check_target(out)
     if workers is None:
@@ -151,7 +147,7 @@ def build(
             f"{out.name} is built without calibration data; its low levels will be less accurate: "
             "give samples of real inputs",
             UncalibratedWarning,
-            stacklevel=3,
+            stacklevel=2,
         )
     _warn_of_discarded(out)
     with stages.stage("fold", 1) as advance:
@@ -161,12 +157,12 @@ def build(
     with stages.stage("layers", 1) as advance:
         plan = find_layers(folded)
         advance()
-    options = _take_out_kept(plan, precisions.resolve(layer.name for layer in plan.layers))
+    options = _take_out_kept(plan, settings.resolve(layer.name for layer in plan.layers))
     _check_space(out, folded, plan, options)
     folded = drop_replaced(folded, plan)
     pruned = prune_layers(plan, options)
     weights = sum(layer.weight.size for layer in plan.layers)
-    seen = None if data is None else Calibration(data.samples, data.blake2b)
+    source_data = None if data is None else Calibration(data.samples, data.blake2b)
     key = {
         "model": _digest_of(folded, plan),
         "calibration": None if data is None else data.blake2b,
@@ -175,21 +171,21 @@ def build(
         "versions": [__version__, np.__version__, onnxruntime.__version__],
     }
     with (
-        PartialBank(out, key, stages.say) as partial,
-        Workers(workers, dask, partial.scratch) as pool,
+        Checkpoint(out, key, stages.say) as checkpoint,
+        Workers(workers, dask, checkpoint.scratch) as pool,
     ):
-        disk = OnDisk(partial.scratch)
+        spill = Spill(checkpoint.scratch)
         for layer in plan.layers:
-            layer.weight = disk.put(layer.weight)
+            layer.weight = spill.put(layer.weight)
         with stages.stage("quantize") as advance:
-            quantize_layers(folded, plan, data, wanted, options, pool, partial, disk, advance)
+            quantize_layers(folded, plan, data, wanted, options, pool, checkpoint, spill, advance)
         del data
         with (
             stages.stage("write", len(plan.layers)) as advance,
-            BankWriter(out, levels=wanted, source=source, calibration=seen) as writer,
+            BankWriter(out, levels=wanted, source=source, calibration=source_data) as writer,
         ):
             for index, layer in enumerate(plan.layers):
-                quantized = partial.get(index, layer)
+                quantized = checkpoint.get(index, layer)
                 zero_rows = pruned[layer.name].zero_rows if layer.name in pruned else None
                 write_layer(writer, layer, quantized, wanted, zero_rows)
                 advance()
@@ -198,14 +194,15 @@ def build(
 
 
 def _digest_of(folded: onnx.ModelProto, plan: LayerPlan) -> str:
-    """BLAKE2b-128 over graph and weights, wherever the source kept them; `folded` has none."""
+    """Compute BLAKE2b-128 over graph and weights; the weights are the plan's, `folded` has none."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(graphs.without_weights(folded).SerializeToString(deterministic=True))
     for tensor in graphs.tensors(folded.graph):
         digest.update(tensor.raw_data)
     for layer in plan.layers:
-        digest.update(layer.weight)
-        digest.update(b"" if layer.bias is None else layer.bias)
+        digest.update(layer.weight.data)
+        if layer.bias is not None:
+            digest.update(layer.bias.data)
     return digest.hexdigest()
 
 
@@ -223,7 +220,7 @@ def _checked_levels(levels: Iterable[int]) -> tuple[Level, ...]:
 def _take_out_kept(
     plan: LayerPlan, resolved: dict[str, LayerOptions | None]
 ) -> dict[str, LayerOptions]:
-    """Leave the layers that the recipe keeps in float to the graph; options of the others."""
+    """Leave layers to the graph that the recipe keeps in float; returns options of the others."""
     options = {name: entry for name, entry in resolved.items() if entry is not None}
     kept = [layer for layer in plan.layers if layer.name not in options]
     plan.layers[:] = [layer for layer in plan.layers if layer.name in options]

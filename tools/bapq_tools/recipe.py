@@ -24,12 +24,12 @@ import yaml
 from bapq_edge.bank.layout import BLOCK_COLUMNS, LEVELS, SCALED_PLANES, Level
 from bapq_edge.errors import RecipeError, StorageError
 
-from .onnx_graph.ir import LayerOptions
+from .quantize.options import LayerOptions
 
 __all__ = ["Recipe", "RecipeSource", "Settings", "load_recipe"]
 
 RecipeSource = str | os.PathLike[str] | Mapping[str, Any]
-"""A YAML file, or what it would hold."""
+"""A YAML file, or the document that it would hold."""
 
 DEFAULT_LEVELS: tuple[Level, ...] = (8, 4, 2, 1)
 
@@ -39,7 +39,7 @@ _MOST_SCALE_COLUMNS = 1 << 24
 
 @dataclass(frozen=True)
 class Settings:
-    """What one entry says; None where it says nothing."""
+    """The settings of one entry; None where it says nothing."""
 
     levels: tuple[Level, ...] | None = None
     scale_columns: Mapping[Level, int] = field(default_factory=dict)
@@ -61,11 +61,11 @@ class Recipe:
     """A recipe that was checked, except against a model."""
 
     settings: Settings = field(default_factory=Settings)
-    """of all layers"""
+    """Settings of all layers."""
     layers: tuple[tuple[str, Settings], ...] = ()
-    """(name or pattern, settings), in the order of the file"""
+    """Pairs of name or pattern and settings, in the order of the file."""
     where: str = "recipe"
-    """what messages call it"""
+    """Name of the recipe in messages."""
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -75,14 +75,14 @@ class Recipe:
     def with_settings(self, levels: tuple[Level, ...] | None, prune_tau: float | None) -> Recipe:
         """The recipe with other settings for all layers, where they are given.
 
-        Raises RecipeError for a tau that is none.
+        Raises RecipeError for a tau that cannot be.
         """
         if prune_tau is not None:
             prune_tau = _prune_tau("prune_tau", prune_tau)
         return replace(self, settings=Settings(levels, {}, None, prune_tau).over(self.settings))
 
     def resolve(self, names: Iterable[str]) -> dict[str, LayerOptions | None]:
-        """What holds for each of the model's layers; None for one that is kept in float.
+        """Find the options of each of the model's layers; None for one that is kept in float.
 
         Raises RecipeError for an entry that fits no layer, and for levels that make no bank.
         """

@@ -1,6 +1,6 @@
 """Accuracy and size of the models with trained weights, at every level and by plan.
 
-    python -m benchmarks.accuracy [NAME ...] [--format table|md|json]
+    PYTHONPATH=tools python -m benchmarks.accuracy [NAME ...] [--format table|md|json]
 
 Banks hold levels 8, 4, 2 and 1 of all their weights, embeddings included, and are built anew. They
 go to .cache/bench.
@@ -23,7 +23,7 @@ from bapq_edge import Session
 from bapq_edge.bank.layout import Level
 from bapq_edge.bank.reader import Bank
 from bapq_edge.errors import UncalibratedWarning
-from bapq_tools.build import build
+from bapq_tools import build_bank
 from bapq_tools.build_support.progress import Progress
 from benchmarks.zoo import make_model
 
@@ -71,7 +71,7 @@ def measure(name: str) -> dict[str, Any]:
     make_model(name, model)
     case = load_case(name, model)
     started_s = time.perf_counter()
-    report = build(model, bank, case.calibration, LEVELS, progress=False)
+    report = build_bank(model, bank, calibration=case.calibration, levels=LEVELS, progress=False)
     build_s = time.perf_counter() - started_s
     reference = _answers(open_runtime(folder, "fp32", threads=2), case)
     result: dict[str, Any] = {"model": name, "weights": report.weights, "build_s": build_s}
@@ -103,7 +103,7 @@ def _bank_bytes(model: Path, folder: Path, levels: tuple[Level, ...]) -> dict[st
     path = folder / "size.bank"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UncalibratedWarning)
-        build(model, path, None, levels, progress=False)
+        build_bank(model, path, calibration=None, levels=levels, progress=False)
     opened = Bank.open(path)
     by_level = {str(level): opened.weight_bytes(level) for level in levels}
     files = {file: file.stat().st_size for file in path.rglob("*") if file.is_file()}

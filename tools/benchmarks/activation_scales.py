@@ -1,6 +1,6 @@
 """What int8 activations cost MiniLM: one scale per row against one per row and block of 32 columns.
 
-    python -m benchmarks.activation_scales [--sentences N] [--format table|md]
+    PYTHONPATH=tools python -m benchmarks.activation_scales [--sentences N] [--format table|md]
 
 The bank's graph is written out in ONNX's own operators: weights dequantized at a level, activations
 of every matrix rounded to int8 and back. So nothing but the scales differs between two rows.
@@ -51,7 +51,7 @@ def main() -> int:
         make_model("minilm", model)
         case = load_case("minilm", model)
         feeds = case.held_out[: arguments.sentences]
-        bapq_tools.build_bank(model, bank_path, case.calibration, LEVELS)
+        bapq_tools.build_bank(model, bank_path, calibration=case.calibration, levels=LEVELS)
         bank = Bank.open(bank_path)
         progress = Progress(True)
         reference = embeddings(model.read_bytes(), case, feeds, progress, "float32")
@@ -71,7 +71,7 @@ def main() -> int:
 def embeddings(
     model: bytes, case: Case, feeds: list[dict[str, np.ndarray]], progress: Progress, stage: str
 ) -> list[np.ndarray]:
-    """(1, hidden) of every feed, by ONNX Runtime."""
+    """Run every feed with ONNX Runtime; (1, hidden) each."""
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     found = []
     with progress.stage(stage, len(feeds)) as advance:

@@ -1,6 +1,6 @@
 """ONNX Runtime's memory settings: what the process grew by after 1, 2 and 12 runs of a bank.
 
-    python -m benchmarks.arena [MODEL ...] [--format table|md]
+    PYTHONPATH=tools python -m benchmarks.arena [MODEL ...] [--format table|md]
 
 Each row is a process of its own; all weights are streamed, level 8, one thread.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
@@ -12,15 +11,14 @@ from matplotlib.figure import Figure
 from bapq_edge.adaptive.boundary_model import BoundaryModel
 from bapq_tools.boundary.fit import Fit
 
-if TYPE_CHECKING:
-    from .boundary import Experiment, Split
+from .boundary_experiment import Experiment, SampleSplit
 
 __all__ = ["draw"]
 
 _COLOURS = {"static": "#777777", "gate": "#2a7f62", "1:8": "#e0912f", "2:8": "#b8432f"}
 
 
-def draw(experiment: Experiment, splits: list[Split], fits: list[Fit], folder: Path) -> None:
+def draw(experiment: Experiment, splits: list[SampleSplit], fits: list[Fit], folder: Path) -> None:
     """Write boundary_<model>_curve.svg and, for classifiers, boundary_<model>_regions.svg."""
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context({"svg.hashsalt": "bapq", "font.size": 9, "svg.fonttype": "none"}):
@@ -37,7 +35,9 @@ def _watched(experiment: Experiment, fit: Fit) -> BoundaryModel | None:
     return BoundaryModel(*pairs["2:8"]) if "2:8" in pairs else None
 
 
-def _curve(experiment: Experiment, splits: list[Split], fits: list[Fit], target: Path) -> None:
+def _curve(
+    experiment: Experiment, splits: list[SampleSplit], fits: list[Fit], target: Path
+) -> None:
     figure = Figure(figsize=(6.4, 4))
     axes = figure.add_subplot()
     for number, (split, fit) in enumerate(zip(splits, fits, strict=True)):
@@ -69,7 +69,9 @@ def _curve(experiment: Experiment, splits: list[Split], fits: list[Fit], target:
     figure.savefig(target, metadata={"Date": None}, bbox_inches="tight", dpi=110)
 
 
-def _regions(experiment: Experiment, split: Split, model: BoundaryModel, target: Path) -> None:
+def _regions(
+    experiment: Experiment, split: SampleSplit, model: BoundaryModel, target: Path
+) -> None:
     rows = split.test
     taps = experiment.study.answer_tap(model.description.base).values
     features = model.features(np.concatenate([taps[row] for row in rows]))

@@ -1,6 +1,6 @@
 """Time and memory of calibrated builds, workers included.
 
-    python -m benchmarks.build_cost [NAME ...] [--workers N] [--format table|md]
+    PYTHONPATH=tools python -m benchmarks.build_cost [NAME ...] [--workers N] [--format table|md]
 
 Memory is the largest sum of anonymous memory (smaps_rollup) over the build and its workers, ten
 times a second: what the kernel cannot take back. Pages of mapped files, which it can, do not count.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from bapq_tools.build import build
+from bapq_tools import build_bank
 from bapq_tools.build_support.progress import Progress
 from benchmarks.zoo import MODELS, make_model
 
@@ -77,12 +77,19 @@ def _build(name: str, model: Path, workers: int, queue: multiprocessing.Queue) -
     case = load_case(name, model)
     bank = model.with_suffix(".bank")
     started_s = time.perf_counter()
-    report = build(model, bank, case.calibration, (8, 4, 2, 1), workers=workers, progress=False)
+    report = build_bank(
+        model,
+        bank,
+        calibration=case.calibration,
+        levels=(8, 4, 2, 1),
+        workers=workers,
+        progress=False,
+    )
     queue.put((time.perf_counter() - started_s, report.weights))
 
 
 def _anonymous_bytes(pid: int | None) -> int:
-    """Of a process and all its children."""
+    """The anonymous bytes of a process and all its children."""
     total = 0
     try:
         root = psutil.Process(pid)

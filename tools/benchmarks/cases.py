@@ -1,4 +1,4 @@
-"""What each model of the zoo is calibrated with, run on and judged by."""
+"""The data that each model of the zoo is calibrated with, run on and judged by."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Case:
 
     calibration: Feed
     held_out: list[Feed]
-    """inputs of the runs that errors are measured on"""
+    """Inputs of the runs that errors are measured on."""
     single: Feed
-    """input of one run, for memory and latency: one image, or one sentence of 64 tokens"""
+    """Input of one run, for memory and latency: one image, or one sentence of 64 tokens."""
     judged_output: str = ""
-    """output that holds the answer; none where the weights are random"""
+    """Output that holds the answer; none where the weights are random."""
     labels: np.ndarray | None = None
-    """(samples,) right classes of the held-out data, of a classifier"""
+    """Right classes of the held-out data, (samples,), of a classifier."""
     ends_in_softmax: bool = False
-    """errors are then those of the Softmax's input: between random scores, which are far apart, the
-    Softmax drowns the errors of most and blows up those of a few"""
+    """Whether errors are those of the Softmax's input: between random scores, which are far apart,
+    the Softmax drowns the errors of most and blows up those of a few."""
 
 
 def load_case(name: str, model_path: Path) -> Case:

@@ -77,7 +77,7 @@ def _parent(v1_controller: str, v2_controller: str) -> tuple[Path, int]:
 
 
 def _disk_of(path: Path) -> str:
-    """major:minor of the whole disk."""
+    """The numbers major:minor of the whole disk."""
     number = path.stat().st_dev
     block = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
     if not block.exists():

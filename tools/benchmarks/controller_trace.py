@@ -1,6 +1,7 @@
 """The controller on a scripted trace: readings above, what it decides below.
 
-    python -m benchmarks.controller_trace [--trace CSV] [--profile NAME] [-o OUT.svg]
+    PYTHONPATH=tools python -m benchmarks.controller_trace [--trace CSV] [--profile NAME]
+        [-o OUT.svg]
 
 Without --trace: a Raspberry Pi 4 on which another process takes memory and frees it, the sun heats
 the case and leaves it, and the battery runs down and is charged, all with noise. Its free memory
@@ -98,7 +99,7 @@ def _script(controller: Controller) -> Iterator[Readings]:
 
 
 def _play(path: Path, config: ControllerConfig) -> Iterator[Readings]:
-    """What the mock in real time would read, without the waiting."""
+    """Read what the mock in real time would read, without the waiting."""
     rows = load_trace(path)
     span_s = rows[-1].time_s - rows[0].time_s + config.hold_s
     now_s = 0.0

@@ -1,6 +1,6 @@
 """What `import bapq_edge` adds to a program that uses NumPy and ONNX Runtime.
 
-    python -m benchmarks.import_cost [-r PAIRS] [--format table|md]
+    PYTHONPATH=tools python -m benchmarks.import_cost [-r PAIRS] [--format table|md]
 
 Every import is a process of its own, with and without the package in turns.
 """
@@ -28,7 +28,7 @@ WITHOUT, WITH = "numpy, onnxruntime", "numpy, onnxruntime, bapq_edge"
 
 
 def measure(modules: str) -> tuple[float, int]:
-    """(seconds, resident bytes) of a process that imports the modules."""
+    """Seconds and resident bytes of a process that imports the modules."""
     command = [sys.executable, "-c", _SCRIPT.format(modules)]
     # A package that pip installed has its byte code on the disk.
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}

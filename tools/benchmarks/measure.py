@@ -1,7 +1,7 @@
 """One measurement in a process of its own; `models.py` starts them and reads their JSON.
 
-    python -m benchmarks.measure build|errors|latency FOLDER
-    python -m benchmarks.measure memory FOLDER RUNTIME
+    PYTHONPATH=tools python -m benchmarks.measure build|errors|latency FOLDER
+    PYTHONPATH=tools python -m benchmarks.measure memory FOLDER RUNTIME
 
 FOLDER is named after a model of the zoo and holds what `build` writes: model.onnx, model.bank and
 single.npz, the input of one run. A runtime is fp32 (ONNX Runtime on model.onnx), dynamic_int8 (the
@@ -37,14 +37,14 @@ LATENCY_ROUNDS = range(11, 1001)
 
 
 def runtimes_of(folder: Path) -> list[str]:
-    """What runs the model: fp32 first, then the peers, then the levels, highest first."""
+    """List what runs the model: fp32 first, then the peers, then the levels, highest first."""
     peers = ["dynamic_int8"] if (folder / "dynamic_int8.onnx").exists() else []
     return ["fp32", *peers, *map(str, LEVELS)]
 
 
 def build(folder: Path) -> dict[str, Any]:
     """Write model, bank and input; seconds of the bank's build, and bytes per runtime."""
-    from bapq_tools.build import build as build_bank
+    from bapq_tools import build_bank
     from benchmarks.zoo import make_model
 
     from .cases import load_case
@@ -55,7 +55,9 @@ def build(folder: Path) -> dict[str, Any]:
     case = load_case(folder.name, model)
     np.savez(folder / "single.npz", **case.single)
     started_s = time.perf_counter()
-    report = build_bank(model, bank_path, case.calibration, LEVELS, progress=False)
+    report = build_bank(
+        model, bank_path, calibration=case.calibration, levels=LEVELS, progress=False
+    )
     seconds = time.perf_counter() - started_s
     if folder.name == "minilm":
         _quantize_dynamic(model, folder / "dynamic_int8.onnx")

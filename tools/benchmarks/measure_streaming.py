@@ -1,6 +1,6 @@
 """One measurement under a budget, in a process of its own; `streaming.py` starts them.
 
-    python -m benchmarks.measure_streaming KIND FOLDER [ARGUMENT ...]
+    PYTHONPATH=tools python -m benchmarks.measure_streaming KIND FOLDER [ARGUMENT ...]
 
 FOLDER is that of `measure.py`. Level 8 and one thread throughout; RUNTIME is fp32 or 8, BUDGET such
 as 64MiB, or none. What is printed is JSON.

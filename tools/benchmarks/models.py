@@ -1,6 +1,6 @@
 """Errors, memory, speed and build time of the zoo's models at every level: `make bench`.
 
-    python -m benchmarks.models [NAME ...] [--format table|md|json]
+    PYTHONPATH=tools python -m benchmarks.models [NAME ...] [--format table|md|json]
 
 Each measurement is a process of its own; docs/explanation/measuring.md says how each is
 made. Models and banks go to .cache/bench.

@@ -1,6 +1,6 @@
 """Time of one plan, by number of chunks and kind of request, on random chunks.
 
-python -m benchmarks.planner_time [--format table|md]
+PYTHONPATH=tools python -m benchmarks.planner_time [--format table|md]
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _requests(costs: ChunkCosts) -> dict[str, Request]:
         "level 8, half of it streamed": Request(level=8, weight_bytes_limit=limit),
         "3.5 bits": Request(bits=3.5, weight_bytes_limit=limit),
         "auto": Request(weight_bytes_limit=limit),
-        "auto with a latency precision": Request(weight_bytes_limit=limit, **second),
+        "auto with a wanted latency": Request(weight_bytes_limit=limit, **second),
     }
 
 

@@ -1,6 +1,6 @@
 """What reordered and skipped rows cost and save: single layers, one thread.
 
-    python -m benchmarks.pruned_rows [--format table|md]
+    PYTHONPATH=tools python -m benchmarks.pruned_rows [--format table|md]
 
 Each layer runs as built, with its rows in a random order, and with every second chunk skipped; then
 in turn on two plans that skip one half each: a switch of regions at every run.
@@ -27,7 +27,7 @@ from bapq_edge.bank.layout import PLANES, PLANES_OF_LEVEL, Level
 from bapq_edge.bank.reader import Bank
 from bapq_edge.bank.writer import BankWriter
 from bapq_edge.errors import UncalibratedWarning
-from bapq_tools.build import build_bank
+from bapq_tools import build_bank
 
 from .tables import add_format, print_table
 

@@ -1,6 +1,6 @@
 """What static pruning leaves of the bundled models, and what it saves where whole rows are zero.
 
-python -m benchmarks.pruning [--format table|md]
+PYTHONPATH=tools python -m benchmarks.pruning [--format table|md]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from bapq_edge import Session
 from bapq_edge.bank.layout import LEVELS
 from bapq_edge.bank.reader import Bank
-from bapq_tools.build import build
+from bapq_tools import build_bank
 from benchmarks.zoo.digits import digits_cnn_path, digits_mlp_path
 
 from .cases import Case, judge, load_case
@@ -26,7 +26,7 @@ from .tables import add_format, print_table
 
 TAUS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
 SHARES = (0.0, 0.125, 0.25, 0.5)
-"""of the rows of every hidden layer that are zeroed, the weakest first"""
+"""Shares of the rows of every hidden layer that are zeroed, the weakest first."""
 MODELS = {"digits_cnn": digits_cnn_path(), "digits_mlp": digits_mlp_path()}
 
 
@@ -43,7 +43,14 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             bank = Path(folder) / "pruned.bank"
             for tau in TAUS:
-                report = build(path, bank, case.calibration, LEVELS, progress=False, prune_tau=tau)
+                report = build_bank(
+                    path,
+                    bank,
+                    calibration=case.calibration,
+                    levels=LEVELS,
+                    progress=False,
+                    prune_tau=tau,
+                )
                 left = f"{100 * report.remaining_ratio_in_all:.1f} %"
                 zero, dropped = str(report.pruned_rows), str(report.dropped_rows)
                 rows.append([f"{tau:g}", left, zero, dropped, *_right(bank, case)])
@@ -61,7 +68,14 @@ def _whole_rows() -> Iterator[list[str]]:
         for share in SHARES:
             model = onnx.load(MODELS["digits_mlp"])
             zeroed = sum(_zero_rows(tensor, share) for tensor in model.graph.initializer)
-            report = build(model, bank, case.calibration, LEVELS, progress=False, prune_tau=1e-6)
+            report = build_bank(
+                model,
+                bank,
+                calibration=case.calibration,
+                levels=LEVELS,
+                progress=False,
+                prune_tau=1e-6,
+            )
             counts = f"{zeroed} of 192", str(report.dropped_rows)
             yield [*counts, str(Bank.open(bank).weight_bytes(4)), *_right(bank, case)]
 

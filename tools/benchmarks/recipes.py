@@ -1,6 +1,6 @@
 """What the recipe of `bapq build --analyze` gives, against the planner on a bank without one.
 
-python -m benchmarks.recipes [MODEL] [--format table|md]
+PYTHONPATH=tools python -m benchmarks.recipes [MODEL] [--format table|md]
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import onnxruntime as ort
 
 from bapq_edge import Session
 from bapq_edge.bank.reader import Bank
+from bapq_tools import build_bank
 from bapq_tools.analyze import analyze
-from bapq_tools.build import build
 from benchmarks.zoo import MODELS, make_model
 
 from .cases import Case, judge, load_case
@@ -38,9 +38,9 @@ def main() -> int:
         make_model(arguments.model, str(model))
         case = load_case(arguments.model, model)
         reference = _reference(model, case)
-        build(model, plain, case.calibration, progress=False)
+        build_bank(model, plain, calibration=case.calibration, progress=False)
         recipe = analyze(Bank.open(plain)).recipe
-        build(model, spared, case.calibration, progress=False, recipe=recipe)
+        build_bank(model, spared, calibration=case.calibration, progress=False, recipe=recipe)
         for level in RUN_AT:
             for name, bank in (("no recipe", plain), ("recipe", spared)):
                 precision = {"level": level}

@@ -1,6 +1,6 @@
 """Rows that inputs of one class can do without: what skipping them saves, and what it costs.
 
-    python -m benchmarks.region_pruning [NAME ...] [--format table|md|json]
+    PYTHONPATH=tools python -m benchmarks.region_pruning [NAME ...] [--format table|md|json]
 
 A split holds 300 of the 600 test images out, with a distorted copy of each. The fit sees the other
 images, test, calibration and training, with four distorted copies; half of them choose what is
@@ -29,9 +29,9 @@ from bapq_edge.bank.layout import Level
 from bapq_edge.bank.reader import Bank
 from bapq_edge.engine.graph import RUN_INPUT, open_graph
 from bapq_edge.engine.native import Store
+from bapq_tools import build_bank
 from bapq_tools.boundary.rewrite import rewrite
 from bapq_tools.boundary.study import Study
-from bapq_tools.build import build
 from bapq_tools.build_support.progress import Progress
 from bapq_tools.row_skipping.row_gate import RowGate, fit_row_gate
 from benchmarks.zoo import make_model
@@ -47,7 +47,7 @@ LEVEL: Level = 8
 SPLITS = 5
 COPIES = 4
 STRENGTH = 0.5
-"""Of the distortions: the inputs that a device meets are a little unlike those of the data set."""
+"""Strength of the distortions: a device meets inputs a little unlike those of the data set."""
 HELD_OUT = 300
 TOLERANCE = 0.0075
 DOUBT = 0.2
@@ -57,16 +57,16 @@ TIMED_ROUNDS = 9
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one split."""
+    """Results of one split."""
 
     share: dict[str, float]
-    """of the rows of each layer of which some are skipped, over the held-out images"""
+    """Share of skipped rows over the held-out images, by layers of which some are skipped."""
     rows: float
-    """of all rows of these layers"""
+    """Share of all rows of these layers."""
     weights: float
-    """of all weights of the bank"""
+    """Share of all weights of the bank."""
     lost: tuple[float, float]
-    """agreement lost by skipping: of the held-out images, and of distorted copies"""
+    """Agreement lost by skipping, of the held-out images and of distorted copies."""
     accuracy_lost: float
 
 
@@ -120,7 +120,13 @@ def measure(name: str, advance: Callable[[], None]) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     model, built, out = (folder / f for f in ("model.onnx", "level8.bank", "rows.bank"))
     make_model(name, str(model))
-    build(model, built, load_case(name, model).calibration, (LEVEL,), progress=False)
+    build_bank(
+        model,
+        built,
+        calibration=load_case(name, model).calibration,
+        levels=(LEVEL,),
+        progress=False,
+    )
     feeds, groups, labels = samples_of(name)
     outcomes, cost = [], []
     with Study(built, feeds, model, groups=groups, progress=False) as study:
@@ -192,7 +198,7 @@ def judged(
     distorted: np.ndarray,
     labels: np.ndarray,
 ) -> Outcome:
-    """What the device answers to held-out samples."""
+    """Measure the device's answers to held-out samples."""
     answers: dict[int, int] = {}
     regions: dict[int, int] = {}
     bits = float(gate.arrays["outlook"][0, 0])  # of the point that skips
@@ -242,7 +248,7 @@ class Engine:
             self._store.add_region(each)
 
     def plan(self, skipped: np.ndarray, region: int, streamed: bool = False) -> Callable[[], None]:
-        """What makes runs skip these chunks, and pin the others or stream them."""
+        """Make runs skip these chunks, and pin the others or stream them."""
         return partial(
             self._store.publish,
             np.where(skipped, 0, LEVEL).astype(np.uint8),

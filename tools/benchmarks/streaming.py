@@ -1,6 +1,6 @@
 """What a memory budget gives and costs: part of `make bench`.
 
-    python -m benchmarks.streaming [SECTION ...] [--format table|md|json]
+    PYTHONPATH=tools python -m benchmarks.streaming [SECTION ...] [--format table|md|json]
 
 Each measurement is a process of its own; docs/explanation/measuring.md says how each is
 made. Models and banks are those of `models.py`, in .cache/bench; what is missing there is built.
@@ -188,7 +188,7 @@ def limit() -> Section:
 
 
 def peers() -> Section:
-    """What the nearest published work states."""
+    """The figures that the nearest published work states."""
     return Section("", note=FLEXNN)
 
 

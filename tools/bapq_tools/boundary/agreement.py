@@ -1,4 +1,4 @@
-"""When does an answer agree with that of the reference? Found from the outputs, or as told."""
+"""Judges whether answers agree with those of the reference."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Judge:
     output: str
     kind: Agreement
     tolerance: float = 0.0
-    """largest difference of a value, for kind "tolerance" """
+    """Largest difference of a value, for the kind "tolerance"."""
     scores: Scores = "none"
-    """what the output is, for kind "argmax" """
+    """What the output holds, for the kind "argmax"."""
 
     def __str__(self) -> str:
-        """For people."""
+        """Describe the comparison for people."""
         limit = f" of {self.tolerance:g}" if self.kind == "tolerance" else ""
         return f"{self.kind}{limit} of output {self.output!r}"
 
@@ -41,13 +41,13 @@ class Judge:
         return self.kind != "cosine"
 
     def classes(self, outputs: Outputs) -> NDArray[np.intp]:
-        """(n,): the class with the highest score; -1 where a score is no number."""
+        """The class with the highest score, (n,); -1 where a score is no number."""
         return np.array([-1 if np.isnan(found).any() else found.argmax() for found in outputs])
 
     def agreement(self, found: Outputs, wanted: Outputs) -> NDArray[np.float64]:
-        """(n,) from 0 to 1."""
+        """Compare answers sample by sample: (n,), from 0 to 1."""
         if self.kind == "argmax":
-            return (self.classes(found) == self.classes(wanted)).astype(np.float64)
+            return np.array(self.classes(found) == self.classes(wanted), np.float64)
         pairs = zip(found, wanted, strict=True)
         if self.kind == "cosine":
             return np.array([_cosine(a, b) for a, b in pairs])
@@ -55,7 +55,7 @@ class Judge:
 
 
 def parse_agreement(text: str | None) -> tuple[Agreement | None, float]:
-    """Kind and tolerance of `argmax`, `cosine` or `tolerance:X`; RequestError for another text."""
+    """Read `argmax`, `cosine` or `tolerance:X` as kind and tolerance; raises RequestError."""
     kind, _, limit = (text or "").partition(":")
     try:
         if text is None:
@@ -72,7 +72,7 @@ def parse_agreement(text: str | None) -> tuple[Agreement | None, float]:
 def find_judge(
     references: Mapping[str, Outputs], agreement: str | None = None, output: str | None = None
 ) -> Judge:
-    """The output that is judged and how, from the reference's answers by output.
+    """Find the output that is judged and how, from the reference's answers by output.
 
     An output with numbers of two axes and at least two columns holds class scores and is judged by
     its arg-max, unless its rows have norm 1; those, and outputs of more axes, by their cosine.
@@ -133,7 +133,7 @@ def find_judge(
 
 
 def _scores_of(found: Outputs) -> Scores:
-    """What rows of class scores are; "none" where they are embeddings of norm 1."""
+    """Tell what rows of class scores are; "none" where they are embeddings of norm 1."""
     rows = np.concatenate(found).astype(np.float64)
     if rows.min() >= 0 and np.allclose(rows.sum(1), 1, atol=1e-3):
         return "probabilities"

@@ -1,4 +1,4 @@
-"""What is looked at: a tensor, pooled and projected to a few values that tell inputs apart."""
+"""Features: a tensor, pooled and projected to a few values that tell inputs apart."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from bapq_edge.errors import NoTapError
 
 from .folds import folds_of
 
-__all__ = ["Projection", "Seen", "class_probe", "loss_probe", "own_scores", "pool_of"]
+__all__ = ["Probe", "Projection", "class_probe", "loss_probe", "own_scores", "pool_of"]
 
 MOST_VALUES = 4096
-"""After pooling: the projection of so many to 64 features is 1 MB."""
+"""Most values after pooling: their projection to 64 features is 1 MB."""
 
 _COMPONENTS = 96
-"""Principal components that a probe sees: with some hundred samples more are noise."""
+"""Number of principal components that a probe sees: with some hundred samples more are noise."""
 
 _KEPT_COMPONENTS = 8
-"""Of them, those that regions may be found from directly."""
+"""Number of them that regions may be found from directly."""
 
 _CLASS_PENALTIES = (0.03, 0.3, 3.0)
 _LOSS_PENALTIES = (1.0, 10.0, 100.0, 1000.0)
@@ -41,26 +41,26 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Projection:
-    """From pooled values to features."""
+    """A linear map from pooled values to features."""
 
     center: Floats
     matrix: Floats
     offset: Floats
     scores: Scores
     doubt: tuple[tuple[int, int], ...]
-    """(feature, sign): where sign times the feature is low, the input is likely in doubt"""
+    """Pairs of feature and sign: where sign times the feature is low, the input is in doubt."""
 
     def features(self, values: Floats) -> Floats:
-        """(n, values) -> (n, features); with margin and entropy where the values are scores."""
-        z = (values - self.center) @ self.matrix + self.offset
+        """Map (n, values) to (n, features), with margin and entropy where the values are scores."""
+        z: NDArray[Any] = (values - self.center) @ self.matrix + self.offset
         return score_features(z, self.scores)
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A projection with the features of the samples that it was fitted to.
+class Probe:
+    """A projection, with the features of the samples that it was fitted to.
 
-    Those of a probe are out of fold: as it would see samples that it was not fitted to.
+    Where something was fitted they are out of fold: as of samples that it was not fitted to.
     """
 
     projection: Projection
@@ -68,7 +68,7 @@ class Seen:
 
 
 def pool_of(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """Lengths to average the axes after the first down to, for arrays of these shapes.
+    """Find the lengths that the axes after the first are averaged down to, for these shapes.
 
     An axis of changing length becomes 1. Of the others those of positions are halved before those
     of channels, which are the last axis of three, and the second of more.
@@ -83,8 +83,8 @@ def pool_of(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return tuple(pool)
 
 
-def own_scores(values: Floats, scores: Scores, wanted: NDArray[np.intp]) -> Seen:
-    """Class scores as they are; of very many classes those that answers are near to most often."""
+def own_scores(values: Floats, scores: Scores, wanted: NDArray[np.intp]) -> Probe:
+    """Take class scores as they are; of very many classes, those that answers are often near to."""
     _check_unlike(values)
     classes = values.shape[1]
     chosen = np.arange(classes)
@@ -98,13 +98,13 @@ def own_scores(values: Floats, scores: Scores, wanted: NDArray[np.intp]) -> Seen
     projection = Projection(
         np.zeros(classes, np.float32), matrix, zero, scores, _margin(len(chosen))
     )
-    return Seen(projection, projection.features(values))
+    return Probe(projection, projection.features(values))
 
 
 def class_probe(
     values: Floats, wanted: NDArray[np.intp], groups: NDArray[np.intp], seed: int
-) -> Seen:
-    """Scores of a logistic regression of the reference's class on the values.
+) -> Probe:
+    """Fit a logistic regression of the reference's class on the values.
 
     Its penalty is that of the least cross-validated log loss. Classes of which there are fewer
     than five samples are left out: inputs of them will look doubtful.
@@ -151,13 +151,13 @@ def class_probe(
     best = min(losses, key=losses.__getitem__)
     weight, offset = fit(np.ones(len(values), bool), best)
     projection = basis.projection(weight.T, offset, "logits", _margin(len(classes)))
-    return Seen(projection, score_features(tried[best].astype(np.float32), "logits"))
+    return Probe(projection, score_features(tried[best].astype(np.float32), "logits"))
 
 
 def loss_probe(
     values: Floats, losses: NDArray[np.float64], groups: NDArray[np.intp], seed: int
-) -> Seen:
-    """Estimates of the losses (n, precisions) by ridge regression, then the first components.
+) -> Probe:
+    """Fit a ridge regression of the losses, (n, precisions); its features end with components.
 
     The estimates are of the losses' square roots, which have no such long tail.
     """
@@ -184,11 +184,11 @@ def loss_probe(
     doubt = tuple((i, -1) for i in range(wanted.shape[1]))
     projection = basis.projection(matrix, np.append(offset, np.zeros(kept)), "none", doubt)
     features = np.hstack([tried[best], basis.z[:, :kept]])
-    return Seen(projection, features.astype(np.float32))
+    return Probe(projection, features.astype(np.float32))
 
 
 class _Basis:
-    """The values in their principal components, of one variance on average."""
+    """The values in their principal components, with a variance of 1 on average."""
 
     def __init__(self, values: Floats, seed: int) -> None:
         _check_unlike(values)

@@ -22,7 +22,8 @@ from bapq_edge.errors import (
 
 from ..build_support.progress import Progress
 from ..calibration.samples import CalibrationSource
-from .fitting import Fitting, Found
+from .fitted_model import FittedModel
+from .model_fitter import ModelFitter
 from .precisions import default_pairs, parse_pair
 from .report import FitReport
 from .rewrite import Split, rewrite
@@ -134,28 +135,28 @@ def fit_models(
     pairs = [parse_pair(text) for text in escalate] or default_pairs(study.bank)
     for precision in {precision for pair in pairs for precision in pair}:
         study.runner.plan(precision)  # refuses a level or bits that cannot be
-    fitting = Fitting(study, chosen, confidence, seed)
-    gate = fitting.gate(tap)
+    fitter = ModelFitter(study, chosen, confidence, seed)
+    gate = fitter.gate(tap)
     found = [] if gate is None else [gate]
     for base, goal in pairs:
         try:
-            found.append(fitting.answer(base, goal))
+            found.append(fitter.answer(base, goal))
         except NoTapError as error:
             warnings.warn(f"no escalation from {base}: {error}", BoundaryWarning, stacklevel=2)
     if not found:
         raise NoTapError("no boundary model can be fitted, for the reasons in the warnings above")
     reports = [each.report(target_agreement) for each in found]
     if target_agreement is not None and all(each.chosen is None for each in reports):
-        raise TargetNotMetError(_refusal(target_agreement, fitting, found))
+        raise TargetNotMetError(_refusal(target_agreement, fitter, found))
     report = FitReport(
         bank=str(study.bank.path),
         agreement=str(study.judge),
         samples=len(chosen),
-        held_out=len(fitting.held.losses),
-        groups=len(np.unique(fitting.held.groups)),
+        held_out=len(fitter.held.losses),
+        groups=len(np.unique(fitter.held.groups)),
         confidence=confidence,
         target_agreement=target_agreement,
-        static=fitting.static(),
+        static=fitter.static(),
         models=reports,
     )
     cut = None if gate is None else gate.cut
@@ -176,11 +177,11 @@ def _checked_rows(rows: ArrayLike | None, samples: int) -> np.ndarray:
     return found
 
 
-def _refusal(target: float, fitting: Fitting, found: Sequence[Found]) -> str:
-    """Why the target is not met, and what can be."""
+def _refusal(target: float, fitter: ModelFitter, found: Sequence[FittedModel]) -> str:
+    """Say why the target is not met, and which one can be."""
     points = [(point, each) for each in found for point in each.points]
     best, model = max(points, key=lambda pair: (pair[0].agreement_bound, -pair[0].bits))
-    held = fitting.held
+    held = fitter.held
     text = (
         f"agreement {target:g} is not shown by {len(held.losses)} held-out samples: at most "
         f"{best.agreement_bound:.4f} at confidence {held.confidence:g}, by {model.model.name} at "

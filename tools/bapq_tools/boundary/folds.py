@@ -1,4 +1,4 @@
-"""Splits of samples; those of one group never stand on both sides."""
+"""Splits samples; those of one group never stand on both sides."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["folds_of", "held_out"]
 
 
 def folds_of(groups: NDArray[np.intp], folds: int, seed: int) -> NDArray[np.intp]:
-    """(n,): number of each sample's fold, of about equal sizes."""
+    """Number the fold of each sample, (n,); folds are of about equal sizes."""
     names, members = np.unique(groups, return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(names))
     fold_of = np.empty(len(names), np.intp)
@@ -18,5 +18,5 @@ def folds_of(groups: NDArray[np.intp], folds: int, seed: int) -> NDArray[np.intp
 
 
 def held_out(groups: NDArray[np.intp], seed: int) -> NDArray[np.bool_]:
-    """(n,): about half of the samples."""
-    return folds_of(groups, 2, seed) == 1
+    """Choose about half of the samples, (n,)."""
+    return np.equal(folds_of(groups, 2, seed), 1)

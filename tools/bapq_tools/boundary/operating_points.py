@@ -8,28 +8,29 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-__all__ = ["Held", "Points", "climb", "escalate", "operating_points", "region_losses"]
+__all__ = ["HeldOut", "OperatingPoints", "climb", "escalate", "operating_points", "region_losses"]
 
-Floats = NDArray[np.float64]
+Float64s = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOut:
     """Samples that nothing was fitted to, and how sure the bounds on their mean loss are."""
 
-    losses: Floats
-    """(n, precisions) 1 - agreement"""
+    losses: Float64s
+    """Loss of each sample at each precision, 1 - agreement: (n, precisions)."""
     groups: NDArray[np.intp]
-    """(n,): samples of one group are alike"""
+    """Group of each sample, (n,): samples of one group are alike."""
     binary: bool
-    """whether every loss is 0 or 1"""
+    """Whether every loss is 0 or 1."""
     confidence: float
+    """Confidence of every bound."""
 
-    def upper(self, losses: Floats, rows: NDArray[np.bool_] | slice = slice(None)) -> float:
-        """One-sided upper bound of the mean of losses (n,), from some of the samples.
+    def upper(self, losses: Float64s, rows: NDArray[np.bool_] | slice = slice(None)) -> float:
+        """A one-sided upper bound of the mean of losses (n,), from some of the samples.
 
-        Losses of 0 and 1: Clopper and Pearson's, for as many samples as are worth the same where
-        groups are alike (Korn and Graubard). Others: Student's t over the groups.
+        For losses of 0 and 1 it is Clopper and Pearson's, for as many samples as are worth the same
+        where groups are alike (Korn and Graubard). For others it is Student's t over the groups.
         """
         chosen, groups = losses[rows], self.groups[rows]
         n = len(chosen)
@@ -51,7 +52,7 @@ class Held:
 
     @property
     def design_effect(self) -> float:
-        """How many samples are worth one independent one, by the precision with most to go by."""
+        """Samples that are worth one independent one, by the precision with most to go by."""
         n = len(self.losses)
         if len(np.unique(self.groups)) == n:
             return 1.0
@@ -64,8 +65,8 @@ class Held:
         return float(np.clip(error**2 / (most.var() / n), 1, largest))
 
 
-def _group_error(losses: Floats, groups: NDArray[np.intp]) -> tuple[int, float]:
-    """Number of groups, and the standard error of the mean where groups are drawn as a whole."""
+def _group_error(losses: Float64s, groups: NDArray[np.intp]) -> tuple[int, float]:
+    """The number of groups, and the standard error of the mean if groups are drawn as a whole."""
     _, members = np.unique(groups, return_inverse=True)
     sums = np.bincount(members, losses - losses.mean())
     count = len(sums)
@@ -73,19 +74,19 @@ def _group_error(losses: Floats, groups: NDArray[np.intp]) -> tuple[int, float]:
 
 
 @dataclass(frozen=True)
-class Points:
+class OperatingPoints:
     """Operating points by rising bits."""
 
     assignment: NDArray[np.uint8]
-    """(points, regions): index of a precision"""
-    outlook: Floats
-    """(points, 3): mean bits, mean agreement, its lower bound"""
+    """Index of the precision of each region, (points, regions)."""
+    outlook: Float64s
+    """Mean bits, mean agreement and its lower bound, (points, 3)."""
 
 
 def region_losses(
-    regions: NDArray[np.intp], losses: Floats, count: int, prior: float = 0.0
-) -> Floats:
-    """(count, precisions): mean loss of every region; `prior` more samples lose the average.
+    regions: NDArray[np.intp], losses: Float64s, count: int, prior: float = 0.0
+) -> Float64s:
+    """Mean loss of every region, (count, precisions); `prior` more samples lose the average.
 
     A region without samples loses what all do.
     """
@@ -94,19 +95,21 @@ def region_losses(
     size = np.bincount(regions, minlength=count)[:, None].astype(np.float64)
     mean = losses.mean(0)
     added = np.where(size > 0, prior, 1.0)
-    return (total + added * mean) / (size + added)
+    result: Float64s = (total + added * mean) / (size + added)
+    return result
 
 
 def escalate(regions: int) -> NDArray[np.uint8]:
-    """(regions + 1, regions): the riskiest regions, which come first, get the second precision."""
+    """Give the riskiest regions, which come first, the second precision: (regions + 1, regions)."""
     return np.tri(regions + 1, regions, -1, dtype=np.uint8)
 
 
-def climb(bits: Floats, losses: Floats) -> NDArray[np.uint8]:
-    """(points, regions): from the cheapest precision everywhere to the dearest, best step first.
+def climb(bits: Float64s, losses: Float64s) -> NDArray[np.uint8]:
+    """Climb from the cheapest precision everywhere to the dearest, the best step first.
 
-    `bits` is (precisions,), `losses` (regions, precisions). The steps of a region are the edges of
-    the convex hull of its precisions; so each saves less loss per bit than the one before.
+    `bits` is (precisions,), `losses` (regions, precisions), the result (points, regions). The steps
+    of a region are the edges of the convex hull of its precisions: each saves less loss per bit
+    than the one before.
     """
     order = np.argsort(bits, kind="stable")
     steps = []
@@ -127,9 +130,9 @@ def climb(bits: Floats, losses: Floats) -> NDArray[np.uint8]:
 
 
 def operating_points(
-    assignment: NDArray[np.uint8], bits: Floats, regions: NDArray[np.intp], held: Held
-) -> Points:
-    """What the assignments give on held-out samples; dominated ones are left out.
+    assignment: NDArray[np.uint8], bits: Float64s, regions: NDArray[np.intp], held: HeldOut
+) -> OperatingPoints:
+    """Measure the assignments on held-out samples; dominated ones are left out.
 
     `assignment` was chosen without them, and rises in bits. A bound is the least of its own and
     those of all dearer assignments: whoever takes the cheapest point whose bound meets a target
@@ -150,4 +153,4 @@ def operating_points(
         if outlook[i, 1] > best:
             kept.append(i)
             best = outlook[i, 1]
-    return Points(assignment[kept], outlook[kept])
+    return OperatingPoints(assignment[kept], outlook[kept])

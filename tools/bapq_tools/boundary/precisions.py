@@ -1,4 +1,4 @@
-"""Which precisions a fit chooses from."""
+"""The precisions that a fit chooses from."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def gate_precisions(bank: Bank, runner: Runner) -> list[Precision]:
 
 
 def default_pairs(bank: Bank) -> list[tuple[Precision, Precision]]:
-    """From every level to the highest below 32, or to 32 where there is no other above it."""
+    """Pair every level with the highest below 32, or with 32 where no other is above it."""
     below = [level for level in bank.levels if level != 32]
     pairs = [(Precision(level), Precision(below[0])) for level in below[1:]]
     if 32 in bank.levels and below:
@@ -53,7 +53,7 @@ def default_pairs(bank: Bank) -> list[tuple[Precision, Precision]]:
 
 
 def parse_pair(text: str) -> tuple[Precision, Precision]:
-    """Both precisions of `2:8` or `4.6b:8`; RequestError for another text."""
+    """Read the two precisions of `2:8` or `4.6b:8`; RequestError for another text."""
     parts = text.split(":")
     try:
         if len(parts) != 2:

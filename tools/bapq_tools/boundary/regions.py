@@ -30,12 +30,12 @@ __all__ = [
 ]
 
 LEAST_SAMPLES = 20
-"""Of a region, among those that it is fitted to: with fewer its losses are mere chance."""
+"""Least samples that a region is fitted to: with fewer its losses are mere chance."""
 
 _FOLDS = 4
 _BANDS = (16, 12, 8, 6, 4, 2)
 _TREES = ((4, 20), (8, 20), (8, 50), (16, 20), (16, 50))
-"""(leaves, samples of a leaf)"""
+"""Pairs of the number of leaves and the least samples of a leaf."""
 _CLUSTERS = (4, 8, 16)
 _GRID = 200
 _PRIOR = 5.0
@@ -45,16 +45,16 @@ it safe."""
 
 @dataclass(frozen=True)
 class Task:
-    """What regions are for: losses and costs of the precisions that they choose from."""
+    """The task of regions: losses and costs of the precisions that they choose from."""
 
     losses: NDArray[np.float64]
-    """(n, precisions)"""
+    """Loss of each sample at each precision, (n, precisions)."""
     bits: NDArray[np.float64]
-    """(precisions,)"""
+    """Bits of a run at each precision, (precisions,)."""
     groups: NDArray[np.intp]
-    """(n,)"""
+    """Group of each sample, (n,)."""
     span: tuple[float, float]
-    """bits that a good choice between the precisions is wanted for"""
+    """Bits between which a good choice of precisions is wanted."""
     seed: int
     escalates: bool = False
     """Whether the riskiest regions get the second precision, not each what is best for it."""
@@ -69,11 +69,12 @@ class Partition:
     arrays: BoundaryArrays
 
     def of(self, features: Floats) -> NDArray[np.intp]:
-        """(n,): region of each."""
+        """The region of each sample, (n,)."""
         if self.kind == "kmeans":
             scaled = features * self.arrays["scale"].astype(np.float64)
             away = np.square(scaled[:, None] - self.arrays["centers"]).sum(2)
-            return away.argmin(1)
+            result: NDArray[np.intp] = away.argmin(1)
+            return result
         feature, children = self.arrays["node_feature"], self.arrays["node_children"]
         rows, node = np.arange(len(features)), np.zeros(len(features), np.intp)
         while (inner := feature[node] >= 0).any():
@@ -83,7 +84,7 @@ class Partition:
         return self.arrays["node_region"][node].astype(np.intp)
 
     def renumbered(self, order: NDArray[np.intp]) -> Partition:
-        """Regions in this order, which is (count,) of old numbers."""
+        """Number the regions anew; `order` is (count,) of old numbers."""
         arrays = dict(self.arrays)
         if self.kind == "kmeans":
             arrays["centers"] = arrays["centers"][order]
@@ -92,13 +93,13 @@ class Partition:
         return replace(self, arrays=arrays)
 
 
-Fit = Callable[[Floats, Task], Partition]
+RegionFitter = Callable[[Floats, Task], Partition]
 
 
 def choose_regions(
     features: Floats, doubt: Sequence[tuple[int, int]], task: Task
 ) -> tuple[Partition, float]:
-    """The regions that save most, and the loss that they leave, as `loss_left` has it.
+    """Choose the regions that save most; returns also the loss that they leave, see `loss_left`.
 
     To escalate, of candidates that are equal within their standard error the first one: narrow
     bands leave the most to choose between. Elsewhere each region costs an estimate of its own.
@@ -111,12 +112,12 @@ def choose_regions(
     return candidates[chosen](features, task), float(scores[chosen].mean())
 
 
-def loss_left(fit: Fit, features: Floats, task: Task) -> float:
-    """Mean `area` of folds; without each the regions are fitted and given their precisions."""
+def loss_left(fit: RegionFitter, features: Floats, task: Task) -> float:
+    """Cross-validate: the mean `area` of folds that the regions were not fitted to."""
     return float(np.mean(_scores(fit, features, task)))
 
 
-def _scores(fit: Fit, features: Floats, task: Task) -> list[float]:
+def _scores(fit: RegionFitter, features: Floats, task: Task) -> list[float]:
     folds = folds_of(task.groups, _FOLDS, task.seed)
     scores = []
     for fold in range(_FOLDS):
@@ -128,7 +129,7 @@ def _scores(fit: Fit, features: Floats, task: Task) -> list[float]:
 
 
 def area(assignment: NDArray[np.uint8], regions: NDArray[np.intp], task: Task) -> float:
-    """Mean of the logarithm of the loss over the bits of `task.span`.
+    """The mean of the logarithm of the loss over the bits of `task.span`.
 
     The logarithm, as it takes half the loss to be half the loss wherever the target lies.
     """
@@ -143,13 +144,13 @@ def area(assignment: NDArray[np.uint8], regions: NDArray[np.intp], task: Task) -
 
 
 def nothing_found(features: Floats, task: Task) -> Partition:
-    """One region of all."""
+    """Make one region of all samples."""
     zero = np.zeros(1, np.intp)
     return Partition("tree", 1, _tree_arrays(zero - 1, zero.astype(float), zero, zero, zero))
 
 
 def precisions_of(regions: NDArray[np.intp], count: int, task: Task) -> NDArray[np.uint8]:
-    """Assignments from the cheapest precision everywhere to the dearest: `escalate` or `climb`."""
+    """Assign precisions, from the cheapest everywhere to the dearest: `escalate` or `climb`."""
     if task.escalates:
         return escalate(count)
     losses = region_losses(regions, task.losses, count, _PRIOR)
@@ -163,7 +164,7 @@ def _rows(task: Task, rows: NDArray[np.bool_]) -> Task:
     return replace(task, losses=task.losses[rows], groups=task.groups[rows])
 
 
-def _candidates(samples: int, doubt: Sequence[tuple[int, int]]) -> Iterator[Fit]:
+def _candidates(samples: int, doubt: Sequence[tuple[int, int]]) -> Iterator[RegionFitter]:
     most = samples // LEAST_SAMPLES
     for feature, sign in doubt:
         for count in _BANDS:
@@ -178,7 +179,7 @@ def _candidates(samples: int, doubt: Sequence[tuple[int, int]]) -> Iterator[Fit]
 
 
 def _bands(values: Floats, feature: int, sign: int, count: int) -> Partition:
-    """Bands of one feature, as a tree; the narrower, the more doubtful."""
+    """Cut one feature into bands, as a tree; the more doubtful, the narrower."""
     ordered = np.sort(sign * values.astype(np.float64))
     n, start = len(ordered), 0
     thresholds: list[float] = []
@@ -194,7 +195,7 @@ def _bands(values: Floats, feature: int, sign: int, count: int) -> Partition:
     nodes: list[tuple[int, float, int, int, int]] = []
 
     def add(low: int, high: int) -> int:
-        """Node of bands low to high; returns its number."""
+        """Add the node of bands low to high; returns its number."""
         at = len(nodes)
         if low == high:
             nodes.append((-1, 0.0, 0, 0, low))
@@ -239,7 +240,7 @@ def _clusters(features: Floats, task: Task, count: int) -> Partition:
 
 
 def _by_risk(partition: Partition, features: Floats, task: Task) -> Partition:
-    """Numbered from the region that loses most at the cheapest precision."""
+    """Number the regions from the one that loses most at the cheapest precision."""
     losses = region_losses(partition.of(features), task.losses, partition.count, _PRIOR)
     return partition.renumbered(np.argsort(-losses[:, task.bits.argmin()], kind="stable"))
 

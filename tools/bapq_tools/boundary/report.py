@@ -1,4 +1,4 @@
-"""What a fit found, for people and for programs."""
+"""The report of a fit, for people and for programs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class StaticReport:
     bits: float
     agreement: float
     agreement_bound: float
-    """lower bound at the fit's confidence"""
+    """Lower bound at the fit's confidence."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class PointReport:
     """An operating point, on the held-out samples."""
 
     bits: float
-    """mean weight bits read per weight and run"""
+    """Mean weight bits read per weight and run."""
     agreement: float
     agreement_bound: float
     shares: dict[str, float]
-    """share of the inputs by the precision that they end at"""
+    """Share of the inputs, by the precision that they end at."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,21 @@ class ModelReport:
     tap: str
     base: str
     head_share: float
-    """of the weights, before the tap of a gate"""
+    """Share of the weights before the tap of a gate."""
     kind: str
     features: int
     regions: int
     precisions: tuple[str, ...]
     mix: list[float]
-    """by region, the riskiest first: share of the held-out samples"""
+    """Share of the held-out samples by region, the riskiest first."""
     loss: list[list[float]]
-    """by region and precision: 1 - agreement"""
+    """Loss by region and precision, 1 - agreement."""
     loss_bound: list[list[float]]
-    """upper bounds, each at the fit's confidence"""
+    """Upper bounds of the loss, each at the fit's confidence."""
     points: list[PointReport]
-    """by rising bits"""
+    """Operating points, by rising bits."""
     chosen: int | None
-    """the point of fewest bits that keeps the target"""
+    """Index of the point of fewest bits that keeps the target."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,19 @@ class FitReport:
 
     bank: str
     agreement: str
-    """how answers were compared"""
+    """How answers were compared."""
     samples: int
     held_out: int
-    """samples that nothing was fitted to; all figures are theirs"""
+    """Number of samples that nothing was fitted to; all figures are theirs."""
     groups: int
-    """of the held-out samples"""
+    """Number of groups of the held-out samples."""
     confidence: float
     target_agreement: float | None
     static: list[StaticReport]
     models: list[ModelReport]
 
     def __str__(self) -> str:
-        """For people: one line per precision and operating point worth knowing."""
+        """List what people want to know: one line per precision and operating point."""
         lines = [
             f"{self.bank}: {self.agreement}, {self.samples} samples, {self.held_out} held out; "
             f"bounds at confidence {self.confidence:g}"
@@ -103,7 +103,7 @@ _SHOWN_POINTS = 5
 
 
 def _shown(model: ModelReport) -> list[int]:
-    """The chosen point and some others, spread over the bits."""
+    """The indices of the chosen point and of some others, spread over the bits."""
     last = len(model.points) - 1
     spread = {round(i * last / (_SHOWN_POINTS - 1)) for i in range(_SHOWN_POINTS)}
     return sorted(spread | ({model.chosen} if model.chosen is not None else set()))

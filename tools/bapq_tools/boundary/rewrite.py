@@ -27,7 +27,7 @@ from bapq_edge.errors import BankNotFoundError, BoundaryDroppedWarning, RequestE
 __all__ = ["Split", "output_rows", "rewrite"]
 
 Split = tuple[bytes, bytes, int]
-"""Both halves of the graph, and how many layers are the first half's: see `BankWriter.finish`."""
+"""The two halves of the graph, and the number of layers in the first: see `BankWriter.finish`."""
 
 _NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
 _FLOAT_MAX = float(np.finfo(np.float32).max)
@@ -90,12 +90,12 @@ def rewrite(
 
 
 def output_rows(bank: Bank, layer: Layer) -> np.ndarray:
-    """(stored_rows,) uint32: output row of every row that the layer stores, in stored order."""
+    """The output row of every row that the layer stores, in stored order: (stored_rows,) uint32."""
     return _all_rows(bank, layer)[: layer.stored_rows]
 
 
 def _all_rows(bank: Bank, layer: Layer) -> np.ndarray:
-    """(rows,) uint32: output row of every stored row, then of every dropped one."""
+    """The output row of every stored row, then of every dropped one: (rows,) uint32."""
     order = bank.row_order(layer)
     return np.arange(layer.rows, dtype=ROW_DTYPE) if order is None else order
 
@@ -151,7 +151,7 @@ def _in_order(picked: np.ndarray) -> bool:
 
 
 def _shared_out(table: np.ndarray, layer: Layer, picked: np.ndarray, size: int) -> np.ndarray:
-    """(chunks, levels) float32 of the new chunks: each row bears an even share of its old one's."""
+    """Share out the sensitivity of the old chunks: (new chunks, levels) float32."""
     if size == layer.chunk_rows and _in_order(picked):
         return table
     chunk = np.arange(layer.stored_rows) // layer.chunk_rows

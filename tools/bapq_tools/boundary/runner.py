@@ -19,7 +19,7 @@ from bapq_edge.engine.native import Store
 from bapq_edge.errors import ExecutionError
 from bapq_edge.planning.planner import Plan, Request, chunk_costs, plan
 
-__all__ = ["Feed", "Runner", "Skip", "run_graph", "spread"]
+__all__ = ["Feed", "Runner", "Skip", "map_feeds", "run_graph"]
 
 Feed = Mapping[str, NDArray[Any]]
 T = TypeVar("T")
@@ -29,18 +29,18 @@ _ALL_PLANES = (1 << len(PLANES)) - 1
 
 @dataclass(frozen=True, eq=False)
 class Skip:
-    """What is neither read nor computed."""
+    """Chunks that are neither read nor computed."""
 
     chunks: NDArray[np.bool_]
-    """(chunks,)"""
+    """Whether a chunk is skipped, (chunks,)."""
     region: int
-    """by `Runner.add_region`: what the rows give instead"""
+    """Number by `Runner.add_region`: its values stand in for the skipped rows."""
 
 
-def spread(
+def map_feeds(
     work: Callable[[Feed], T], feeds: Sequence[Feed], advance: Callable[..., None]
 ) -> list[T]:
-    """`work` of every feed, on one thread per usable core."""
+    """The results of `work` for every feed, on one thread per usable core."""
     results: list[T] = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for result in pool.map(work, feeds):
@@ -115,7 +115,7 @@ class Runner:
             own = {name: value for name, value in feed.items() if name in inputs}
             return keep(self._once(session, outputs, own, RUN_INPUT in inputs))
 
-        return spread(once, feeds, advance)
+        return map_feeds(once, feeds, advance)
 
     def _once(
         self, session: Any, outputs: Sequence[str], feed: Feed, takes_ticket: bool

@@ -1,4 +1,4 @@
-"""A bank on a set of samples: what it answers at every precision, and how that agrees.
+"""Runs a bank on a set of samples: its answers at every precision, and how they agree.
 
 Everything is run once and kept, so that several fits may share it.
 """
@@ -35,33 +35,35 @@ from ..build_support.progress import Progress
 from ..calibration.samples import CalibrationSource, load_calibration
 from .agreement import Judge, find_judge, parse_agreement
 from .features import pool_of
-from .runner import Feed, Runner, run_graph, spread
-from .taps import Cut, Graph
+from .runner import Feed, Runner, map_feeds, run_graph
+from .taps import BankGraph, Cut
 
 __all__ = ["Study", "Tap"]
 
-Arrays = list[NDArray[Any]]
+SampleArrays = list[NDArray[Any]]
+"""One array per sample."""
 
 _MOST_TAP_BYTES = 2 << 30
-"""Of all samples together: the body reads them once per precision."""
+"""Most bytes of a tap's values for all samples: the body reads them once per precision."""
 
 
 @dataclass(frozen=True)
 class Tap:
-    """A tensor's values for all samples."""
+    """The values of a tensor for all samples."""
 
     name: str
-    values: Arrays
-    """one per sample, (1, ...) float32"""
+    values: SampleArrays
+    """One array per sample, (1, ...) float32."""
     pool: tuple[int, ...]
+    """Lengths that the axes after the first are averaged down to."""
 
     def flat(self, rows: NDArray[np.intp]) -> NDArray[np.float32]:
-        """(rows, pooled values) of some samples."""
+        """The pooled values of some samples, (rows, values)."""
         return np.concatenate([pooled(self.values[row], self.pool) for row in rows])
 
 
 class Study:
-    """Context manager: a bank, samples and a reference to agree with."""
+    """Context manager of a bank, samples and a reference to agree with."""
 
     def __init__(
         self,
@@ -85,11 +87,12 @@ class Study:
             groups: (samples,) integers; samples of one group never stand on both sides of a split.
             progress: show it on stderr.
 
-        Raises BankError, CalibrationError, ModelError, RequestError, BoundaryError.
+        Raises:
+            BankError, CalibrationError, ModelError, RequestError, BoundaryError.
         """
         parse_agreement(agreement)  # before anything is run
         self.bank = bank if isinstance(bank, Bank) else Bank.open(bank)
-        self.graph = Graph(self.bank)
+        self.graph = BankGraph(self.bank)
         self.inputs = [item for item in self.graph.model.graph.input if item.name != RUN_INPUT]
         self._outputs = [item.name for item in self.graph.model.graph.output]
         data = load_calibration(calibration, self.inputs)
@@ -105,7 +108,7 @@ class Study:
         self.groups = _checked_groups(groups, data.samples)
         self.feeds: list[Feed] = [data.feed(sample) for sample in range(data.samples)]
         self._stages = Progress(progress)
-        self._answers: dict[Precision, Arrays] = {}
+        self._answers: dict[Precision, SampleArrays] = {}
         self._losses: dict[Precision, NDArray[np.float64]] = {}
         self._taps: dict[tuple[str, Precision], Tap] = {}
         self._split_losses: dict[tuple[str, Precision, Precision], NDArray[np.float64]] = {}
@@ -114,7 +117,7 @@ class Study:
         try:
             references = self._refer(model)
             self.judge: Judge = find_judge(references, agreement, judge)
-            self.wanted: Arrays = references[self.judge.output]
+            self.wanted: SampleArrays = references[self.judge.output]
             self._check_outputs()
         except BaseException:
             self.close()
@@ -134,11 +137,11 @@ class Study:
 
     @property
     def classes(self) -> NDArray[np.intp]:
-        """(samples,): the reference's class, where that is what is judged."""
+        """The reference's class, (samples,), where that is what is judged."""
         return self.judge.classes(self.wanted)
 
-    def answers(self, precision: Precision) -> Arrays:
-        """The judged output at a precision, one array per sample."""
+    def answers(self, precision: Precision) -> SampleArrays:
+        """The judged output at a precision."""
         if precision not in self._answers:
             self._answers[precision] = self._run(
                 self.bank.graph_bytes(), precision, self.judge.output, self.feeds, f"at {precision}"
@@ -146,27 +149,27 @@ class Study:
         return self._answers[precision]
 
     def losses(self, precision: Precision) -> NDArray[np.float64]:
-        """(samples,): 1 - agreement with the reference."""
+        """The loss of each sample, 1 - agreement with the reference: (samples,)."""
         if precision not in self._losses:
             self._losses[precision] = 1 - self.judge.agreement(self.answers(precision), self.wanted)
         return self._losses[precision]
 
     def input_tap(self, name: str) -> Tap:
-        """An input; NoTapError where no features can be taken from it."""
+        """Take an input as the tap; NoTapError where no features can be taken from it."""
         return _tap(name, [feed[name] for feed in self.feeds])
 
     def answer_tap(self, precision: Precision) -> Tap:
-        """The judged output at a precision; NoTapError where no features can be taken from it."""
+        """Take the answer at a precision as the tap; NoTapError where it gives no features."""
         return _tap(self.judge.output, self.answers(precision))
 
     def halves(self, cut: Cut) -> tuple[bytes, bytes]:
-        """Head and body as ONNX models."""
+        """Split the graph into head and body, as ONNX models."""
         if cut.tap not in self._halves:
             self._halves[cut.tap] = self.graph.split(cut)
         return self._halves[cut.tap]
 
     def tap(self, cut: Cut, base: Precision) -> Tap:
-        """What the head gives at a precision; NoTapError where that is not (1, ...) float32."""
+        """Run the head at a precision; NoTapError where it does not give (1, ...) float32."""
         key = cut.tap, base
         if key not in self._taps:
             head, _ = self.halves(cut)
@@ -183,7 +186,7 @@ class Study:
         return self._taps[key]
 
     def split_losses(self, cut: Cut, base: Precision, precision: Precision) -> NDArray[np.float64]:
-        """(samples,): as `losses`, with the head at `base` and the body at `precision`."""
+        """The losses with the head at `base` and the body at `precision`, (samples,)."""
         key = cut.tap, base, precision
         if key not in self._split_losses:
             _, body = self.halves(cut)
@@ -195,16 +198,18 @@ class Study:
 
     def _run(
         self, graph: bytes, precision: Precision, output: str, feeds: Sequence[Feed], text: str
-    ) -> Arrays:
+    ) -> SampleArrays:
         with self._stages.stage(text, len(feeds)) as advance:
             return self.runner.run(graph, precision, [output], feeds, _first, advance)
 
-    def _refer(self, model: str | os.PathLike[str] | onnx.ModelProto | None) -> dict[str, Arrays]:
+    def _refer(
+        self, model: str | os.PathLike[str] | onnx.ModelProto | None
+    ) -> dict[str, SampleArrays]:
         names, feeds = self._outputs, self.feeds
         with self._stages.stage("reference", len(feeds)) as advance:
             if model is not None:
                 session, where = self._open_reference(model), _name_of(model)
-                rows = spread(lambda f: run_graph(session, names, f, where), feeds, advance)
+                rows = map_feeds(lambda f: run_graph(session, names, f, where), feeds, advance)
             elif 32 in self.bank.levels:
                 graph = self.bank.graph_bytes()
                 rows = self.runner.run(
@@ -269,11 +274,11 @@ class Study:
             )
 
 
-def _first(outputs: Arrays) -> NDArray[Any]:
+def _first(outputs: SampleArrays) -> NDArray[Any]:
     return outputs[0]
 
 
-def _tap(name: str, values: Arrays) -> Tap:
+def _tap(name: str, values: SampleArrays) -> Tap:
     for value in values:
         if value.dtype != np.float32 or value.ndim < 2 or len(value) != 1:
             raise NoTapError(

@@ -11,13 +11,13 @@ from onnx import TensorProto, helper
 from bapq_edge.bank.reader import Bank
 from bapq_edge.errors import NoTapError
 
-from ..onnx_graph import graph as graphs
+from ..onnx_graph import graphs
 from ..onnx_graph.assemble import DOMAIN
 
-__all__ = ["Cut", "Graph"]
+__all__ = ["BankGraph", "Cut"]
 
 MOST_SHARE = 0.15
-"""Of the weight bits, before a tap: a gate that decides later saves little."""
+"""Largest share of the weights before a tap: a gate that decides later saves little."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class Cut:
 
     tap: str
     head_layers: int
-    """the head reads the bank's first so many layers, the body all others"""
+    """Number of the bank's first layers that the head reads; the body reads all others."""
     share: float
-    """of the weights, those of layers that are only read row by row left out"""
+    """Share of the weights in the head, without those of layers that are read row by row."""
     nodes: tuple[int, ...]
-    """that compute the tap, by their place in the graph"""
+    """Nodes that compute the tap, by their place in the graph."""
 
 
-class Graph:
-    """A bank's graph, and where it can be cut."""
+class BankGraph:
+    """The graph of a bank, and where it can be cut."""
 
     def __init__(self, bank: Bank) -> None:
         self.model = onnx.load_model_from_string(bank.graph_bytes())
@@ -51,7 +51,7 @@ class Graph:
             self._light.append(not own and all(before))
 
     def cuts(self) -> list[Cut]:
-        """Taps up to `MOST_SHARE`, earliest first: the last possible one of each number of layers.
+        """The cuts up to `MOST_SHARE`, earliest first: the last one of each number of layers.
 
         A cut before the first layer counts only where there is a node to compute it.
         """
@@ -64,7 +64,7 @@ class Graph:
         return [last[count] for count in sorted(last)]
 
     def cut(self, tap: str) -> Cut:
-        """The cut at a tensor; NoTapError where it is none, or more than it crosses the cut."""
+        """The cut at a tensor; NoTapError where there is none, or where other tensors cross it."""
         if tap not in self._maker:
             raise NoTapError(
                 f"tap {tap!r} is no tensor that the bank's graph computes: name one, such as "
@@ -79,7 +79,7 @@ class Graph:
         return found
 
     def split(self, cut: Cut) -> tuple[bytes, bytes]:
-        """The head's and the body's model."""
+        """Make the models of head and body."""
         head = [self._nodes[i] for i in cut.nodes]
         outputs = list(self.model.graph.output)
         body = [self._nodes[i] for i in self._body(cut)]
@@ -116,7 +116,7 @@ class Graph:
         return sorted(self._before(self._outputs, {cut.tap}))
 
     def _before(self, names: set[str], given: frozenset[str] | set[str] = frozenset()) -> set[int]:
-        """Nodes that the tensors need; those in `given` are there."""
+        """The nodes that the tensors need; tensors in `given` are there already."""
         found: set[int] = set()
         open_names = list(names - given)
         while open_names:
@@ -132,7 +132,7 @@ class Graph:
 
 
 def _reads(node: onnx.NodeProto) -> set[str]:
-    """Tensors that a node reads, those that only its bodies read included."""
+    """The tensors that a node reads, with those that only its bodies read."""
     found = {name for name in node.input if name}
     for body in graphs.bodies(node):
         found |= graphs.names(body)
@@ -140,7 +140,7 @@ def _reads(node: onnx.NodeProto) -> set[str]:
 
 
 def _layers_of(node: onnx.NodeProto) -> set[int]:
-    """Layers that a node and its bodies read."""
+    """The layers that a node and its bodies read."""
     nodes = [node, *(n for body in graphs.bodies(node) for g in graphs.walk(body) for n in g.node)]
     return {int(graphs.attribute(n, "layer", 0)) for n in nodes if n.domain == DOMAIN}
 
@@ -151,7 +151,7 @@ def _extract(
     outputs: Sequence[onnx.ValueInfoProto],
     given: Sequence[onnx.ValueInfoProto],
 ) -> bytes:
-    """A model of some nodes; it takes over domains, opsets, and what the nodes read."""
+    """Make a model of some nodes; it takes over domains, opsets, and what the nodes read."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
     del result.graph.node[:], result.graph.input[:], result.graph.output[:]
@@ -165,4 +165,5 @@ def _extract(
     graphs.delete_where(result.graph.initializer, lambda tensor: tensor.name not in read)
     graphs.delete_where(result.graph.sparse_initializer, lambda s: s.values.name not in read)
     graphs.delete_where(result.graph.value_info, lambda info: info.name not in computed)
-    return result.SerializeToString(deterministic=True)
+    found: bytes = result.SerializeToString(deterministic=True)
+    return found

@@ -1,1 +1,1 @@
-"""What long host work needs: progress, worker processes, files for what memory cannot hold."""
+"""Helpers of long host work: progress, worker processes, files for what memory cannot hold."""

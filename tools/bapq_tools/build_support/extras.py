@@ -12,7 +12,7 @@ __all__ = ["host_packages"]
 
 @contextlib.contextmanager
 def host_packages(purpose: str = "building a bank") -> Iterator[None]:
-    """Context for imports that need the extra; MissingExtraError when a package is absent."""
+    """Context for imports that need the extra; MissingExtraError when one is absent."""
     try:
         yield
     except ModuleNotFoundError as error:

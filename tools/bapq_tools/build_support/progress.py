@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 __all__ = ["Progress"]
 
 _LINE_S = 30.0
-"""Time between two lines of a long stage where there is no terminal."""
+"""The time between two lines of a long stage where there is no terminal."""
 
 
 class Progress:
@@ -21,7 +21,7 @@ class Progress:
 
     def __init__(self, enabled: bool) -> None:
         self.seconds: dict[str, float] = {}
-        """Duration of each finished stage"""
+        """Duration of each finished stage."""
         self._enabled = enabled
 
     def say(self, text: str) -> None:
@@ -46,7 +46,7 @@ class Progress:
 
 
 class _Clock:
-    """How long a stage takes, on the grounds that steps are equal shares of its time."""
+    """Tells how long a stage takes, as if steps were equal shares of its time."""
 
     def __init__(self, steps: float) -> None:
         self._steps = steps
@@ -66,11 +66,11 @@ class _Clock:
 
     @property
     def share(self) -> float:
-        """What is done, 0 to 1."""
+        """The share that is done, 0 to 1."""
         return min(self._done / self._steps, 1.0)
 
     def left(self) -> str:
-        """Time left, as minutes:seconds; it runs down between two steps."""
+        """The time left, as minutes:seconds; it runs down between two steps."""
         if self._end_s is None:
             return "-:--"
         left_s = round(max(self._end_s - time.perf_counter(), 0.0))

@@ -1,4 +1,4 @@
-"""Large arrays that lie in files and take memory only while they are worked on."""
+"""Large arrays that lie in files, and take memory only while they are worked on."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _SMALLEST_BYTES = 1 << 20
 """Smaller arrays stay in memory."""
 
 
-class OnDisk:
-    """Arrays in files of a folder of their own.
+class Spill:
+    """A folder of files that arrays are mapped to.
 
-    They are ordinary arrays over mapped files: processes that are given one map the same file.
+    To their users they are ordinary arrays. Processes that are given one map the same file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -26,14 +26,14 @@ class OnDisk:
         self._mapped: list[np.memmap] = []
 
     def put(self, array: np.ndarray) -> np.ndarray:
-        """The same values, on disk."""
+        """Return an array of the same values on disk."""
         result = self.zeros(array.shape, array.dtype)
         result[...] = array
         self.release()
         return result
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype | type = np.float32) -> np.ndarray:
-        """An array to be filled."""
+        """Return an array to be filled."""
         if np.dtype(dtype).itemsize * int(np.prod(shape)) < _SMALLEST_BYTES:
             return np.zeros(shape, dtype)
         path = self._folder / f"array_{next(self._numbers)}"
@@ -41,14 +41,14 @@ class OnDisk:
         return np.asarray(self._mapped[-1])
 
     def release(self) -> None:
-        """Give back the memory that arrays take; what they hold stays."""
+        """Give back the memory that the arrays take; their values stay."""
         for array in self._mapped:
             if isinstance(array.base, mmap.mmap):
                 array.base.madvise(mmap.MADV_DONTNEED)
 
     @contextlib.contextmanager
     def temporary(self) -> Iterator[None]:
-        """Arrays made inside are on disk until the end of the block."""
+        """Context whose arrays are removed at its end."""
         before = len(self._mapped)
         try:
             yield

@@ -34,7 +34,7 @@ _ANSWER_S = 10
 
 
 class Workers:
-    """Context manager; `map` calls a function on many arguments, results in order.
+    """Context manager of processes; `map` calls a function on many arguments, results in order.
 
     BLAS has one thread everywhere, so that a result does not depend on where it is computed.
     """
@@ -68,7 +68,7 @@ class Workers:
     def map(
         self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], guess_s: float
     ) -> Iterator[T]:
-        """Results in order of the arguments; `guess_s` is about how long all take on one core.
+        """The results, in the order of the arguments; `guess_s` is a guess of the time on one core.
 
         Raises ClusterError or WorkerError when a worker is lost, StorageError.
         """
@@ -104,7 +104,8 @@ class Workers:
     def _on_cluster(
         self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]
     ) -> Iterator[T]:
-        client, waiting = self._client, collections.deque()
+        client = self._client
+        waiting: collections.deque[Any] = collections.deque()
         with _cluster_errors(self._dask):
             # Two tasks per core: one to compute, one to arrive meanwhile.
             most = 2 * sum(client.ncores().values())

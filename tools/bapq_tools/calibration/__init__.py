@@ -1,1 +1,1 @@
-"""What the layers meet on calibration samples: forward passes and statistics of inputs."""
+"""The inputs that layers meet on calibration samples: forward passes and statistics."""

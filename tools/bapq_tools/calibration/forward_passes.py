@@ -1,6 +1,6 @@
-"""Runs the calibration samples through the model, stage by stage, in several chains at once.
+"""Runs the calibration samples through the model, stage by stage, at several levels side by side.
 
-The float chain runs the model as it was; the chain of a level runs it with the layers that are
+The float pass runs the model as it was; the pass of a level runs it with the layers that are
 already quantized at that level. Comparing the two tells what a layer really meets on the device.
 
 One sample is run at a time, whatever the model's batch axis allows: models whose batch is declared
@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from bapq_edge.bank.layout import Level
 from bapq_edge.bank.staging import storage_errors
 from bapq_edge.errors import CalibrationError
 
@@ -28,8 +29,8 @@ from ..onnx_graph.ir import HeavyLayer
 from .reference_model import Reference, Stage, observed_use
 from .samples import CalibrationData
 
-FLOAT = 32
-"""Name of the float chain; the others are named by their level."""
+FLOAT: Level = 32
+"""The level of the float pass."""
 
 _SILENT = 4
 """ORT's log severity "fatal": errors reach us as exceptions."""
@@ -38,75 +39,80 @@ _MEMORY_BYTES = 192 << 20
 """Live tensors kept in memory; more go to files."""
 
 Tensors = dict[str, Any]
-"""Arrays by name; a sequence is a list of arrays"""
+"""Arrays by name. A sequence is a list of arrays."""
 
-WeightSource = Callable[[int, HeavyLayer], Mapping[str, np.ndarray]]
-"""(chain, layer) -> what the reference graph reads for the layer"""
+WeightSource = Callable[[Level, HeavyLayer], Mapping[str, np.ndarray]]
+"""A function of a pass's level and a layer, whose result the reference graph reads as weights."""
 
 
-class Chains:
-    """Live tensors of every chain and sample, moved on by `run`."""
+class ForwardPasses:
+    """The live tensors of every pass and sample; `run` computes the next stage of all passes."""
 
     def __init__(
         self,
         reference: Reference,
         data: CalibrationData,
-        chains: Iterable[int],
+        levels: Iterable[Level],
         weights: WeightSource,
         workers: int,
         folder: Path,
     ) -> None:
-        """`workers` are threads; `folder` holds what does not fit in memory."""
+        """Start a float pass and one for each of `levels`.
+
+        `workers` is a number of threads. `folder` is for what does not fit in memory.
+        """
         self.samples = data.samples
-        self.chains = (FLOAT, *chains)
+        self.levels: tuple[Level, ...] = (FLOAT, *levels)
+        """The level of each pass, the float pass first."""
         self._reference = reference
         self._weights = weights
         self.workers = max(1, workers)
-        self._shelf = _Shelf(folder)
-        for chain, sample in itertools.product(self.chains, range(data.samples)):
-            self._shelf.put((chain, sample), dict(data.feed(sample)))
+        self._live = _LiveTensors(folder)
+        for level, sample in itertools.product(self.levels, range(data.samples)):
+            self._live.put((level, sample), dict(data.feed(sample)))
 
     def run(self, stage: Stage) -> None:
-        """Compute a stage in every chain, and let go of what nobody reads any more."""
+        """Compute a stage of every pass, and let go of what nobody reads any more."""
         if not stage.nodes:
             return
         outputs = sorted(stage.writes)
         session = None
         if outputs:
-            example = self._shelf.get((FLOAT, 0))
+            example = self._live.get((FLOAT, 0))
             session = self.session(stage.nodes, {n: example[n] for n in stage.reads}, outputs)
-        for chain in self.chains:
-            feeds = self.weight_feeds(chain, stage.nodes)
+        for level in self.levels:
+            feeds = self.weight_feeds(level, stage.nodes)
 
             def step(
                 sample: int,
-                chain: int = chain,
+                level: Level = level,
                 feeds: Mapping[str, np.ndarray] = feeds,
             ) -> None:
-                tensors = self._shelf.get((chain, sample))
+                tensors = self._live.get((level, sample))
                 if session is not None:
                     inputs = {name: tensors[name] for name in stage.reads}
                     tensors.update(run(session, outputs, {**feeds, **inputs}, sample))
                 kept = {name: value for name, value in tensors.items() if name in stage.live}
-                self._shelf.put((chain, sample), kept)
+                self._live.put((level, sample), kept)
 
             with ThreadPoolExecutor(self.workers) as pool:
                 for _ in pool.map(step, range(self.samples)):
                     pass
 
-    def input_of(self, layer: HeavyLayer, chain: int, sample: int) -> np.ndarray:
-        """What a layer of the latest stage multiplies in one chain."""
-        return self._shelf.get((chain, sample))[observed_use(layer).activation_input]
+    def input_of(self, layer: HeavyLayer, level: Level, sample: int) -> np.ndarray:
+        """The input that a layer of the latest stage multiplies in the pass of a level."""
+        found: np.ndarray = self.tensors(level, sample)[observed_use(layer).activation_input]
+        return found
 
-    def tensors(self, chain: int, sample: int) -> Tensors:
-        """All live tensors of one chain and sample."""
-        return self._shelf.get((chain, sample))
+    def tensors(self, level: Level, sample: int) -> Tensors:
+        """All live tensors of one pass and sample."""
+        return self._live.get((level, sample))
 
-    def weight_feeds(self, chain: int, nodes: Iterable[onnx.NodeProto]) -> dict[str, np.ndarray]:
-        """Weights that these nodes read in a chain."""
+    def weight_feeds(self, level: Level, nodes: Iterable[onnx.NodeProto]) -> dict[str, np.ndarray]:
+        """The weights that these nodes read in the pass of a level."""
         feeds: dict[str, np.ndarray] = {}
         for layer in self._reference.weight_inputs(nodes):
-            feeds.update(self._weights(chain, layer))
+            feeds.update(self._weights(level, layer))
         return feeds
 
     def session(
@@ -136,18 +142,18 @@ def run(session: ort.InferenceSession, outputs: list[str], feeds: Tensors, sampl
     return dict(zip(outputs, values, strict=True))
 
 
-class _Shelf:
-    """Tensors by key; those that do not fit in memory lie in files."""
+class _LiveTensors:
+    """Tensors by level and sample; those that do not fit in memory lie in files."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._memory: dict[tuple[int, int], Tensors] = {}
-        self._bytes: dict[tuple[int, int], int] = {}
+        self._memory: dict[tuple[Level, int], Tensors] = {}
+        self._bytes: dict[tuple[Level, int], int] = {}
         self._total_bytes = 0
         self._lock = threading.Lock()
 
-    def put(self, key: tuple[int, int], tensors: Tensors) -> None:
-        """Keep tensors under a key; each array is put in a file if memory is full."""
+    def put(self, key: tuple[Level, int], tensors: Tensors) -> None:
+        """Keep tensors under a key, in a file if memory is full."""
         size = sum(v.nbytes for v in tensors.values() if isinstance(v, np.ndarray))
         plain = all(isinstance(v, np.ndarray) and v.dtype != object for v in tensors.values())
         with self._lock:
@@ -163,13 +169,13 @@ class _Shelf:
                 tensors = dict.fromkeys(tensors)
         self._memory[key] = tensors
 
-    def get(self, key: tuple[int, int]) -> Tensors:
-        """Tensors of a key, in a new dict."""
+    def get(self, key: tuple[Level, int]) -> Tensors:
+        """The tensors of a key, in a new dict."""
         tensors = dict(self._memory[key])
         if tensors and all(value is None for value in tensors.values()):
             with np.load(self._file(key), allow_pickle=False) as file:
                 return {name: file[str(i)] for i, name in enumerate(tensors)}
         return tensors
 
-    def _file(self, key: tuple[int, int]) -> Path:
+    def _file(self, key: tuple[Level, int]) -> Path:
         return self._folder / f"{key[0]}_{key[1]}.npz"

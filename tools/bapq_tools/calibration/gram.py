@@ -1,4 +1,4 @@
-"""Second moments of a matrix's input: panel by panel on all cores, summed up on disk."""
+"""Gram matrices of a layer's input: summed up panel by panel on all cores, on disk."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ import numpy as np
 
 from bapq_edge.bank.layout import Level
 
-from ..build_support.spill import OnDisk
+from ..build_support.spill import Spill
 
-PANEL = 384
-"""Columns of a panel. Blocks of columns are multiples of it; results depend on it, and not on the
-number of workers."""
+PANEL_COLUMNS = 384
+"""Blocks of columns are multiples of it. Results depend on it, and not on the number of workers."""
 
 
 @dataclass(frozen=True)
-class Sums:
-    """What `LevelStats` calls grams and drift, weighted means over the chains."""
+class GramMatrices:
+    """The grams and drifts of `LevelStats`, while they are summed up over the forward passes."""
 
     blocks: tuple[slice, ...]
-    """runs of columns; correlations between them are not counted"""
+    """Runs of columns. Correlations between them are not counted."""
     grams: dict[Level, list[np.ndarray]]
-    """per block (c, c) float32; `add` leaves the lower triangle to `mirror`"""
+    """Per block (c, c) float32. `add` leaves the lower triangle to `mirror`."""
     drifts: dict[tuple[Level, str], np.ndarray]
-    """by level and name of the weight, (rows, columns) float32"""
+    """One matrix per level and name of the weight, (rows, columns) float32."""
 
     @classmethod
     def zeros(
@@ -34,13 +33,13 @@ class Sums:
         blocks: tuple[slice, ...],
         levels: Sequence[Level],
         rows: Mapping[str, int],
-        disk: OnDisk,
-    ) -> Sums:
-        """Nothing summed up yet; `rows` by name of the weight."""
+        spill: Spill,
+    ) -> GramMatrices:
+        """Start with zeros. `rows` is by name of the weight."""
         sizes = [block.stop - block.start for block in blocks]
-        grams = {level: [disk.zeros((size, size)) for size in sizes] for level in levels}
+        grams = {level: [spill.zeros((size, size)) for size in sizes] for level in levels}
         columns = blocks[-1].stop
-        drifts = {(k, name): disk.zeros((n, columns)) for k in levels for name, n in rows.items()}
+        drifts = {(k, name): spill.zeros((n, columns)) for k in levels for name, n in rows.items()}
         return cls(blocks, grams, drifts)
 
     def add(
@@ -51,13 +50,16 @@ class Sums:
         shares: Mapping[Level, float],
         workers: int,
     ) -> None:
-        """Add a chain's input, by its share in every level; exact is the float chain's.
+        """Add the input `x` that a pass has, by the share of the pass in every level.
 
-        exact, x: (n, columns), centred; weights: (rows, columns) by name.
+        `exact` is the float pass's input. exact, x: (n, columns), centred; weights: (rows, columns)
+        by name.
         """
         count, columns = x.shape
         scales = {level: np.float32(share / count) for level, share in shares.items() if share}
-        panels = [slice(b, min(b + PANEL, columns)) for b in range(0, columns, PANEL)]
+        panels = [
+            slice(b, min(b + PANEL_COLUMNS, columns)) for b in range(0, columns, PANEL_COLUMNS)
+        ]
         # W (x_float - x) xᵀ, by whichever product of two is the smaller first.
         outputs_first = 2 * sum(map(len, weights.values())) < columns
         missed = {
@@ -90,15 +92,15 @@ class Sums:
         """Fill the lower triangles."""
         for grams in self.grams.values():
             for gram in grams:
-                for begin in range(0, len(gram), PANEL):
-                    end = min(begin + PANEL, len(gram))
+                for begin in range(0, len(gram), PANEL_COLUMNS):
+                    end = min(begin + PANEL_COLUMNS, len(gram))
                     gram[end:, begin:end] = gram[begin:end, end:].T
 
 
 def _missed_outputs(
     exact: np.ndarray, x: np.ndarray, weight: np.ndarray, panels: Sequence[slice]
 ) -> np.ndarray:
-    """(n, rows): what the weight's output lacks for the input x."""
+    """The output that the weight misses with the input x, (n, rows)."""
     missed = np.zeros((len(x), len(weight)), np.float32)
     for panel in panels:
         missed += (exact[:, panel] - x[:, panel]) @ weight[:, panel].T

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from ..onnx_graph import graph as graphs
+from ..onnx_graph import graphs
 from ..onnx_graph.assemble import rebuild
 from ..onnx_graph.ir import HeavyLayer, LayerPlan, LayerUse
 
@@ -31,11 +32,11 @@ class Stage:
     nodes: tuple[onnx.NodeProto, ...]
     layers: tuple[HeavyLayer, ...]
     reads: frozenset[str]
-    """computed tensors that the nodes read from earlier stages"""
+    """Computed tensors that the nodes read from earlier stages."""
     writes: frozenset[str]
-    """tensors that later stages, the layers or the model's outputs read"""
+    """Tensors that later stages, the layers or the model's outputs read."""
     live: frozenset[str]
-    """tensors of this and earlier stages that are read after this one"""
+    """Tensors of this and earlier stages that are read after this one."""
 
 
 class Reference:
@@ -46,7 +47,7 @@ class Reference:
         self._plan = plan
         self._constants: list[onnx.TensorProto] = []
         taken = graphs.names(model.graph)
-        operators = {
+        operators: dict[int, list[onnx.NodeProto]] = {
             id(node): [] for layer in plan.layers for use in layer.uses for node in use.replaced
         }
         for layer in plan.layers:
@@ -70,14 +71,14 @@ class Reference:
         Probabilities of a sure classifier hide errors until they flip an answer; its scores do not.
         """
         judged = [
-            unsquashed(self.graph, item.name)
+            logits_tensor(self.graph, item.name)
             for item in self.graph.output
             if item.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
         ]
         return list(dict.fromkeys(judged))
 
     def stages(self) -> Iterator[Stage]:
-        """Stages in order; the last one has no layers."""
+        """The stages in order; the last one has no layers."""
         pending = [layer for layer in self._plan.layers if observed(layer)]
         unobserved = tuple(layer for layer in self._plan.layers if not observed(layer))
         quantized = {layer.name for layer in unobserved}
@@ -113,7 +114,7 @@ class Reference:
         planned: list[tuple[list[onnx.NodeProto], tuple[HeavyLayer, ...]]],
         outputs: set[str],
     ) -> Iterator[Stage]:
-        """Stages with what passes from one to the next."""
+        """Add the tensors that pass from one stage to the next."""
         read_after: list[set[str]] = []
         needed = set(outputs)
         for nodes, _ in reversed(planned):
@@ -139,7 +140,7 @@ class Reference:
         inputs: dict[str, np.ndarray],
         outputs: Iterable[str],
     ) -> onnx.ModelProto:
-        """A model of some nodes; `inputs` are examples of what they read, weights excepted."""
+        """Make a model of some nodes; `inputs` are examples of what they read besides weights."""
         nodes = list(nodes)
         part = onnx.GraphProto(name="stage", node=nodes)
         needs = set().union(*(self.needs(node) for node in nodes))
@@ -158,13 +159,13 @@ class Reference:
         return result
 
     def weight_inputs(self, nodes: Iterable[onnx.NodeProto]) -> list[HeavyLayer]:
-        """Layers that these nodes read."""
+        """The layers that these nodes read."""
         needs = set().union(*(self.needs(node) for node in nodes))
         found = {layer.name: layer for name, layer in self._layers.items() if name in needs}
         return list(found.values())
 
     def needs(self, node: onnx.NodeProto) -> set[str]:
-        """Names that a node reads, its bodies' outer names included."""
+        """The names that a node reads, and those that its bodies read from outside."""
         needs = {name for name in node.input if name}
         for body in graphs.bodies(node):
             inner = {name for part in graphs.walk(body) for n in part.node for name in n.output}
@@ -174,13 +175,13 @@ class Reference:
         return needs
 
     def _operator(self, layer: HeavyLayer, use: LayerUse, taken: set[str]) -> list[onnx.NodeProto]:
-        """Standard nodes for one use of a layer: the product, its bias, its activation."""
+        """Make standard nodes for one use of a layer: the product, its bias, its activation."""
         weight, bias = _weight_name(layer, use), _BIAS + layer.name
         low, high = use.activation.low, use.activation.high
         x = use.activation_input
         nodes: list[onnx.NodeProto] = []
 
-        def add(op_type: str, inputs: list[str], **attributes: object) -> str:
+        def add(op_type: str, inputs: list[str], **attributes: Any) -> str:
             output = graphs.fresh_name(f"{use.output}_{op_type}", taken)
             nodes.append(helper.make_node(op_type, inputs, [output], **attributes))
             return output
@@ -203,12 +204,12 @@ class Reference:
 
     def _constant(self, name: str, value: float, taken: set[str]) -> str:
         name = graphs.fresh_name(name, taken)
-        self._constants.append(numpy_helper.from_array(np.float32(value), name))
+        self._constants.append(numpy_helper.from_array(np.array(value, np.float32), name))
         return name
 
 
-def unsquashed(graph: onnx.GraphProto, output: str) -> str:
-    """The tensor behind an output that a Softmax, a Sigmoid or a change of shape makes."""
+def logits_tensor(graph: onnx.GraphProto, output: str) -> str:
+    """The tensor behind the Softmax, Sigmoid or change of shape that makes an output."""
     producers = {name: node for node in graph.node for name in node.output}
     while output in producers and producers[output].op_type in _SQUASHING:
         output = producers[output].input[0]
@@ -232,7 +233,7 @@ def _input(layer: HeavyLayer) -> str:
 def weight_feeds(
     layer: HeavyLayer, weight: np.ndarray, bias: np.ndarray | None
 ) -> dict[str, np.ndarray]:
-    """What `Reference` nodes read for a layer's weight (rows, columns) and bias (rows,)."""
+    """Bring a weight (rows, columns) and bias (rows,) into the form that `Reference` reads."""
     rows = len(weight)
     feeds = {_BIAS + layer.name: np.zeros(rows, np.float32) if bias is None else bias}
     for use in layer.uses:
@@ -250,7 +251,7 @@ def weight_feeds(
 
 
 def _weight_name(layer: HeavyLayer, use: LayerUse) -> str:
-    """Name of a layer's weight in the form that a use reads; tied uses may read several forms."""
+    """The name of a layer's weight in the form that a use reads; tied uses may read several."""
     if use.conv is not None:
         form = "x".join(map(str, use.conv.kernel[-use.conv.dimensions :]))
     else:
@@ -259,7 +260,7 @@ def _weight_name(layer: HeavyLayer, use: LayerUse) -> str:
 
 
 def _value(name: str, element_type: int) -> onnx.ValueInfoProto:
-    """A tensor of any shape."""
+    """Describe a tensor of any shape."""
     info = onnx.ValueInfoProto(name=name)
     info.type.tensor_type.elem_type = element_type
     return info

@@ -33,15 +33,15 @@ class CalibrationData:
 
     arrays: dict[str, np.ndarray]
     rows_per_sample: dict[str, int]
-    """Per array: rows of the first axis in one sample; 0 where a sample is one entry without it"""
+    """Rows of the first axis in one sample, by array; 0 where a sample is one entry without it."""
     samples: int
     blake2b: str
-    """BLAKE2b-128 over names, types, shapes and values"""
+    """BLAKE2b-128 over names, types, shapes and values."""
     padded: frozenset[str] = field(default_factory=frozenset)
-    """arrays (samples, tokens) whose padding `feed` cuts off: see `_padded_arrays`"""
+    """Arrays (samples, tokens) whose padding `feed` cuts off: see `_padded_arrays`."""
 
     def feed(self, sample: int) -> dict[str, np.ndarray]:
-        """Model inputs of one sample."""
+        """The model inputs of one sample."""
         feed = {}
         for name, array in self.arrays.items():
             rows = self.rows_per_sample[name]
@@ -99,7 +99,7 @@ def load_calibration(
 def _padded_arrays(
     inputs: Mapping[str, onnx.TypeProto.Tensor], rows_per_sample: Mapping[str, int]
 ) -> frozenset[str]:
-    """Inputs whose second axis is the free token axis of an `attention_mask`.
+    """The inputs whose second axis is the free token axis of an `attention_mask`.
 
     An application gives one sentence without padding, or masks the padding: either way it is no
     activation that matters, and statistics must not count it.
@@ -147,7 +147,7 @@ def _check_names(given: Iterable[str], needed: Iterable[str]) -> None:
 
 
 def _cast(name: str, array: np.ndarray, kind: onnx.TypeProto.Tensor) -> np.ndarray:
-    """The array in the input's type, from another size of the same kind if no value changes."""
+    """Cast the array to the input's type, from another size of the same kind, if it fits."""
     wanted = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
     if array.dtype == wanted:
         return array
@@ -169,7 +169,7 @@ def _cast(name: str, array: np.ndarray, kind: onnx.TypeProto.Tensor) -> np.ndarr
 
 
 def _rows_per_sample(name: str, array: np.ndarray, kind: onnx.TypeProto.Tensor) -> int:
-    """Rows of one sample, 0 where every entry of the first axis is a whole input."""
+    """The rows of one sample; 0 where every entry of the first axis is a whole input."""
     if not kind.HasField("shape"):
         if array.ndim:
             return 1
@@ -216,5 +216,5 @@ def _digest(arrays: dict[str, np.ndarray]) -> str:
     for name in sorted(arrays):
         array = arrays[name]
         digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -88,18 +88,18 @@ def run_build(arguments: argparse.Namespace) -> None:
 
 def _build(arguments: argparse.Namespace, out: Path) -> BuildReport:
     with host_packages():
-        from ..build import build
+        from ..build import build_bank
     levels = None if arguments.levels is None else parse_levels(arguments.levels, "8,4,2,1")
-    return build(
+    return build_bank(
         arguments.model,
         out,
-        arguments.calibration,
-        levels,
-        arguments.workers,
-        progress=not arguments.quiet,
+        calibration=arguments.calibration,
+        levels=levels,
         recipe=arguments.recipe,
         prune_tau=arguments.prune_tau,
+        workers=arguments.workers,
         dask=arguments.dask,
+        progress=not arguments.quiet,
     )
 
 

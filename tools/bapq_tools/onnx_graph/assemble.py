@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,7 +12,7 @@ from onnx import TensorProto, helper
 from bapq_edge.engine.graph import RUN_INPUT
 from bapq_edge.errors import UnsupportedModelError
 
-from . import graph as graphs
+from . import graphs
 from .ir import HeavyLayer, LayerPlan, LayerUse
 
 DOMAIN = "bapq"
@@ -26,7 +27,7 @@ _MIB = 1 << 20
 
 
 def assemble(model: onnx.ModelProto, plan: LayerPlan) -> bytes:
-    """The bank's graph as a serialized ONNX model; `model` stays as it is.
+    """Make the bank's graph, as a serialized ONNX model; `model` stays as it is.
 
     `plan` is that of `find_layers` for this very model; a layer's bias may have been set since.
 
@@ -53,7 +54,8 @@ def assemble(model: onnx.ModelProto, plan: LayerPlan) -> bytes:
     graphs.remove_dead(result.graph)
     _add_initializers(model.graph, result.graph)
     try:
-        return result.SerializeToString(deterministic=True)
+        found: bytes = result.SerializeToString(deterministic=True)
+        return found
     except ValueError as error:
         left = sum(len(tensor.raw_data) for tensor in graphs.tensors(result.graph))
         raise UnsupportedModelError(
@@ -62,12 +64,13 @@ def assemble(model: onnx.ModelProto, plan: LayerPlan) -> bytes:
 
 
 def drop_replaced(model: onnx.ModelProto, plan: LayerPlan) -> onnx.ModelProto:
-    """The model without the weights that only the layers' nodes read: the plan holds them.
+    """Drop the weights that only the layers' nodes read: the plan holds them.
 
     `model` is used up: its weights go, and the plan is led over to the nodes of the new one.
     """
+    nothing: list[onnx.NodeProto] = []
     replaced = {
-        id(node): [] for layer in plan.layers for use in layer.uses for node in use.replaced
+        id(node): nothing for layer in plan.layers for use in layer.uses for node in use.replaced
     }
     read = graphs.uses(rebuild(model.graph, replaced))
     dropped = {name for layer in plan.layers for name in layer.initializers if not read[name]}
@@ -96,7 +99,7 @@ def drop_replaced(model: onnx.ModelProto, plan: LayerPlan) -> onnx.ModelProto:
 def _operators(
     model: onnx.ModelProto, plan: LayerPlan, taken: set[str]
 ) -> dict[int, list[onnx.NodeProto]]:
-    """What stands in place of each node that the plan names, by the node's identity."""
+    """Make what stands in place of each node of the plan, by the node's identity."""
     operators: dict[int, list[onnx.NodeProto]] = {}
     replaced = {id(node) for layer in plan.layers for use in layer.uses for node in use.replaced}
     # ORT refuses a graph in which two custom operators, or one and another node, share a name.
@@ -117,8 +120,8 @@ def _operators(
 def _operator(
     index: int, layer: HeavyLayer, use: LayerUse, name: str, taken: set[str]
 ) -> list[onnx.NodeProto]:
-    """The operator, behind a Cast of the indices if it is a Gather."""
-    attributes: dict[str, int | float] = {"layer": index}
+    """Make the operator, behind a Cast of the indices if it is a Gather."""
+    attributes: dict[str, Any] = {"layer": index}
     source, before = use.activation_input, []
     if use.operator == "Gather":
         # ORT removes the Cast where the indices are int64 already.
@@ -150,7 +153,7 @@ def _operator(
 
 
 def rebuild(graph: onnx.GraphProto, operators: dict[int, list[onnx.NodeProto]]) -> onnx.GraphProto:
-    """The graph with other nodes in place of some, by their identity, without initializers.
+    """Copy the graph with other nodes in place of some, by identity, and no initializers.
 
     What was put in place is taken out of `operators`.
     """

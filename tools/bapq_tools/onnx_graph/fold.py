@@ -14,7 +14,7 @@ from onnx import TensorProto
 
 from bapq_edge.errors import StorageError, UnsupportedModelError
 
-from . import graph as graphs
+from . import graphs
 from .importers.onnx_file import load_external_data
 
 _SILENT = 4

@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from . import graph as graphs
-from .canonical import HeavyNode
+from . import graphs
+from .heavy_nodes import HeavyNode
 from .ir import Activation
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -21,14 +21,14 @@ class Bias:
     """A constant that is added to every output row of a layer."""
 
     values: np.ndarray
-    """(rows,) float32, finite"""
+    """Shape (rows,), float32, finite."""
     initializer: str
     add: onnx.NodeProto | None
     """The Add node behind the layer; None when the bias is the node's own third input."""
 
 
 class Neighbours:
-    """Who reads what inside one graph; valid until the graph changes."""
+    """The readers of each tensor inside one graph; valid until the graph changes."""
 
     def __init__(self, graph: onnx.GraphProto, scope: graphs.Scope) -> None:
         self.scope = scope
@@ -43,7 +43,7 @@ class Neighbours:
 
 
 def own_bias_input(node: onnx.NodeProto) -> str:
-    """Name of the third input of a Gemm or Conv; empty when there is none, or it counts nothing."""
+    """The third input of a Gemm or Conv; empty when there is none, or it counts nothing."""
     if node.op_type not in ("Gemm", "Conv") or len(node.input) < 3:
         return ""
     beta = graphs.attribute(node, "beta", 1.0) if node.op_type == "Gemm" else 1.0
@@ -53,7 +53,7 @@ def own_bias_input(node: onnx.NodeProto) -> str:
 def find_bias(
     node: onnx.NodeProto, heavy: HeavyNode, output_rank: int | None, around: Neighbours
 ) -> Bias | None:
-    """The bias that the operator can take over: the node's own, or that of an Add behind it.
+    """Find the bias that the operator can take over: the node's own, or that of an Add behind it.
 
     `output_rank` is None when unknown: then only a bias that cannot change the rank is taken.
     """
@@ -76,14 +76,15 @@ def find_bias(
 def _bias_values(
     name: str, scope: graphs.Scope, rows: int, channel_last: bool, output_rank: int | None
 ) -> np.ndarray | None:
-    """(rows,) when the constant broadcasts along nothing but the channels of the output."""
+    """Read a constant, (rows,), that broadcasts along nothing but the channels; else None."""
     tensor = scope.constant(name)
     if tensor is None or tensor.data_type != TensorProto.FLOAT:
         return None
     shape = list(tensor.dims)
     if len(shape) > 1 and (output_rank is None or len(shape) > output_rank):
         return None
-    channels = [rows] if channel_last else [rows] + [1] * (output_rank - 2)
+    # The rank of a Conv's output is always known.
+    channels = [rows] if channel_last or output_rank is None else [rows] + [1] * (output_rank - 2)
     while len(shape) > len(channels) and shape[0] == 1:
         del shape[0]
     if shape != channels and graphs.tensor_size(tensor) != 1:
@@ -102,14 +103,14 @@ def split_own_bias(
 ) -> None:
     """Move the third input of a Gemm or Conv into an Add behind the node, in place.
 
-    That of a Conv is a constant (see canonical.py); that of a Gemm may be computed.
+    That of a Conv is a constant (see heavy_nodes.py); that of a Gemm may be computed.
     """
     output, name = node.output[0], own_bias_input(node)
     product = node.output[0] = graphs.fresh_name(f"{output}_product", taken)
     behind = []
     if node.op_type == "Conv":
-        space = [1] * (len(scope.constant(node.input[1]).dims) - 2)
-        values = graphs.tensor_array(scope.constant(name)).reshape([-1, *space])
+        space = [1] * (len(scope.initializer(node.input[1]).dims) - 2)
+        values = graphs.tensor_array(scope.initializer(name)).reshape([-1, *space])
         name = graphs.fresh_name(f"{name}_channels", taken)
         graph.initializer.append(numpy_helper.from_array(values, name))
     elif (beta := graphs.attribute(node, "beta", 1.0)) != 1:
@@ -139,7 +140,7 @@ def _drop_own_bias(
 def find_activation(
     output: str, around: Neighbours
 ) -> tuple[Activation, tuple[onnx.NodeProto, ...]]:
-    """The clipping that a chain of Relu and Clip nodes behind a tensor amounts to."""
+    """Find the clipping that a chain of Relu and Clip nodes behind a tensor amounts to."""
     activation, chain = Activation(), []
     while (node := around.only_reader(output)) is not None:
         bounds = _bounds(node, output, around.scope)
@@ -175,7 +176,7 @@ def _bounds(node: onnx.NodeProto, source: str, scope: graphs.Scope) -> Activatio
 
 
 def _compose(first: Activation, then: Activation) -> Activation:
-    """One clipping that equals two in a row; where low > high, the result is high."""
+    """Make one clipping that equals two in a row; where low > high, the result is high."""
 
     def apply(value: float) -> float:
         return min(max(value, then.low), then.high)

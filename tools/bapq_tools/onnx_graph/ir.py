@@ -1,23 +1,22 @@
-"""What the stages of the host pipeline hand to each other."""
+"""The heavy layers of a model, as the stages of a build hand them to each other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import onnx
 
-from bapq_edge.bank.layout import Level
 from bapq_edge.bank.manifest import KeptNode
 
 Operator = Literal["MatMul", "Gemm", "Conv", "Gather"]
+AutoPad = Literal["NOTSET", "SAME_UPPER", "SAME_LOWER"]
 
 
 @dataclass(frozen=True)
 class Activation:
-    """A Relu or Clip that follows the node and is fused into it: y = min(max(y, low), high)."""
+    """A Relu or Clip behind a node, fused into it: y = min(max(y, low), high)."""
 
     low: float = -float("inf")
     high: float = float("inf")
@@ -30,10 +29,10 @@ class ConvGeometry:
     kernel: tuple[int, int]
     strides: tuple[int, int] = (1, 1)
     pads: tuple[int, int, int, int] = (0, 0, 0, 0)
-    """top, left, bottom, right; unused unless auto_pad is NOTSET"""
+    """Top, left, bottom, right. Unused unless auto_pad is NOTSET."""
     dilations: tuple[int, int] = (1, 1)
     group: int = 1
-    auto_pad: Literal["NOTSET", "SAME_UPPER", "SAME_LOWER"] = "NOTSET"
+    auto_pad: AutoPad = "NOTSET"
     dimensions: Literal[1, 2] = 2
 
 
@@ -53,85 +52,37 @@ class LayerUse:
     graph: onnx.GraphProto
     """The graph or body that holds the node."""
     is_body: bool
-    """True inside an If/Loop/Scan body, where no activation can be observed from outside."""
+    """True inside an If, Loop or Scan body, where no activation can be observed from outside."""
     activation: Activation = field(default_factory=Activation)
     conv: ConvGeometry | None = None
 
 
 @dataclass
 class HeavyLayer:
-    """One weight matrix and every node that reads it (tied weights: more than one)."""
+    """One weight matrix and every node that reads it; tied weights have more than one."""
 
     name: str
     """Unique; letters, digits, '.', '_' and '-' only."""
     weight: np.ndarray
-    """(rows, columns) float32: rows are output channels (Gather: table rows); columns are input
-    features; of a Conv in the order (kernel_y, kernel_x, input channel of the group)."""
+    """Shape (rows, columns), float32. Rows are output channels, or rows of a gathered table.
+    Columns are input features, of a Conv in the order (kernel_y, kernel_x, channel of a group)."""
     bias: np.ndarray | None
-    """(rows,) float32, or None"""
+    """Shape (rows,), float32; None without a bias."""
     uses: tuple[LayerUse, ...]
     initializers: tuple[str, ...]
-    """Names of the initializers that the bank replaces (weight and fused bias)."""
+    """Names of the initializers that the bank replaces: weight and fused bias."""
 
-
-@dataclass(frozen=True)
-class LayerOptions:
-    """What was asked for one layer, by the build or by its recipe."""
-
-    levels: tuple[Level, ...]
-    """Levels that the layer gets, highest first: those of the bank or some of them"""
-    scale_columns: Mapping[Level, int] = field(default_factory=dict)
-    """Columns per scale, where the quantizer is not to choose"""
-    prune_tau: float = 0.0
-    """Weights smaller than this share of the layer's largest are zeroed"""
+    @property
+    def gathered(self) -> bool:
+        """Whether a Gather reads the rows by their number."""
+        return any(use.operator == "Gather" for use in self.uses)
 
 
 @dataclass
 class LayerPlan:
-    """Result of the layers stage, in execution order."""
+    """The result of `find_layers`."""
 
     layers: list[HeavyLayer]
+    """In execution order."""
     kept_in_float: list[KeptNode]
-
-
-@dataclass(frozen=True)
-class LevelStats:
-    """What a layer meets where the layers before it run at a level; inputs are centred."""
-
-    grams: tuple[np.ndarray, ...]
-    """per block of columns, (c, c) float32: mean of x xᵀ"""
-    drift: np.ndarray
-    """(rows, columns) float32: mean of W (x_float - x) xᵀ, how earlier errors show in the output"""
-    mean: np.ndarray
-    """(columns,) float32: mean of x before centring"""
-    held_out: np.ndarray
-    """(samples, columns) float32: inputs that nothing is fitted to"""
-
-
-@dataclass(frozen=True)
-class MatrixStats:
-    """What calibration saw of the input of a matrix: a layer, or one group of a grouped Conv."""
-
-    blocks: tuple[slice, ...]
-    """runs of columns; correlations between them are not known"""
-    mean: np.ndarray
-    """(columns,) float32: mean of the float model's input"""
-    held_out: np.ndarray
-    """(samples, columns) float32: the float model's inputs, centred, of `LevelStats.held_out`"""
-    levels: dict[Level, LevelStats]
-    """of levels 4, 2 and 1, as far as the bank has them"""
-
-    def part(self, rows: slice, block: int) -> MatrixStats:
-        """What is known for some rows of the matrix and one block of its columns."""
-        columns = self.blocks[block]
-        levels = {
-            level: LevelStats(
-                (seen.grams[block],),
-                seen.drift[rows, columns],
-                seen.mean[columns],
-                seen.held_out[:, columns],
-            )
-            for level, seen in self.levels.items()
-        }
-        whole = slice(0, columns.stop - columns.start)
-        return MatrixStats((whole,), self.mean[columns], self.held_out[:, columns], levels)
+    """Nodes with weights that stay with the graph engine."""

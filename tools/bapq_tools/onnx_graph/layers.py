@@ -13,8 +13,7 @@ import onnx
 from bapq_edge.bank.manifest import KeptNode
 from bapq_edge.errors import NoHeavyLayerError
 
-from . import graph as graphs
-from .canonical import MIN_WEIGHTS, HeavyNode, Refusal, recognise
+from . import graphs
 from .fusion import (
     Bias,
     Neighbours,
@@ -23,14 +22,15 @@ from .fusion import (
     own_bias_input,
     split_own_bias,
 )
+from .heavy_nodes import MIN_WEIGHTS, HeavyNode, Refusal, recognise
 from .ir import HeavyLayer, LayerPlan, LayerUse
 
 _NAME_LENGTH = 80
 
 
 @dataclass
-class _Found:
-    """A heavy node and where it stands."""
+class _PlacedNode:
+    """A heavy node and the graph that it stands in."""
 
     node: onnx.NodeProto
     heavy: HeavyNode
@@ -55,7 +55,7 @@ def find_layers(model: onnx.ModelProto) -> LayerPlan:
     if not search.groups:
         raise NoHeavyLayerError(_nothing_found([entry for _, entry in search.kept]))
     ranks = _Ranks(model)
-    around = _Around()
+    around = _NeighbourCache()
     for group in search.groups.values():
         _decide_bias(group, ranks, around)
     opset = graphs.standard_opset(model)
@@ -63,7 +63,7 @@ def find_layers(model: onnx.ModelProto) -> LayerPlan:
     for found in _all(search):
         if found.bias is None and own_bias_input(found.node):
             split_own_bias(found.graph, found.node, found.scope, opset, taken)
-    around = _Around()
+    around = _NeighbourCache()
     names: set[str] = set()
     layers = [_layer(group, around, names) for group in search.groups.values()]
     fused = {node.output[0] for layer in layers for use in layer.uses for node in use.replaced}
@@ -72,10 +72,10 @@ def find_layers(model: onnx.ModelProto) -> LayerPlan:
 
 
 class _Search:
-    """Walks the graphs; groups heavy nodes that have the same weight matrix."""
+    """Walks the graphs, and groups heavy nodes that have the same weight matrix."""
 
     def __init__(self) -> None:
-        self.groups: dict[tuple[tuple[int, ...], bytes], list[_Found]] = {}
+        self.groups: dict[tuple[tuple[int, ...], bytes], list[_PlacedNode]] = {}
         self.kept: list[tuple[str, KeptNode]] = []  # with the node's first output
 
     def visit(self, graph: onnx.GraphProto, outer: graphs.Scope | None) -> None:
@@ -85,15 +85,15 @@ class _Search:
                 self.visit(body, scope)
             heavy = recognise(node, scope)
             if isinstance(heavy, HeavyNode):
-                self._group(_Found(node, heavy, graph, scope, outer is not None))
+                self._group(_PlacedNode(node, heavy, graph, scope, outer is not None))
             elif isinstance(heavy, Refusal):
                 name = node.name or node.output[0]
                 entry = KeptNode(name, node.op_type, heavy.weights, heavy.reason)
                 self.kept.append((node.output[0], entry))
 
-    def _group(self, found: _Found) -> None:
+    def _group(self, found: _PlacedNode) -> None:
         weight = found.heavy.weight
-        key = (weight.shape, hashlib.blake2b(weight, digest_size=32).digest())
+        key = (weight.shape, hashlib.blake2b(weight.data, digest_size=32).digest())
         group = self.groups.setdefault(key, [])
         if group:  # one array for all, so that the copies go
             found.heavy = _with_weight(found.heavy, group[0].heavy.weight)
@@ -104,7 +104,7 @@ def _with_weight(heavy: HeavyNode, weight: np.ndarray) -> HeavyNode:
     return HeavyNode(heavy.operator, heavy.activation_input, heavy.weight_name, weight, heavy.conv)
 
 
-def _all(search: _Search) -> Iterator[_Found]:
+def _all(search: _Search) -> Iterator[_PlacedNode]:
     for group in search.groups.values():
         yield from group
 
@@ -124,18 +124,18 @@ def _nothing_found(kept: list[KeptNode]) -> str:
 
 
 class _Ranks:
-    """Number of dimensions of computed tensors, inferred when first asked for."""
+    """The ranks of computed tensors, inferred when first asked for."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self._model = model
         self._ranks: dict[str, int | None] | None = None
 
-    def of(self, found: _Found) -> int | None:
-        """Rank of a heavy node's output; None when unknown."""
+    def of(self, found: _PlacedNode) -> int | None:
+        """The rank of a heavy node's output; None when unknown."""
         if found.heavy.operator == "Gemm":
             return 2
         if found.heavy.operator == "Conv":
-            return len(found.scope.constant(found.node.input[1]).dims)
+            return len(found.scope.initializer(found.node.input[1]).dims)
         if self._ranks is None:
             self._ranks = self._infer()
         return self._ranks.get(found.node.output[0])
@@ -155,31 +155,34 @@ class _Ranks:
         return ranks
 
 
-class _Around:
-    """The neighbours in each graph, computed when first asked for; valid until a graph changes."""
+class _NeighbourCache:
+    """The neighbours in each graph, found when first asked for; valid until a graph changes."""
 
     def __init__(self) -> None:
         self._known: dict[int, Neighbours] = {}
 
-    def of(self, found: _Found) -> Neighbours:
+    def of(self, found: _PlacedNode) -> Neighbours:
         key = id(found.graph)
         if key not in self._known:
             self._known[key] = Neighbours(found.graph, found.scope)
         return self._known[key]
 
 
-def _decide_bias(group: list[_Found], ranks: _Ranks, around: _Around) -> None:
+def _decide_bias(group: list[_PlacedNode], ranks: _Ranks, around: _NeighbourCache) -> None:
     """Fuse a bias only if all products that share the weights have the same one."""
     products = [found for found in group if found.heavy.operator != "Gather"]
-    biases = [find_bias(f.node, f.heavy, ranks.of(f), around.of(f)) for f in products]
-    if any(bias is None for bias in biases):
-        return
+    biases = []
+    for found in products:
+        bias = find_bias(found.node, found.heavy, ranks.of(found), around.of(found))
+        if bias is None:
+            return
+        biases.append(bias)
     if all(np.array_equal(bias.values, biases[0].values) for bias in biases):
         for found, bias in zip(products, biases, strict=True):
             found.bias = bias
 
 
-def _layer(group: list[_Found], around: _Around, names: set[str]) -> HeavyLayer:
+def _layer(group: list[_PlacedNode], around: _NeighbourCache, names: set[str]) -> HeavyLayer:
     biases = [found.bias for found in group if found.bias is not None]
     replaced = [found.heavy.weight_name for found in group]
     replaced += [bias.initializer for bias in biases]
@@ -192,7 +195,7 @@ def _layer(group: list[_Found], around: _Around, names: set[str]) -> HeavyLayer:
     )
 
 
-def _use(found: _Found, around: Neighbours) -> LayerUse:
+def _use(found: _PlacedNode, around: Neighbours) -> LayerUse:
     replaced = [found.node]
     if found.bias is not None and found.bias.add is not None:
         replaced.append(found.bias.add)
@@ -214,9 +217,9 @@ def _use(found: _Found, around: Neighbours) -> LayerUse:
 
 
 def _layer_name(node: onnx.NodeProto, taken: set[str]) -> str:
-    """A readable, unique name: `/layer1/conv/Conv` becomes `layer1.conv`.
+    """Make a readable, unique name: `/layer1/conv/Conv` becomes `layer1.conv`.
 
-    Unique in lower case too, since it names a folder of the exchange form.
+    It is unique in lower case too, since it names a folder of the exchange form.
     """
     source = node.name or node.output[0]
     parts = [part for part in re.split(r"[/:]+", source) if part]

@@ -21,31 +21,30 @@ from types import TracebackType
 import numpy as np
 
 from bapq_edge.bank.codes import LayerCodes
-from bapq_edge.bank.layout import PLANES, Level, Plane, planes_for
+from bapq_edge.bank.layer import Method
+from bapq_edge.bank.layout import LEVELS, PLANES, Level, Plane, planes_for
 from bapq_edge.bank.staging import storage_errors
 from bapq_edge.errors import ClusterError, StorageError, WorkerError
 
 from ..onnx_graph.ir import HeavyLayer
-from .quantize import QuantizedLayer
+from .quantized_layer import QuantizedLayer
 
 _KEY_FILE = "key.json"
 _LAYER_FILE = re.compile(r"layer_(\d+)\.([0-9a-f]{32})\.npz")
-
-BYTES_PER_WEIGHT: Mapping[Plane, float] = {"p4": 0.5, "r8": 0.5, "s1": 0.125, "m1": 0.125}
-"""What a code takes in a layer's file; float weights are not in it."""
+_METHODS: dict[str, Method] = {"nearest": "nearest", "compensated": "compensated"}
 
 
-class PartialBank:
-    """Context manager around the folder.
+class Checkpoint:
+    """Context manager around the folder of quantized layers.
 
-    It goes when the bank is whole, or when another try would fail alike; it stays after a kill,
-    Ctrl-C, a full disk or a lost worker.
+    The folder goes when the bank is whole, or when another try would fail alike. It stays after a
+    kill, Ctrl-C, a full disk or a lost worker.
     """
 
     def __init__(
         self, bank: Path, key: Mapping[str, object], say: Callable[[str], None] = lambda _: None
     ) -> None:
-        """`key`: all that the layers depend on; `say` is told what is found and what stays."""
+        """`key` holds all that the layers depend on; `say` is told what is found and what stays."""
         bank = Path(os.path.realpath(bank))
         self.folder = bank.with_name(bank.name + ".bapq-partial")
         self._key = json.loads(json.dumps(key))
@@ -53,11 +52,11 @@ class PartialBank:
         self._files: dict[int, Path] = {}
         self._lock = -1
 
-    def __enter__(self) -> PartialBank:
+    def __enter__(self) -> Checkpoint:
         """Raises StorageError, also when another build works in the folder."""
         with storage_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
-            self._lock = _locked(self.folder)
+            self._lock = _lock_folder(self.folder)
             if self._read_key() != self._key:
                 _empty(self.folder)
                 (self.folder / _KEY_FILE).write_text(json.dumps(self._key))
@@ -92,7 +91,7 @@ class PartialBank:
 
     @property
     def scratch(self) -> Path:
-        """Folder for files of this build only."""
+        """A folder for files of this build only."""
         return self.folder / "scratch"
 
     def __contains__(self, index: int) -> bool:
@@ -116,20 +115,20 @@ class PartialBank:
         arrays |= {f"output_error.{k}": np.array(v) for k, v in layer.output_error.items()}
         with storage_errors(self.folder):
             fresh = self.scratch / "layer.npz"
-            np.savez(fresh, **arrays)
+            np.savez(fresh, **arrays)  # type: ignore[arg-type]  # no array is allow_pickle
             path = self.folder / f"layer_{index}.{_digest(fresh)}.npz"
             os.replace(fresh, path)
         self._files[index] = path
 
     def get(self, index: int, layer: HeavyLayer, level: Level | None = None) -> QuantizedLayer:
-        """What was kept of the plan's layer of that index; codes of one level only, if given."""
+        """Read what was kept of the plan's layer of that index; only codes of `level`, if given."""
         wanted = PLANES if level is None else planes_for((level,))
         with storage_errors(self._files[index]), np.load(self._files[index]) as file:
             columns = int(file["columns"]) if "columns" in file else 0
 
             def by_level(prefix: str) -> dict[Level, np.ndarray]:
-                names = [name for name in file.files if name.startswith(prefix + ".")]
-                return {int(name.removeprefix(prefix + ".")): file[name] for name in names}
+                names = {level: f"{prefix}.{level}" for level in LEVELS}
+                return {level: file[name] for level, name in names.items() if name in file}
 
             row_error = by_level("row_error")
             codes = LayerCodes(
@@ -147,7 +146,7 @@ class PartialBank:
                 int(file["residual_steps"]),
                 {level: int(value) for level, value in by_level("scale_columns").items()},
                 row_error,
-                {level: str(value) for level, value in by_level("method").items()},
+                {level: _METHODS[str(value)] for level, value in by_level("method").items()},
                 {level: float(value) for level, value in by_level("output_error").items()},
             )
 
@@ -159,16 +158,17 @@ class PartialBank:
 
 
 def _packed(plane: Plane, code: np.ndarray) -> np.ndarray:
-    """(rows, columns) codes of 4 or 1 bits, side by side in bytes."""
+    """Put codes of 4 or 1 bits, (rows, columns), side by side in bytes."""
     if plane in ("s1", "m1"):
         return np.packbits(code, axis=1)
     if code.shape[1] % 2:
         code = np.pad(code, ((0, 0), (0, 1)))
-    return code[:, ::2] | code[:, 1::2] << 4
+    result: np.ndarray = code[:, ::2] | code[:, 1::2] << 4
+    return result
 
 
 def _unpacked(plane: Plane, packed: np.ndarray, columns: int) -> np.ndarray:
-    """Inverse of `_packed`."""
+    """Do the inverse of `_packed`."""
     if plane in ("s1", "m1"):
         return np.unpackbits(packed, axis=1, count=columns)
     code = np.empty((len(packed), 2 * packed.shape[1]), np.uint8)
@@ -184,7 +184,7 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _locked(folder: Path) -> int:
+def _lock_folder(folder: Path) -> int:
     """Lock the folder, so that no two builds take each other's files for leftovers."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

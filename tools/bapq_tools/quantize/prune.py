@@ -1,4 +1,4 @@
-"""Static pruning: zeroes the weights of a layer that are small beside its largest."""
+"""Static pruning: weights become zero that are small beside the largest of their layer."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..onnx_graph.ir import HeavyLayer, LayerOptions, LayerPlan
+from ..onnx_graph.ir import HeavyLayer, LayerPlan
+from .options import LayerOptions
 
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What pruning left of a layer."""
+    """The weights that pruning left of a layer."""
 
     weights: int
     remaining: int
-    """weights that are not zero"""
+    """Number of weights that are not zero."""
     zero_rows: np.ndarray
-    """(rows,) bool: every weight is zero, so the row's output is its bias, whatever the input"""
+    """Rows whose weights are all zero, (rows,) bool: their output is their bias."""
 
     @property
     def remaining_ratio(self) -> float:
-        """Share of the weights that are not zero."""
+        """The share of the weights that are not zero."""
         return self.remaining / self.weights
 
 
@@ -34,7 +35,7 @@ def prune(layer: HeavyLayer, tau: float) -> PruneReport:
 
 
 def prune_layers(plan: LayerPlan, options: Mapping[str, LayerOptions]) -> dict[str, PruneReport]:
-    """Prune the layers that are to be; what was left, by layer name."""
+    """Prune the layers that have a tau; returns what was left, by layer name."""
     taus = {layer.name: options[layer.name].prune_tau for layer in plan.layers}
     return {
         layer.name: prune(layer, taus[layer.name]) for layer in plan.layers if taus[layer.name] > 0

@@ -30,16 +30,18 @@ _STEP_COLUMNS = 128
 
 
 @dataclass(frozen=True)
-class Problem:
+class RoundingProblem:
     """H of a matrix with some of its mean diagonal added, in blocks of columns."""
 
     blocks: Sequence[slice]
     grams: Sequence[np.ndarray]
-    """(c, c) float32 per block, positive definite"""
+    """One per block, (c, c) float32, positive definite."""
 
     @classmethod
-    def damped(cls, blocks: Sequence[slice], grams: Sequence[np.ndarray], share: float) -> Problem:
-        """The problem with `share` of the mean diagonal of all blocks added to each diagonal."""
+    def damped(
+        cls, blocks: Sequence[slice], grams: Sequence[np.ndarray], share: float
+    ) -> RoundingProblem:
+        """Add `share` of the mean diagonal of all blocks to each diagonal."""
         diagonal = np.concatenate([np.diagonal(gram) for gram in grams])
         added = np.float32(share * max(float(diagonal.mean(dtype=np.float64)), 1e-30))
         damped = [np.array(gram) for gram in grams]
@@ -49,8 +51,10 @@ class Problem:
 
     @cached_property
     def factors(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Per block the order of rounding, (c,), the most active column first, and in that order
-        U, (c, c) float32, upper, with Uᵀ U = H⁻¹.
+        """Per block, the order of rounding and a factor of H⁻¹ in that order.
+
+        The order is (c,), the most active column first. The factor is U, (c, c) float32, upper,
+        with Uᵀ U = H⁻¹.
 
         Raises numpy.linalg.LinAlgError where H is not positive definite in float64.
         """
@@ -60,23 +64,24 @@ class Problem:
 
     @property
     def diagonal(self) -> np.ndarray:
-        """(columns,)"""
+        """The diagonal of H, (columns,)."""
         return np.concatenate([np.diagonal(gram) for gram in self.grams])
 
     def times(self, rows: np.ndarray) -> np.ndarray:
-        """rows @ H, (rows, columns)."""
+        """The product rows @ H, (rows, columns)."""
         pairs = zip(self.blocks, self.grams, strict=True)
         return np.concatenate([rows[:, block] @ gram for block, gram in pairs], axis=1)
 
     def row_errors(self, difference: np.ndarray) -> np.ndarray:
-        """(rows,) float64: d H dᵀ of each row."""
+        """The error d H dᵀ of each row d, (rows,) float64."""
         peak = max(float(np.abs(difference).max(initial=0)), 2.0**-100)
         unit = difference / np.float32(peak)  # squares of any float32 would overflow
-        return (unit * self.times(unit)).sum(1, dtype=np.float64) * peak**2
+        result: np.ndarray = (unit * self.times(unit)).sum(1, dtype=np.float64) * peak**2
+        return result
 
 
-def absorb_drift(weight: np.ndarray, drift: np.ndarray, problem: Problem) -> np.ndarray:
-    """The matrix that makes most of the drifted input: weight + drift H⁻¹. Uses H up."""
+def absorb_drift(weight: np.ndarray, drift: np.ndarray, problem: RoundingProblem) -> np.ndarray:
+    """Return weight + drift H⁻¹, which makes the most of the drifted input; H is used up."""
     result = weight.copy()
     for block, gram in zip(problem.blocks, problem.grams, strict=True):
         # LAPACK works on columns; H is its own transpose.
@@ -89,7 +94,7 @@ def round_compensated(
     target: np.ndarray,
     scale: np.ndarray,
     half: int,
-    problem: Problem,
+    problem: RoundingProblem,
     bounds: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
     """Round column by column, the most active first; later columns make up for earlier errors.
@@ -104,7 +109,7 @@ def round_compensated(
         columns = np.arange(block.start, block.stop)[order]
         codes[:, columns] = _round_block(
             target[:, columns].T.copy(),
-            _Grid.of(scale, half, bounds, columns),
+            _ColumnGrids.of(scale, half, bounds, columns),
             upper,
         ).T
     return codes
@@ -115,10 +120,10 @@ def descend_codes(
     scale: np.ndarray,
     codes: np.ndarray,
     half: int,
-    problem: Problem,
+    problem: RoundingProblem,
     bounds: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
-    """One round of coordinate descent: each code becomes the best one given all others."""
+    """Do one round of coordinate descent: each code becomes the best one given all others."""
     gradient = problem.times(target - codes * scale)
     result = np.empty_like(codes)
     for block, gram in zip(problem.blocks, problem.grams, strict=True):
@@ -127,16 +132,16 @@ def descend_codes(
         result[:, columns] = _descend_block(
             codes[:, columns].T.copy(),
             gradient[:, columns].T.copy(),
-            _Grid.of(scale, half, bounds, columns),
+            _ColumnGrids.of(scale, half, bounds, columns),
             gram[np.ix_(order, order)],
         ).T
     return result
 
 
 def refit_scales(
-    target: np.ndarray, scale: np.ndarray, codes: np.ndarray, group: int, problem: Problem
+    target: np.ndarray, scale: np.ndarray, codes: np.ndarray, group: int, problem: RoundingProblem
 ) -> np.ndarray:
-    """One round over the scale groups: each becomes the best one given codes and other scales.
+    """Do one round over the scales: each becomes the best one given the codes and other scales.
 
     scale: (rows, groups); returns bf16 values as float32, never negative. A scale of 0 stays,
     as does that of a group which two blocks cut.
@@ -155,16 +160,16 @@ def refit_scales(
             slope = (code * gradient[:, part]).sum(1)
             curvature = ((code @ gram[part, part]) * code).sum(1)
             step = np.divide(slope, curvature, out=np.zeros_like(slope), where=curvature > 0)
-            precision = np.where(result[:, index] > 0, result[:, index] + step, 0)
-            found = from_bf16(to_bf16(np.where(precision < SMALLEST_SCALE, 0, precision)))
+            wanted = np.where(result[:, index] > 0, result[:, index] + step, 0)
+            found = from_bf16(to_bf16(np.where(wanted < SMALLEST_SCALE, 0, wanted)))
             gradient -= ((found - result[:, index])[:, None] * code) @ gram[part]
             result[:, index] = found
     return result
 
 
 @dataclass(frozen=True)
-class _Grid:
-    """The grid of some columns, one row per column."""
+class _ColumnGrids:
+    """The grids of some columns, one row per column."""
 
     scale: np.ndarray
     inverse: np.ndarray
@@ -178,7 +183,7 @@ class _Grid:
         half: int,
         bounds: tuple[np.ndarray, np.ndarray] | None,
         columns: np.ndarray,
-    ) -> _Grid:
+    ) -> _ColumnGrids:
         scale = scale[:, columns].T.copy()
         inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
         if bounds is None:
@@ -187,15 +192,16 @@ class _Grid:
         return cls(scale, inverse, bounds[0][:, columns].T.copy(), bounds[1][:, columns].T.copy())
 
     def nearest(self, x: np.ndarray, column: int) -> np.ndarray:
-        """Nearest allowed codes of one column; x in units of the scale, overwritten."""
+        """The nearest allowed codes of one column; x, in units of the scale, is overwritten."""
         np.floor(x, out=x)
         x += np.float32(0.5)
         np.maximum(x, self.lowest[column], out=x)
-        return np.minimum(x, self.highest[column], out=x)
+        result: np.ndarray = np.minimum(x, self.highest[column], out=x)
+        return result
 
 
 def _inverse_factor(gram: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """U of `Problem.factors`: from the factor of H with rows and columns reversed, in place."""
+    """Compute U of `RoundingProblem.factors`, from the factor of H in reversed order."""
     turned = order[::-1]
     square = gram[np.ix_(turned, turned)].astype(np.float64)
     # LAPACK works on columns; H is its own transpose.
@@ -207,8 +213,8 @@ def _inverse_factor(gram: np.ndarray, order: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(lower[::-1, ::-1], np.float32)
 
 
-def _round_block(rest: np.ndarray, grid: _Grid, upper: np.ndarray) -> np.ndarray:
-    """rest: (columns, rows), overwritten; returns codes alike."""
+def _round_block(rest: np.ndarray, grid: _ColumnGrids, upper: np.ndarray) -> np.ndarray:
+    """Round `rest`, (columns, rows), which is overwritten; returns the codes, (columns, rows)."""
     codes = np.empty_like(rest)
     count = len(rest)
     for begin in range(0, count, _STEP_COLUMNS):
@@ -227,18 +233,18 @@ def _round_block(rest: np.ndarray, grid: _Grid, upper: np.ndarray) -> np.ndarray
 
 
 def _descend_block(
-    codes: np.ndarray, gradient: np.ndarray, grid: _Grid, gram: np.ndarray
+    codes: np.ndarray, gradient: np.ndarray, grid: _ColumnGrids, gram: np.ndarray
 ) -> np.ndarray:
-    """codes and gradient: (columns, rows), overwritten; returns the new codes."""
+    """Return new codes; `codes` and `gradient`, (columns, rows), are overwritten."""
     count = len(codes)
     for begin in range(0, count, _STEP_COLUMNS):
         end = min(begin + _STEP_COLUMNS, count)
         changes = np.empty((end - begin, codes.shape[1]), np.float32)
         for column in range(begin, end):
-            precision = gradient[column] * grid.inverse[column]
-            precision *= 1 / gram[column, column]
-            precision += codes[column]
-            code = grid.nearest(precision, column)
+            wanted = gradient[column] * grid.inverse[column]
+            wanted *= 1 / gram[column, column]
+            wanted += codes[column]
+            code = grid.nearest(wanted, column)
             change = changes[column - begin]
             np.subtract(code, codes[column], out=change)
             change *= grid.scale[column]

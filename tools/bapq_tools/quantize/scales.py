@@ -32,7 +32,7 @@ _LARGEST_SCALE = np.float32(2.0**125)
 
 
 def fit_scale4(w: np.ndarray, h: np.ndarray) -> np.ndarray:
-    """Level-4 scale with the smallest weighted error, never clipping level 8.
+    """Find the level-4 scale with the smallest weighted error, never clipping level 8.
 
     Shapes: w (rows, groups, columns), h alike or broadcast; returns (rows, groups).
     """
@@ -45,14 +45,14 @@ def fit_scale4(w: np.ndarray, h: np.ndarray) -> np.ndarray:
         x -= nearest(x, 8)
         x *= x
         x *= h
-        error = x.sum(-1) * _relative_square(scale, peak)
+        error = x.sum(-1) * np.square(_ratio(scale, peak))
         better = error < best_error
         best_scale[better], best_error[better] = scale[better], error[better]
     return best_scale
 
 
 def fit_scale2(w: np.ndarray, h: np.ndarray) -> np.ndarray:
-    """Level-2 scale with the smallest weighted error: a search, then alternating refits.
+    """Find the level-2 scale with the smallest weighted error: a search, then alternating refits.
 
     Shapes as in `fit_scale4`.
     """
@@ -83,7 +83,7 @@ def fit_scale2(w: np.ndarray, h: np.ndarray) -> np.ndarray:
 
 
 def fit_scale1(w: np.ndarray, h: np.ndarray) -> np.ndarray:
-    """Level-1 scale with the smallest weighted error for the signs of w: twice the mean of |w|.
+    """Find the level-1 scale with the smallest weighted error: twice the mean of |w|.
 
     Shapes as in `fit_scale4`.
     """
@@ -93,7 +93,7 @@ def fit_scale1(w: np.ndarray, h: np.ndarray) -> np.ndarray:
 
 
 def grouped(values: np.ndarray, size: int) -> np.ndarray:
-    """(rows, columns) -> (rows, groups, size), zeros past the last column.
+    """Cut (rows, columns) into groups, (rows, groups, size), with zeros past the last column.
 
     Padded weights and their h are zero, so no sum and no maximum sees them.
     """
@@ -107,30 +107,28 @@ def grouped(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def _peak(w: np.ndarray) -> np.ndarray:
-    """Largest magnitude per group; 0 for groups that are stored as zero."""
+    """The largest magnitude per group; 0 for groups that are stored as zero."""
     peak = np.abs(w).max(-1)
     return np.where(peak < _SMALLEST_PEAK, np.float32(0), peak)
 
 
 def divided(w: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """w / scale per group; 0 where the scale is 0."""
+    """Divide by the scale of each group; 0 where the scale is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         inverse = np.where(scale > 0, 1 / scale, np.float32(0))
     return w * inverse[..., None]
 
 
 def nearest(x: np.ndarray, half: int) -> np.ndarray:
-    """Nearest of the 2*half mid-rise points -half+0.5 .. half-0.5."""
-    return np.clip(np.floor(x), -half, half - 1) + np.float32(0.5)
+    """The nearest of the 2*half mid-rise points -half+0.5 to half-0.5."""
+    result: np.ndarray = np.clip(np.floor(x), -half, half - 1) + np.float32(0.5)
+    return result
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a / b, 0 where b is 0."""
-    return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
-
-
-def _relative_square(scale: np.ndarray, peak: np.ndarray) -> np.ndarray:
-    return np.square(_ratio(scale, peak))
+    """Divide a by b; 0 where b is 0."""
+    result: np.ndarray = np.divide(a, b, out=np.zeros_like(a), where=b > 0)
+    return result
 
 
 def _sum_weights(h: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -138,12 +136,12 @@ def _sum_weights(h: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 
 def _scale_of(peak: np.ndarray, ratio: np.ndarray) -> np.ndarray:
-    """peak * ratio as bf16, within the scales' range."""
+    """The scale peak * ratio as bf16, within the range of scales."""
     with np.errstate(over="ignore"):
         return from_bf16(to_bf16(np.minimum(peak * ratio, _LARGEST_SCALE)))
 
 
 def _bf16_not_below(values: np.ndarray) -> np.ndarray:
-    """Smallest bf16 that is no less than the value, for finite values >= 0."""
+    """The smallest bf16 that is no less than the value, for finite values >= 0."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return from_bf16(((bits + np.uint32(0xFFFF)) >> np.uint32(16)).astype(np.uint16))

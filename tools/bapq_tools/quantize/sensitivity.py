@@ -1,4 +1,4 @@
-"""What each layer's rounding does to the model's outputs: measured, one layer at a time."""
+"""Measures what the rounding of each layer does to the model's outputs, one layer at a time."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import onnx
 
 from bapq_edge.bank.layout import Level
 
-from ..calibration.forward_passes import FLOAT, Chains, Tensors, run
+from ..calibration.forward_passes import FLOAT, ForwardPasses, Tensors, run
 from ..calibration.reference_model import Reference, weight_feeds
 from ..onnx_graph.ir import HeavyLayer
-from .quantize import QuantizedLayer
+from .quantized_layer import QuantizedLayer
 
-SAMPLES = 32
-"""Samples that outputs are compared on."""
+_SAMPLES = 32
+"""Number of samples that outputs are compared on."""
 
 
 class OutputErrors:
@@ -29,22 +29,22 @@ class OutputErrors:
     def __init__(
         self,
         reference: Reference,
-        chains: Chains,
+        passes: ForwardPasses,
         nodes: Sequence[onnx.NodeProto],
         workers: int,
     ) -> None:
-        """`nodes` are all that come after what the chains have computed."""
-        self._chains = chains
+        """`nodes` are all that come after what the passes have computed."""
+        self._passes = passes
         self._workers = workers
-        count = min(SAMPLES, chains.samples)
-        self._samples = [i * chains.samples // count for i in range(count)]
+        count = min(_SAMPLES, passes.samples)
+        self._samples = [i * passes.samples // count for i in range(count)]
         computed = {name for node in nodes for name in node.output}
         self._outputs = [name for name in reference.judged_tensors() if name in computed]
         if self._outputs:
             reads = set().union(*(reference.needs(node) for node in nodes))
-            example = {n: v for n, v in chains.tensors(FLOAT, 0).items() if n in reads}
-            self._session = chains.session(nodes, example, self._outputs)
-            self._feeds = chains.weight_feeds(FLOAT, nodes)
+            example = {n: v for n, v in passes.tensors(FLOAT, 0).items() if n in reads}
+            self._session = passes.session(nodes, example, self._outputs)
+            self._feeds = passes.weight_feeds(FLOAT, nodes)
             self._wanted = self._run({})
 
     def of(self, layer: HeavyLayer, quantized: QuantizedLayer) -> dict[Level, float]:
@@ -60,30 +60,35 @@ class OutputErrors:
         for level in levels:
             if level == 32:
                 errors[level] = 0.0
-            elif level in measured_levels(levels):
+            elif level in _measured_levels(levels):
                 changed = weight_feeds(layer, quantized.weight(level), quantized.bias(level))
                 pairs = zip(self._run(changed), self._wanted, strict=True)
-                errors[level] = float(np.mean([_relative_square(a, b) for a, b in pairs]))
+                errors[level] = float(np.mean([_relative_square_error(a, b) for a, b in pairs]))
         if 8 in levels and 4 in levels:
             errors[8] = errors[4] * own[8] / own[4] if own[4] else own[8]
         return errors
 
     def _run(self, changed: Tensors) -> list[Tensors]:
         def outputs_of(sample: int) -> Tensors:
-            tensors = self._chains.tensors(FLOAT, sample)
+            tensors = self._passes.tensors(FLOAT, sample)
             return run(self._session, self._outputs, {**tensors, **self._feeds, **changed}, sample)
 
         with ThreadPoolExecutor(self._workers) as pool:
             return list(pool.map(outputs_of, self._samples))
 
 
-def measured_levels(levels: Sequence[Level]) -> list[Level]:
-    """Levels whose effect is measured."""
+def _measured_levels(levels: Sequence[Level]) -> list[Level]:
+    """Levels whose effect is measured; the others follow."""
     return [level for level in levels if level != 32 and (level != 8 or 4 not in levels)]
 
 
-def _relative_square(found: Tensors, wanted: Tensors) -> float:
-    """Mean over the outputs of |found - wanted|² / |wanted|², at most 1e6 where that explodes."""
+def measured_runs(levels: Sequence[Level], samples: int) -> int:
+    """Number of runs that `OutputErrors.of` makes for a layer with these levels."""
+    return len(_measured_levels(levels)) * min(_SAMPLES, samples)
+
+
+def _relative_square_error(found: Tensors, wanted: Tensors) -> float:
+    """The mean over the outputs of |found - wanted|² / |wanted|², each at most 1e6."""
     ratios = []
     for name, expected in wanted.items():
         norm = np.square(expected, dtype=np.float64).sum()

@@ -13,24 +13,25 @@ import onnx
 
 from bapq_edge.bank.layout import Level, level_within
 
-from ..build_support.spill import OnDisk
+from ..build_support.spill import Spill
 from ..build_support.workers import Workers
-from ..calibration.forward_passes import FLOAT, Chains
-from ..calibration.gram import PANEL
-from ..calibration.input_statistics import NEIGHBOUR, Moments, input_key
+from ..calibration.forward_passes import FLOAT, ForwardPasses
+from ..calibration.gram import PANEL_COLUMNS
+from ..calibration.input_statistics import NEIGHBOUR, InputStatistics, input_key
+from ..calibration.matrix_stats import MatrixStats
 from ..calibration.reference_model import Reference, observed, weight_feeds
 from ..calibration.samples import CalibrationData
-from ..onnx_graph.ir import HeavyLayer, LayerOptions, LayerPlan, MatrixStats
-from .checkpoint import PartialBank
-from .eta import Effort, costs_of, output_errors_s, round_s
-from .quantize import (
-    QuantizedLayer,
-    join_layer,
-    layer_tasks,
-    quantize_family,
-    scale_columns_of,
-)
-from .sensitivity import OutputErrors
+from ..onnx_graph.ir import HeavyLayer, LayerPlan
+from .checkpoint import Checkpoint
+from .eta import Eta, codes_s, forward_s, statistics_s
+from .family import quantize_family
+from .layer_tasks import join_layer, layer_tasks
+from .options import LayerOptions, scale_columns_of
+from .quantized_layer import QuantizedLayer
+from .sensitivity import OutputErrors, measured_runs
+
+Options = Mapping[str, LayerOptions]
+"""The options of the layers, by name."""
 
 
 def quantize_layers(
@@ -38,123 +39,123 @@ def quantize_layers(
     plan: LayerPlan,
     data: CalibrationData | None,
     levels: tuple[Level, ...],
-    options: Mapping[str, LayerOptions],
+    options: Options,
     workers: Workers,
-    partial: PartialBank,
-    disk: OnDisk,
+    checkpoint: Checkpoint,
+    spill: Spill,
     advance: Callable[[float], None] = lambda share: None,
 ) -> None:
-    """Quantize every layer of the plan into `partial`, under its index.
+    """Quantize every layer of the plan into `checkpoint`, under its index.
 
-    `levels` are the bank's, of which a layer may have some, by its options.
-
-    `advance` is told the share of the whole work done since the last call.
+    `levels` are the bank's. A layer has all or some of them, by its options. `advance` is told the
+    share of the whole work that was done since its last call.
 
     Raises:
         CalibrationError: the model fails on a sample, or a layer's input is not finite there.
     """
     index = {layer.name: number for number, layer in enumerate(plan.layers)}
-    effort = Effort(advance)
+    eta = Eta(advance)
     if data is None or levels == (32,):
-        missing = [layer for layer in plan.layers if index[layer.name] not in partial]
-        effort.plan("round", sum(round_s(layer, False) for layer in missing))
+        missing = [layer for layer in plan.layers if index[layer.name] not in checkpoint]
+        eta.plan("codes", sum(codes_s(layer, False) for layer in missing))
         for layer in missing:
-            with effort.doing("round", round_s(layer, False)):
-                partial.put(index[layer.name], *_quantize([_Seen(layer)], options, workers))
+            with eta.doing("codes", codes_s(layer, False)):
+                (found,) = _quantize([_CalibratedLayer(layer)], options, workers)
+                checkpoint.put(index[layer.name], found)
         return
 
-    def feeds(chain: int, layer: HeavyLayer) -> dict[str, np.ndarray]:
-        if chain == FLOAT:
+    def feeds(level: Level, layer: HeavyLayer) -> dict[str, np.ndarray]:
+        if level == FLOAT:
             return weight_feeds(layer, layer.weight, layer.bias)
-        level = level_within(options[layer.name].levels, chain)
-        found = partial.get(index[layer.name], layer, level)
-        return weight_feeds(layer, found.weight(level), found.bias(level))
+        own = level_within(options[layer.name].levels, level)
+        found = checkpoint.get(index[layer.name], layer, own)
+        return weight_feeds(layer, found.weight(own), found.bias(own))
 
     reference = Reference(model, plan)
-    chain_levels = [level for level in NEIGHBOUR if level in levels] or [min(levels)]
-    chains = Chains(reference, data, chain_levels, feeds, workers.count, partial.scratch)
+    pass_levels = [level for level in NEIGHBOUR if level in levels] or [min(levels)]
+    passes = ForwardPasses(reference, data, pass_levels, feeds, workers.count, checkpoint.scratch)
     stages = list(reference.stages())
-    missing = [
-        [layer for layer in stage.layers if index[layer.name] not in partial] for stage in stages
+    to_do = [
+        [layer for layer in stage.layers if index[layer.name] not in checkpoint] for stage in stages
     ]
-    costs = costs_of(chains, stages)
-    forward_s = [cost.forward_s * len(chains.chains) * data.samples for cost in costs]
-    measure_s = [
-        {
-            layer.name: output_errors_s(options[layer.name].levels, costs[number + 1 :], data)
-            for layer in layers
-        }
-        for number, layers in enumerate(missing)
-    ]
-    for number, layers in enumerate(missing):
-        effort.plan("forward", forward_s[number])
-        effort.plan("look", costs[number].look_s if layers else 0.0)
-        effort.plan("round", sum(costs[number].round_s[layer.name] for layer in layers))
-        effort.plan("measure", sum(measure_s[number].values()))
-    for number, (stage, layers) in enumerate(zip(stages, missing, strict=True)):
-        with effort.doing("forward", forward_s[number]):
-            chains.run(stage)
+    run_layers = [len(reference.weight_inputs(stage.nodes)) for stage in stages]
+    pass_runs = len(passes.levels) * data.samples
+    pass_s = [forward_s(count, pass_runs) for count in run_layers]
+    measure_s: dict[str, float] = {}
+    for number, layers in enumerate(to_do):
+        eta.plan("forward", pass_s[number])
+        for layer in layers:
+            runs = measured_runs(options[layer.name].levels, data.samples)
+            measure_s[layer.name] = forward_s(sum(run_layers[number + 1 :]), runs)
+            eta.plan("forward", measure_s[layer.name])
+            eta.plan("statistics", statistics_s(layer, pass_runs))
+            eta.plan("codes", codes_s(layer, observed(layer)))
+    for number, (stage, layers) in enumerate(zip(stages, to_do, strict=True)):
+        with eta.doing("forward", pass_s[number]):
+            passes.run(stage)
         if not layers:
             continue
-        rest = [node for later in stages[number + 1 :] for node in later.nodes]
+        later_nodes = [node for later in stages[number + 1 :] for node in later.nodes]
         errors: OutputErrors | None = None
-        with disk.temporary():
-            with effort.doing("look", costs[number].look_s):
-                seen = _look(layers, Moments(chains, disk), options)
-            results = _quantize(seen, options, workers)
+        with spill.temporary():
+            with eta.doing("statistics", sum(statistics_s(layer, pass_runs) for layer in layers)):
+                calibrated = _calibrated(layers, InputStatistics(passes, spill), options)
+            results = _quantize(calibrated, options, workers)
             for layer in layers:
-                with effort.doing("round", costs[number].round_s[layer.name]):
+                with eta.doing("codes", codes_s(layer, observed(layer))):
                     found = next(results)
-                with effort.doing("measure", measure_s[number][layer.name]):
-                    errors = errors or OutputErrors(reference, chains, rest, workers.count)
+                with eta.doing("forward", measure_s[layer.name]):
+                    errors = errors or OutputErrors(reference, passes, later_nodes, workers.count)
                     measured = errors.of(layer, found)
                     found = dataclasses.replace(found, output_error=measured)
-                    partial.put(index[layer.name], found)
-        disk.release()
+                    checkpoint.put(index[layer.name], found)
+        spill.release()
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """A layer and what calibration saw of it."""
+class _CalibratedLayer:
+    """A layer and what calibration tells of its input."""
 
     layer: HeavyLayer
     stats: list[MatrixStats] | None = None
     row_weight: np.ndarray | None = None
 
 
-def _look(
-    layers: Sequence[HeavyLayer], moments: Moments, options: Mapping[str, LayerOptions]
-) -> list[_Seen]:
-    seen = {layer.name: _Seen(layer) for layer in layers}
-    alike: dict[object, list[HeavyLayer]] = {}
+def _calibrated(
+    layers: Sequence[HeavyLayer], statistics: InputStatistics, options: Options
+) -> list[_CalibratedLayer]:
+    """Layers of a stage with the statistics of their inputs, in the same order."""
+    found = {layer.name: _CalibratedLayer(layer) for layer in layers}
+    same_input: dict[object, list[HeavyLayer]] = {}
     for layer in filter(observed, layers):
-        if any(use.operator == "Gather" for use in layer.uses):
-            often = good_turing(moments.gather_counts(layer))
-            seen[layer.name] = _Seen(layer, row_weight=often)
+        if layer.gathered:
+            often = good_turing(statistics.gather_counts(layer))
+            found[layer.name] = _CalibratedLayer(layer, row_weight=often)
         else:
-            alike.setdefault(input_key(layer), []).append(layer)
-    for group in alike.values():
+            same_input.setdefault(input_key(layer), []).append(layer)
+    for group in same_input.values():
         sizes = {n for layer in group for n in scale_columns_of(options[layer.name]).values()}
-        stats = moments.of(group, math.lcm(PANEL, *sizes))  # no scale group is cut in two
-        seen.update({layer.name: _Seen(layer, stats[layer.name]) for layer in group})
-    return list(seen.values())
+        # No scale group is cut in two.
+        stats = statistics.of(group, math.lcm(PANEL_COLUMNS, *sizes))
+        found.update({layer.name: _CalibratedLayer(layer, stats[layer.name]) for layer in group})
+    return list(found.values())
 
 
 def _quantize(
-    seen: Sequence[_Seen], options: Mapping[str, LayerOptions], workers: Workers
+    layers: Sequence[_CalibratedLayer], options: Options, workers: Workers
 ) -> Iterator[QuantizedLayer]:
     """Quantize layers that are independent of each other, spread over the workers."""
-    tasks = [layer_tasks(each.layer, each.stats, options[each.layer.name]) for each in seen]
-    guess_s = sum(round_s(each.layer, each.stats is not None) for each in seen)
+    tasks = [layer_tasks(each.layer, each.stats, options[each.layer.name]) for each in layers]
+    guess_s = sum(codes_s(each.layer, each.stats is not None) for each in layers)
     results = workers.map(quantize_family, list(itertools.chain(*tasks)), guess_s)
-    for each, own in zip(seen, tasks, strict=True):
-        found = itertools.islice(results, len(own))
+    for each, own in zip(layers, tasks, strict=True):
+        own_results = itertools.islice(results, len(own))
         own_options = options[each.layer.name]
-        yield join_layer(each.layer, own_options, each.stats, found, each.row_weight)
+        yield join_layer(each.layer, own_options, each.stats, own_results, each.row_weight)
 
 
 def good_turing(counts: np.ndarray) -> np.ndarray:
-    """Probability of each item, those never seen included.
+    """Probability of each item, also of those that were never seen.
 
     The unseen ones together get the share of the items seen once (Good, 1953), half a count at
     least.

@@ -12,7 +12,7 @@ from bapq_edge.bank.npy import BIAS_DTYPE, ROW_DTYPE
 from bapq_edge.bank.writer import BankWriter, chunk_rows_for
 
 from ..onnx_graph.ir import HeavyLayer
-from .quantize import QuantizedLayer
+from .quantized_layer import QuantizedLayer
 
 
 def write_layer(
@@ -24,8 +24,8 @@ def write_layer(
 ) -> None:
     """Write one layer, then let go of its weights.
 
-    `levels` are those of the bank. `zero_rows` is (rows,) bool: rows whose weights are known to be
-    all zero, None: none are. They are not stored where that saves bytes.
+    `levels` are those of the bank. `zero_rows`, (rows,) bool or None, tells the rows whose weights
+    are known to be all zero. They are not stored where that saves bytes.
     """
     rows, columns = layer.weight.shape
     operators = tuple(dict.fromkeys(use.operator for use in layer.uses))
@@ -68,7 +68,7 @@ def write_layer(
 def tile_bytes(
     columns: int, levels: tuple[Level, ...], scale_columns: Mapping[Level, int], has_bias: bool
 ) -> int:
-    """Bytes of 16 rows of a layer, in all planes that the levels read."""
+    """The bytes of 16 rows of a layer, in all planes that the levels read."""
     return sum(
         TileGeometry.of_layer(plane, levels, columns, scale_columns, has_bias).record_bytes
         for plane in planes_for(levels)
@@ -78,9 +78,8 @@ def tile_bytes(
 def _dropped_rows(
     layer: HeavyLayer, quantized: QuantizedLayer, zero_rows: np.ndarray | None
 ) -> np.ndarray:
-    """Numbers of the rows not to store: all that are zero, or none where that saves nothing."""
-    gathered = any(use.operator == "Gather" for use in layer.uses)  # it finds rows by their number
-    if zero_rows is None or gathered:
+    """The rows not to store: all that are zero, or none where that saves nothing."""
+    if zero_rows is None or layer.gathered:  # a Gather finds rows by their number
         return np.arange(0)
     rows, columns = layer.weight.shape
     dropped = np.flatnonzero(zero_rows)[int(zero_rows.all()) :]  # a layer stores at least one
@@ -94,9 +93,9 @@ def _dropped_rows(
 def _sensitivity(
     quantized: QuantizedLayer, levels: tuple[Level, ...], chunk_rows: int
 ) -> np.ndarray:
-    """(chunks, levels) float32: the layer's output error, shared out by the errors of the rows.
+    """Share out the layer's output error by the errors of the rows, (chunks, levels) float32.
 
-    0 where the layer lacks a level.
+    It is 0 where the layer lacks a level.
     """
     rows = len(next(iter(quantized.row_error.values())))
     starts = np.arange(0, rows, chunk_rows)
@@ -108,4 +107,5 @@ def _sensitivity(
             chunks = chunks / chunks.sum() * error
         columns.append(chunks)
     # An error that dwarfs the output may leave float32's range; it need only stay the largest.
-    return np.minimum(np.stack(columns, axis=1), np.finfo(np.float32).max).astype(np.float32)
+    result: np.ndarray = np.minimum(np.stack(columns, axis=1), np.finfo(np.float32).max)
+    return result.astype(np.float32)

@@ -1,1 +1,1 @@
-"""Rows that inputs of one region can do without, and the gate that skips them."""
+"""Rows that the inputs of a region can do without, and the gate that skips them."""

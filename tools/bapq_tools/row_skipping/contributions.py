@@ -1,4 +1,4 @@
-"""What every row of a layer contributes in every region: its mean, and what the mean would cost.
+"""Measures what each row of a layer contributes in each region: its mean, and the mean's cost.
 
 Both are measured on the bank itself, at the precision that is asked for: behind the clip, where
 the next layer reads. A mean of clipped values passes the clip unchanged, and of all constants it
@@ -21,25 +21,27 @@ from bapq_edge.bank.layer import Layer
 from bapq_edge.bank.reader import Bank
 
 from ..boundary.runner import Feed, Runner
-from ..onnx_graph import graph as graphs
+from ..onnx_graph import graphs
 from ..onnx_graph.assemble import DOMAIN
-from .readers import Readers
+from .downstream_weights import DownstreamWeights
 
 __all__ = ["Contribution", "contributions"]
 
 _BLOCK_SAMPLES = 32
-"""Sums of so many runs are in memory at a time."""
+"""Number of runs whose sums are in memory at a time."""
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """Of one layer; rows are output rows."""
+    """The contribution of the output rows of one layer."""
 
     mean: NDArray[np.float32]
-    """(regions, rows): of the output, over samples and positions"""
+    """Mean of the output over samples and positions, (regions, rows)."""
     cost: NDArray[np.float64]
-    """(regions, rows): variance of the output times the squared weights that read the row: the
-    squared error, up to a factor of the layer, that the mean instead of the row leaves behind"""
+    """Variance of the output times the squared weights that read the row, (regions, rows).
+
+    It is the squared error, up to a factor of the layer, that the mean leaves in place of the row.
+    """
 
 
 def contributions(
@@ -50,11 +52,11 @@ def contributions(
     count: int,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Contribution]:
-    """Contributions of the rows by the layer's name, in regions 0 to `count` - 1.
+    """Measure the contributions of the rows by the layer's name, in regions 0 to `count` - 1.
 
-    `regions` is (n,), of each feed. Layers are left out whose rows cannot be skipped, or not
-    without more ado: those that a Gather reads, that several operators read, that stand in a body
-    of the graph, or whose output is one of the model's. A region without samples gives zeros.
+    `regions`, (n,), is the region of each feed. Layers are left out whose rows cannot easily be
+    skipped: those that a Gather reads, that several operators read, that stand in a body of the
+    graph, or whose output is one of the model's. A region without samples gives zeros.
     """
     model = onnx.load_from_string(bank.graph_bytes())
     observed = list(_observed(bank, model.graph))
@@ -66,27 +68,27 @@ def contributions(
     sums = [np.zeros((3, count, layer.rows)) for layer, _ in observed]
 
     def keep(values: list[NDArray[Any]]) -> list[NDArray[np.float64]]:
-        return [_moments(node, v) for (_, node), v in zip(observed, values, strict=True)]
+        return [_row_sums(node, v) for (_, node), v in zip(observed, values, strict=True)]
 
     with contextlib.closing(Runner(bank)) as runner:
         for start in range(0, len(feeds), _BLOCK_SAMPLES) if observed else ():
             block = slice(start, start + _BLOCK_SAMPLES)
             found = runner.run(graph, precision, outputs, feeds[block], keep, advance)
-            for region, moments in zip(regions[block], found, strict=True):
-                for total, each in zip(sums, moments, strict=True):
+            for region, added in zip(regions[block], found, strict=True):
+                for total, each in zip(sums, added, strict=True):
                     total[:, region] += each
-    readers = Readers(bank, model.graph)
+    weights = DownstreamWeights(bank, model.graph)
     result = {}
     for (layer, node), (seen, total, squares) in zip(observed, sums, strict=True):
         mean = total / np.maximum(seen, 1)
         variance = np.maximum(squares / np.maximum(seen, 1) - mean**2, 0)
-        cost = variance * readers.strength(node.output[0], layer.rows)
+        cost = variance * weights.strength(node.output[0], layer.rows)
         result[layer.name] = Contribution(mean.astype(np.float32), cost)
     return result
 
 
 def _observed(bank: Bank, graph: onnx.GraphProto) -> Iterator[tuple[Layer, onnx.NodeProto]]:
-    """Layers whose rows may be skipped, and the node that reads each."""
+    """The layers whose rows may be skipped, and the node that reads each."""
     nodes: dict[int, list[onnx.NodeProto]] = {}
     outside = {node.output[0] for node in graph.node}
     for part in graphs.walk(graph):
@@ -103,8 +105,8 @@ def _observed(bank: Bank, graph: onnx.GraphProto) -> Iterator[tuple[Layer, onnx.
             yield layer, uses[0]
 
 
-def _moments(node: onnx.NodeProto, value: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(3, rows): number, sum and sum of squares of what each row gives."""
+def _row_sums(node: onnx.NodeProto, value: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Number, sum and sum of squares of the values of each row, (3, rows)."""
     value = np.moveaxis(value, 1, -1) if node.op_type == "Conv" else value
     rows = value.reshape(-1, value.shape[-1]).astype(np.float64)
     return np.stack([np.full(rows.shape[1], len(rows)), rows.sum(0), np.square(rows).sum(0)])

@@ -8,35 +8,35 @@ from scipy.optimize import linear_sum_assignment
 
 from bapq_edge.bank.layout import TILE_ROWS, tiles_of
 
-__all__ = ["chunk_rows_of", "grouped", "most_skipped"]
+__all__ = ["chunk_rows_of", "group_rows", "most_skipped"]
 
 _CHUNKS = 8
-"""That a layer is cut in at least, if it has the tiles: every further chunk costs some time."""
+"""Least number of chunks of a layer that has the tiles: every further chunk costs some time."""
 
 _SHARE = 0.5
-"""Of the chunks of a layer, that a region skips at most. With more of them gone the answer is no
-longer the network's but that of whoever found the region."""
+"""Largest share of the chunks of a layer that a region skips. With more of them gone the answer is
+no longer the network's but that of whoever found the region."""
 
 _ROUNDS = 20
 
 
 def chunk_rows_of(stored_rows: int, chunk_rows: int) -> int:
-    """Rows per chunk of a layer that is to be pruned; never more than it has now."""
+    """The rows per chunk of a layer that is to be pruned; never more than it has now."""
     tiles = max(1, tiles_of(stored_rows) // _CHUNKS)
     return min(chunk_rows, tiles * TILE_ROWS)
 
 
 def most_skipped(stored_rows: int, chunk_rows: int) -> int:
-    """Chunks of a layer that a region may skip."""
+    """The number of chunks of a layer that a region may skip."""
     return int(_SHARE * -(-stored_rows // chunk_rows))
 
 
-def grouped(
-    cost: NDArray[np.float64], mix: NDArray[np.float64], chunk_rows: int
+def group_rows(
+    cost: NDArray[np.float64], shares: NDArray[np.float64], chunk_rows: int
 ) -> NDArray[np.intp]:
-    """(rows,): an order whose chunks can be skipped at the least cost.
+    """Find an order of the rows, (rows,), whose chunks can be skipped at the least cost.
 
-    `cost` is (regions, rows), `mix` the share of the samples in every region; every region skips
+    `cost` is (regions, rows), `shares` is (regions,), of the samples; every region skips
     the cheapest `most_skipped` chunks. Chunks are chosen for the rows and rows for the chunks in
     turn, as in k-means with clusters of a given size (Bennett, Bradley and Demiriz, "Constrained
     k-means clustering", 2000): neither step raises the cost, so it ends.
@@ -48,7 +48,7 @@ def grouped(
     if not skipped:
         return np.arange(rows)
     # Regions count by how often they come, not by how large their outputs are.
-    scaled = cost / np.maximum(cost.sum(1, keepdims=True), np.finfo(float).tiny) * mix[:, None]
+    scaled = cost / np.maximum(cost.sum(1, keepdims=True), np.finfo(float).tiny) * shares[:, None]
     chunk = np.empty(rows, np.intp)
     chunk[np.argsort(scaled.sum(0), kind="stable")] = chunk_of_slot
     for _ in range(_ROUNDS):

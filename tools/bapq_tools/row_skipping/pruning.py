@@ -27,8 +27,15 @@ from ..boundary.rewrite import output_rows, rewrite
 from ..boundary.runner import Feed, Runner
 from ..build_support.progress import Progress
 from .contributions import contributions
-from .grouping import chunk_rows_of, grouped
-from .skip_search import Agreement, Answers, Search, Spared, chunk_weights, paying
+from .grouping import chunk_rows_of, group_rows
+from .skip_search import (
+    Agreement,
+    Answers,
+    RegionSkips,
+    SkipSearch,
+    chunk_weights,
+    worthwhile_layers,
+)
 
 __all__ = ["RowPruning", "Samples", "prune_rows"]
 
@@ -39,30 +46,30 @@ class Samples:
 
     feeds: Sequence[Feed]
     regions: NDArray[np.intp]
-    """(n,)"""
+    """Region of each sample, (n,)."""
 
     def of(self, region: int) -> list[Feed]:
-        """Those of a region."""
-        return [self.feeds[i] for i in np.flatnonzero(self.regions == region)]
+        """The samples of a region."""
+        return [self.feeds[i] for i in np.flatnonzero(self.regions == region).tolist()]
 
 
 @dataclass(frozen=True)
 class RowPruning:
-    """How a bank is to be rewritten, and what its regions then skip."""
+    """How a bank is to be rewritten, and the rows that its regions then skip."""
 
     row_order: Mapping[str, NDArray[np.uint32]]
     chunk_rows: Mapping[str, int]
-    """Both for `rewrite`, by the name of every layer of which some region skips rows."""
+    """Chunk sizes for `rewrite`, as `row_order` by the layers of which some region skips rows."""
     skipped: NDArray[np.uint8]
-    """(regions, chunks of the rewritten bank): 1 where the chunk is skipped"""
+    """It is 1 where the chunk is skipped, (regions, chunks of the rewritten bank)."""
     row_values: NDArray[np.float32]
-    """(regions, stored rows of all layers, as rewritten): what stands in for skipped rows"""
+    """Values in place of skipped rows, (regions, stored rows of all layers, as rewritten)."""
     skipped_rows: Mapping[str, NDArray[np.intp]]
-    """(regions,) of each of these layers"""
+    """Number of rows that each region skips, (regions,), by layer."""
     threshold: NDArray[np.float64]
-    """(regions,): cost per weight up to which chunks are skipped; 0: none is"""
+    """Cost per weight up to which chunks are skipped, (regions,); 0 where none is."""
     losses: NDArray[np.float64]
-    """(n,): 1 - agreement of every held-out sample, with the rows of its region skipped"""
+    """Loss of every held-out sample, 1 - agreement, with the rows of its region skipped: (n,)."""
 
 
 def prune_rows(
@@ -107,7 +114,7 @@ def prune_rows(
     stages = Progress(progress)
     with stages.stage("rows", len(fitted.feeds)) as advance:
         found = contributions(source, precision, fitted.feeds, fitted.regions, regions, advance)
-    mix = np.bincount(fitted.regions, minlength=regions) / len(fitted.regions)
+    shares = np.bincount(fitted.regions, minlength=regions) / len(fitted.regions)
     sizes, orders, values = {}, {}, []
     for layer in layers:
         order = output_rows(source, layer)
@@ -115,7 +122,7 @@ def prune_rows(
             values.append(np.zeros((regions, layer.stored_rows), np.float32))
             continue
         size = sizes[layer.name] = chunk_rows_of(layer.stored_rows, layer.chunk_rows)
-        order = order[grouped(found[layer.name].cost[:, order], mix, size)]
+        order = order[group_rows(found[layer.name].cost[:, order], shares, size)]
         orders[layer.name] = order
         values.append(found[layer.name].mean[:, order])
     with tempfile.TemporaryDirectory(prefix="bapq-rows-") as folder:
@@ -128,14 +135,14 @@ def prune_rows(
             contextlib.closing(Runner(trial)) as runner,
             stages.stage("skip", 3 * regions) as advance,
         ):
-            search = Search(runner, trial, precision, output, agreement, tolerance, candidates)
+            search = SkipSearch(runner, trial, precision, output, agreement, tolerance, candidates)
             for region in range(regions):
                 rows = np.concatenate([each[region] for each in values])
-                mine = [reference[i] for i in np.flatnonzero(held_out.regions == region)]
+                mine = [reference[i] for i in np.flatnonzero(held_out.regions == region).tolist()]
                 search.add(rows, fitted.of(region), held_out.of(region), mine)
                 advance()
             skips = [search.skips(region, candidates, advance) for region in range(regions)]
-            pays = paying(candidates, skips, mix)
+            pays = worthwhile_layers(candidates, skips, shares)
             skips = [search.skips(region, pays, advance) for region in range(regions)]
     losses = np.empty(len(held_out.feeds))
     for region, each in enumerate(skips):
@@ -172,10 +179,10 @@ def _result(
     orders: Mapping[str, NDArray[np.uint32]],
     sizes: Mapping[str, int],
     values: Sequence[NDArray[np.float32]],
-    skips: Sequence[Spared],
+    skips: Sequence[RegionSkips],
     losses: NDArray[np.float64],
 ) -> RowPruning:
-    """The pruning; a layer of which no region skips a row stays as it is."""
+    """Put the pruning together; a layer of which no region skips a row stays as it is."""
     found = np.array([each.chunks for each in skips])
     skipped, row_values, counts = [], [], {}
     for layer, tried, rows in zip(

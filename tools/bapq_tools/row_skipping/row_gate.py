@@ -1,4 +1,4 @@
-"""A gate that spares rows: regions of inputs of one class, which need only some rows of a layer."""
+"""Fits a gate that skips rows: its regions are inputs of one class, which need only some rows."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from bapq_edge.bank.boundary import Boundary, BoundaryArrays, Precision, Stage
 from bapq_edge.bank.layout import Level
 from bapq_edge.errors import NoTapError, RequestError
 
-from ..boundary.features import Seen, class_probe
+from ..boundary.features import Probe, class_probe
 from ..boundary.folds import held_out
-from ..boundary.operating_points import Held
+from ..boundary.operating_points import HeldOut
 from ..boundary.rewrite import Split
 from ..boundary.study import Study, Tap
 from ..boundary.taps import Cut
@@ -23,7 +23,7 @@ from .pruning import RowPruning, Samples, prune_rows
 __all__ = ["RowGate", "fit_row_gate"]
 
 _CLASS_WEIGHT = 1e-3
-"""Of a class score beside the margin, where the nearest centre is sought."""
+"""Weight of a class score beside the margin, where the nearest centre is sought."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ def fit_row_gate(
     precision = Precision(level=level)
     last = held_out(study.groups[rows], seed)
     own, rest = rows[~last], rows[last]
-    tap, cut = _tap(study, precision)
-    seen = class_probe(tap.flat(own), study.classes[own], study.groups[own], seed)
-    classes = seen.projection.matrix.shape[1]
+    tap, cut = _gate_tap(study, precision)
+    probe = class_probe(tap.flat(own), study.classes[own], study.groups[own], seed)
+    classes = probe.projection.matrix.shape[1]
     regions = classes + 1
     precisions = (precision, *(Precision(level=level, region=region) for region in range(regions)))
     stage: Stage = "gate" if cut else "start"
@@ -87,11 +87,11 @@ def fit_row_gate(
         confidence=confidence,
     )
     arrays: BoundaryArrays = {
-        "center": seen.projection.center,
-        "projection": seen.projection.matrix,
-        "offset": seen.projection.offset,
+        "center": probe.projection.center,
+        "projection": probe.projection.matrix,
+        "offset": probe.projection.offset,
         "mix": np.ones(regions, np.float32),
-        **_centers(seen, doubt),
+        **_centers(probe, doubt),
     }
     device = BoundaryModel(model, arrays)
     found = {i: device.region_of(tap.values[i]) for i in (*own, *rest)}
@@ -110,7 +110,7 @@ def fit_row_gate(
         regions=regions,
         tolerance=tolerance,
     )
-    held = Held(
+    held = HeldOut(
         np.column_stack([study.losses(precision)[rest], pruning.losses]),
         study.groups[rest],
         True,
@@ -122,8 +122,8 @@ def fit_row_gate(
     return RowGate(pruning, replace(model, points=len(arrays["assignment"])), arrays, split)
 
 
-def _tap(study: Study, precision: Precision) -> tuple[Tap, Cut | None]:
-    """Where the regions are found: no layer has run by then, so all of them can spare rows."""
+def _gate_tap(study: Study, precision: Precision) -> tuple[Tap, Cut | None]:
+    """Find the tap of the gate: no layer has run by then, so all of them can spare rows."""
     cuts = study.graph.cuts()
     if cuts and cuts[0].head_layers == 0:
         return study.tap(cuts[0], precision), cuts[0]
@@ -135,15 +135,15 @@ def _tap(study: Study, precision: Precision) -> tuple[Tap, Cut | None]:
     return study.input_tap(study.inputs[0].name), None
 
 
-def _centers(seen: Seen, doubt: float) -> BoundaryArrays:
-    """Nearest centres that amount to: little margin, region 0; else the class of the top score.
+def _centers(probe: Probe, doubt: float) -> BoundaryArrays:
+    """Make centres that amount to: little margin, region 0; else the class of the top score.
 
     Of features z and margin m, centre c > 0 lies at z = w at class c, m = 2t, and centre 0 at the
     origin. Then c is nearer than 0 where 2t m + w z_c > 2t² + w²/2, and nearest of all classes
     where z_c is the largest. With a small w, that is m > t.
     """
-    classes = seen.projection.matrix.shape[1]
-    threshold = float(np.quantile(seen.features[:, classes], doubt))
+    classes = probe.projection.matrix.shape[1]
+    threshold = float(np.quantile(probe.features[:, classes], doubt))
     scale = np.ones(classes + 2, np.float32)
     scale[-1] = 0  # the entropy tells no more than the margin
     centers = np.zeros((classes + 1, classes + 2))
@@ -158,9 +158,9 @@ def _measured(
     level: Level,
     pruning: RowPruning,
     regions: NDArray[np.intp],
-    held: Held,
+    held: HeldOut,
 ) -> BoundaryArrays:
-    """What the held-out samples say of the regions and of both operating points."""
+    """Measure the regions and both operating points on the held-out samples."""
     count = len(pruning.skipped)
     here = [regions == region for region in range(count)]
     loss, bound = np.ones((count, count + 1)), np.ones((count, count + 1))
@@ -190,7 +190,7 @@ def _measured(
 
 
 def _bits(study: Study, level: Level, pruning: RowPruning) -> tuple[float, NDArray[np.float64]]:
-    """Bits per weight of a run, and (regions,) how many of them each region spares."""
+    """The bits per weight of a run, and how many of them each region spares, (regions,)."""
     layers, weights = study.bank.manifest.layers, study.bank.weights
     whole, spared = 0.0, np.zeros(len(pruning.skipped))
     for layer in layers:

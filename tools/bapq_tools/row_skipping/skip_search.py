@@ -21,54 +21,63 @@ from bapq_edge.bank.reader import Bank
 from bapq_edge.errors import BoundaryWarning
 
 from ..boundary.runner import Feed, Runner, Skip
-from ..calibration.reference_model import unsquashed
+from ..calibration.reference_model import logits_tensor
 from .grouping import most_skipped
 
-__all__ = ["Agreement", "Answers", "Search", "Spared", "chunk_weights", "paying"]
+__all__ = [
+    "Agreement",
+    "Answers",
+    "RegionSkips",
+    "SkipSearch",
+    "chunk_weights",
+    "worthwhile_layers",
+]
 
 Answers = Sequence[NDArray[Any]]
 """One array per sample."""
 
 Agreement = Callable[[Answers, Answers], NDArray[np.float64]]
-"""(n,) from 0 to 1, of answers with those of the reference"""
+"""Agreement of answers with those of the reference, from 0 to 1: (n,)."""
 
 _TRIED_SAMPLES = 24
-"""Of a region, to measure the cost of each chunk by."""
+"""Number of samples of a region that the cost of each chunk is measured by."""
 
 _STEPS = 12
-"""In which the chunks that a region may skip are tried."""
+"""Number of steps in which the chunks that a region may skip are tried."""
 
 _PAYING_SHARE = 0.2
-"""Of the rows of a layer, that is skipped on average at least. Less is not worth smaller chunks,
+"""Least share of the rows of a layer that is skipped on average. Less is not worth smaller chunks,
 rows out of order, and a value per region for each of them."""
 
 
 @dataclass(frozen=True)
 class _Region:
-    """What the search knows of a region."""
+    """The facts that the search has of a region."""
 
     number: int | None
-    """of `Runner.add_region`; None: no row may be skipped"""
+    """Number by `Runner.add_region`; None where no row may be skipped."""
     held_out: Sequence[Feed]
     reference: Answers
     whole: NDArray[np.float64]
-    """(n,): agreement of the held-out samples where nothing is skipped"""
+    """Agreement of the held-out samples where nothing is skipped, (n,)."""
     cost: NDArray[np.float64]
-    """(chunks,): mean squared change of the scores by skipping one chunk, per weight"""
+    """Mean squared change of the scores by skipping one chunk, per weight: (chunks,)."""
 
 
 @dataclass(frozen=True)
-class Spared:
-    """What a region skips."""
+class RegionSkips:
+    """The chunks that a region skips."""
 
     chunks: NDArray[np.bool_]
+    """Whether each chunk is skipped, (chunks,)."""
     agreement: NDArray[np.float64]
-    """(n,): of the region's held-out samples"""
+    """Agreement of the region's held-out samples, (n,)."""
     threshold: float = 0.0
+    """Cost per weight of the dearest skipped chunk."""
 
 
-class Search:
-    """Finds what each region skips."""
+class SkipSearch:
+    """Finds the chunks that each region can skip."""
 
     def __init__(
         self,
@@ -85,7 +94,7 @@ class Search:
         self._tolerance = tolerance
         model = onnx.load_from_string(bank.graph_bytes())
         # What goes into a Softmax tells more than the probabilities of a sure answer.
-        self._outputs = [output, unsquashed(model.graph, output)]
+        self._outputs = [output, logits_tensor(model.graph, output)]
         if self._outputs[1] not in {item.name for item in model.graph.output}:
             model.graph.output.append(onnx.ValueInfoProto(name=self._outputs[1]))
         self._graph = model.SerializeToString()
@@ -100,7 +109,7 @@ class Search:
         held_out: Sequence[Feed],
         reference: Answers,
     ) -> None:
-        """Take up the next region, with what stands in for its rows and its own samples."""
+        """Take up the next region, with the values in place of its rows and its own samples."""
         whole = self._agreement(self._run(held_out, None)[0], reference)
         cost = np.full(len(self._weights), np.inf)
         number = None
@@ -122,10 +131,12 @@ class Search:
                 cost[chunk] = np.mean(change) / self._weights[chunk]
         self._regions.append(_Region(number, held_out, reference, whole, cost))
 
-    def skips(self, region: int, layers: Sequence[Layer], advance: Callable[[], None]) -> Spared:
-        """What the region skips of these layers: the cheapest chunks, until one too many."""
+    def skips(
+        self, region: int, layers: Sequence[Layer], advance: Callable[[], None]
+    ) -> RegionSkips:
+        """Find the cheapest chunks of these layers that the region can skip."""
         here = self._regions[region]
-        found = Spared(np.zeros(len(self._weights), np.bool_), here.whole)
+        found = RegionSkips(np.zeros(len(self._weights), np.bool_), here.whole)
         if here.number is not None and layers:
             order = self._cheapest(here.cost, layers)
             count, step = 0, -(-len(order) // _STEPS)
@@ -137,12 +148,12 @@ class Search:
                     step //= 2
                     continue
                 count = len(more)
-                found = Spared(self._skip(more, here.number).chunks, now, here.cost[more[-1]])
+                found = RegionSkips(self._skip(more, here.number).chunks, now, here.cost[more[-1]])
         advance()
         return found
 
     def _tried(self, region: _Region, chunks: NDArray[np.intp]) -> NDArray[np.float64] | None:
-        """(n,): agreement where these chunks are skipped; None: more is lost than is tolerated."""
+        """Agreement where these chunks are skipped, (n,); None where too much is lost."""
         assert region.number is not None
         answers = self._run(region.held_out, self._skip(chunks, region.number))[0]
         now = self._agreement(answers, region.reference)
@@ -150,7 +161,7 @@ class Search:
         return now if (lost + 1) / (len(now) + 1) <= self._tolerance else None
 
     def _cheapest(self, cost: NDArray[np.float64], layers: Sequence[Layer]) -> NDArray[np.intp]:
-        """Chunks that may be skipped, the cheapest first; of no layer too many."""
+        """The chunks that may be skipped, the cheapest first; of no layer too many."""
         chosen = []
         for layer in layers:
             chunks = np.array(_chunks(layer))
@@ -165,18 +176,18 @@ class Search:
         return Skip(mask, number)
 
     def _run(self, feeds: Sequence[Feed], skip: Skip | None) -> tuple[Answers, Answers]:
-        """Judged output and scores of each sample."""
+        """The judged output and the scores of each sample."""
         found = self._runner.run(
             self._graph, self._precision, self._outputs, feeds, list, skip=skip
         )
         return [each[0] for each in found], [each[1] for each in found]
 
 
-def paying(
-    layers: Sequence[Layer], skips: Sequence[Spared], mix: NDArray[np.float64]
+def worthwhile_layers(
+    layers: Sequence[Layer], skips: Sequence[RegionSkips], shares: NDArray[np.float64]
 ) -> list[Layer]:
-    """Layers of which enough is skipped, on average over the inputs."""
-    share = mix @ np.array([each.chunks for each in skips])
+    """The layers of which enough is skipped, on average over the inputs."""
+    share = shares @ np.array([each.chunks for each in skips])
     rows = [share[layer.chunk_range] @ chunk_weights(layer) / layer.weights for layer in layers]
     return [layer for layer, found in zip(layers, rows, strict=True) if found >= _PAYING_SHARE]
 
@@ -190,6 +201,6 @@ def _chunks(layer: Layer) -> range:
 
 
 def chunk_weights(layer: Layer) -> NDArray[np.int64]:
-    """(chunks of the layer,)"""
+    """Number of weights of each chunk of the layer, (chunks,)."""
     starts = np.arange(0, layer.stored_rows, layer.chunk_rows)
     return np.diff(np.append(starts, layer.stored_rows)) * layer.columns

@@ -1,4 +1,4 @@
-"""Command line: python -m benchmarks.zoo NAME OUT.onnx, or --list."""
+"""Command line: PYTHONPATH=tools python -m benchmarks.zoo NAME OUT.onnx, or --list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scikit-learn's digits: the one split that every training script, test and report uses."""
+"""The digits of scikit-learn, in the one split that every training script, test and report uses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 DigitsModel = Literal["cnn", "mlp", "resnet"]
 
 INPUT_NAMES: dict[DigitsModel, str] = {"cnn": "image", "mlp": "pixels", "resnet": "image"}
-"""name of the one input of each bundled model"""
+"""Name of the one input of each bundled model."""
 
 TEST_SAMPLES = 600
 CALIBRATION_SAMPLES = 200
@@ -37,7 +37,7 @@ class Split:
     x_train: np.ndarray
     y_train: np.ndarray
     x_calibration: np.ndarray
-    """neither trained on nor tested on"""
+    """Images that are neither trained on nor tested on."""
     x_test: np.ndarray
     y_test: np.ndarray
 
@@ -70,9 +70,10 @@ def split_of(model: DigitsModel) -> Split:
 
 
 def scale_images(images: np.ndarray, side: int) -> np.ndarray:
-    """(n, 1, 8, 8) to (n, 1, side, side), between the centres of pixels; the edge goes on outside.
+    """Scale (n, 1, 8, 8) to (n, 1, side, side), between the centres of pixels.
 
-    Exact in float32 where side is 16, 32 or 64, so the same on every machine.
+    Outside, the edge goes on. The result is exact in float32 where side is 16, 32 or 64, so it is
+    the same on every machine.
     """
     old = images.shape[-1]
     centres = (np.arange(side) + 0.5) * old / side - 0.5

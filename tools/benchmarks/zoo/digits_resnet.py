@@ -41,15 +41,15 @@ class Block:
     """
 
     kind: Literal["bottleneck", "basic"]
-    """1x1 up, 3x3 depthwise, 1x1 down; or two of 3x3"""
+    """A bottleneck is 1x1 up, 3x3 depthwise, 1x1 down; a basic block has two of 3x3."""
     inner: int
-    """channels between the convolutions"""
+    """Channels between the convolutions."""
     channels: int
     stride: int = 1
 
 
 STEM = 32
-"""channels of the first convolution, 3x3 of stride 2"""
+"""Channels of the first convolution, 3x3 of stride 2."""
 BLOCKS = (
     Block("bottleneck", 128, 32),  # 16x16
     Block("bottleneck", 192, 64, stride=2),  # 8x8
@@ -60,7 +60,7 @@ BLOCKS = (
     Block("basic", 128, 128),
 )
 HEAD = 640
-"""channels of the last convolution, 1x1, before the average over the image"""
+"""Channels of the last convolution, 1x1, before the average over the image."""
 CLASSES = 10
 
 

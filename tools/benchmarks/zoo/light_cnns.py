@@ -34,10 +34,10 @@ LIGHT_CNNS: tuple[str, ...] = (
 
 _FILES = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
 _IR_VERSION = 4
-"""the first in which an initializer need not be a graph input"""
+"""The first version in which an initializer need not be a graph input."""
 _BRANCH_SCALE = 0.3
-"""of the last batch norm of a residual branch: 16 sums of full branches would double the variance
-16 times"""
+"""Scale of the last batch norm of a residual branch: 16 sums of full branches would double the
+variance 16 times."""
 
 _Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 
@@ -81,7 +81,7 @@ def build_light_cnn(name: str, out_path: str | Path, seed: int = 0) -> None:
 
 
 def _draws(nodes: list[onnx.NodeProto]) -> dict[str, _Draw]:
-    """How to draw each weight, by what reads it."""
+    """Choose how to draw each weight, by the node that reads it."""
     producers = {output: node for node in nodes for output in node.output}
     readers = {source: node for node in nodes for source in node.input}
     draws: dict[str, _Draw] = {}

@@ -1,6 +1,6 @@
 """Write sentences.txt: English sentences out of the docstrings of CPython's standard library.
 
-    python -m benchmarks.zoo.make_sentences [OUT.txt]
+    PYTHONPATH=tools python -m benchmarks.zoo.make_sentences [OUT.txt]
 
 Deterministic for one CPython version; the bundled file was made with 3.11.
 """
@@ -18,9 +18,9 @@ from pathlib import Path
 from .sentences import CALIBRATION, HELD_OUT, SENTENCES_PATH
 
 WORDS = range(6, 61)
-"""accepted lengths of a sentence"""
+"""Accepted lengths of a sentence."""
 PER_MODULE = 12
-"""at most, so that no single subject dominates"""
+"""Most sentences of a module, so that no single subject dominates."""
 NOTICE = """\
 # Sentences from the docstrings of CPython's standard library, one a line, made by
 # make_sentences.py. Copyright (c) 2001 Python Software Foundation; All Rights Reserved.

@@ -94,14 +94,14 @@ class _EncoderGraph:
         self.pool(x)
 
     def mask_bias(self) -> str:
-        """(batch, 1, 1, sequence): 0 where a token is, -1e9 where padding is."""
+        """Make the mask, (batch, 1, 1, sequence): 0 where a token is, -1e9 where padding is."""
         self.node("Cast", ["attention_mask"], "mask", to=TensorProto.FLOAT)
         absent = self.node("Sub", [self.constant("one", np.float32(1)), "mask"])
         bias = self.node("Mul", [absent, self.constant("minus_huge", np.float32(-1e9))])
         return self.node("Unsqueeze", [bias, self.constant("head_axes", [1, 2])], "mask_bias")
 
     def embed(self) -> str:
-        """(batch, sequence, hidden); every token has type 0."""
+        """Add up the embeddings, (batch, sequence, hidden); every token has type 0."""
         words, positions, types = (
             f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")
         )
@@ -137,7 +137,7 @@ class _EncoderGraph:
         return self.linear(merged, f"{prefix}.output.dense")
 
     def gelu(self, x: str) -> str:
-        """x/2 (1 + erf(x/√2)), the exact form."""
+        """Add the exact form, x/2 (1 + erf(x/√2))."""
         scaled = self.node("Div", [x, self.constant("root_of_two", np.float32(math.sqrt(2)))])
         shifted = self.node(
             "Add", [self.node("Erf", [scaled]), self.constant("one", np.float32(1))]

@@ -20,7 +20,7 @@ __all__ = ["read_safetensors"]
 
 _DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I64": "<i8", "I32": "<i4", "U8": "|u1"}
 _HEADER_LIMIT = 100_000_000
-"""bytes; the limit that the format's own reference reader sets"""
+"""Most bytes of a header, as the format's own reference reader has it."""
 
 
 def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
@@ -59,7 +59,7 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def _span(path: str | Path, name: str, entry: Any, data_bytes: int) -> tuple[int, int]:
-    """(begin, end) of one tensor in the data, checked against its type and shape."""
+    """The begin and end of one tensor in the data, checked against its type and shape."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _error(path, f"tensor {name!r} lacks dtype, shape or data_offsets, or has more")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -12,7 +12,7 @@ HELD_OUT = slice(128, 728)
 
 
 def load_sentences() -> tuple[list[str], list[str]]:
-    """(512 to calibrate with, 600 held out), all different."""
+    """Load 512 sentences to calibrate with and 600 held-out ones, all different."""
     lines = SENTENCES_PATH.read_text(encoding="utf-8").splitlines()
     sentences = [line for line in lines if not line.startswith("#")]
     calibration = sentences[: HELD_OUT.start] + sentences[HELD_OUT.stop :]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from .. import graph as graphs
+from .. import graphs
 
 _VALUE_TYPES = {
     "value_float": np.float32,
@@ -38,7 +40,11 @@ def constants_to_initializers(model: onnx.ModelProto) -> None:
                 tensor.name = node.output[0]
                 graph.initializer.append(tensor)
                 moved.add(tensor.name)
-        graphs.delete_where(graph.node, lambda node, moved=moved: node.output[0] in moved)
+        graphs.delete_where(graph.node, partial(_makes, moved))
+
+
+def _makes(names: set[str], node: onnx.NodeProto) -> bool:
+    return node.output[0] in names
 
 
 def _tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:

@@ -8,7 +8,7 @@ from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from bapq_edge.errors import UnsupportedModelError
 
-from .. import graph as graphs
+from .. import graphs
 
 _HALF_TYPES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 

@@ -17,7 +17,7 @@ from onnx import TensorProto
 
 from bapq_edge.errors import ModelFormatError, StorageError, UnsupportedModelError
 
-from .. import graph as graphs
+from .. import graphs
 from .constants import constants_to_initializers, drop_initializers_from_inputs
 from .half_floats import widen_half_floats
 from .quantized import resolve_quantization
@@ -53,7 +53,7 @@ def _parse(path: Path) -> onnx.ModelProto:
         raise ModelFormatError(f"{path} is {found}; name an .onnx file")
     data = _read(path)
     try:
-        model = onnx.ModelProto.FromString(data)
+        model: onnx.ModelProto = onnx.ModelProto.FromString(data)
     except DecodeError as error:
         raise ModelFormatError(
             f"{path} ({len(data)} bytes) is not an ONNX model, or a truncated one; export it again"

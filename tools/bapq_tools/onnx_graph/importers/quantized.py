@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from .. import graph as graphs
+from .. import graphs
 
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
 
-_INTEGER_RANGE = {
+_INTEGER_RANGE: dict[int, tuple[int, int]] = {
     TensorProto.UINT8: (0, 255),
     TensorProto.INT8: (-128, 127),
     TensorProto.UINT16: (0, 65535),
@@ -84,7 +84,7 @@ def _has_input(node: onnx.NodeProto, index: int) -> bool:
 def _dequantize(
     node: onnx.NodeProto, weight: onnx.TensorProto, scope: graphs.Scope
 ) -> np.ndarray | None:
-    """The float32 values of (quantized - zero point) * scale; None when a part is computed."""
+    """Compute (quantized - zero point) * scale in float32; None when a part is computed."""
     scale = _constant(node, 1, scope)
     zero = _constant(node, 2, scope) if _has_input(node, 2) else np.int64(0)
     if scale is None or zero is None or scale.dtype != np.float32:
@@ -94,15 +94,15 @@ def _dequantize(
     block = graphs.attribute(node, "block_size", 0)
     # int32 less its zero point must be exact before it is rounded to float32.
     wide = np.int64 if weight.data_type == TensorProto.INT32 else np.float32
-    values = quantized.astype(wide)
-    values -= _spread(np.asarray(zero).astype(wide), values.shape, axis, block)
+    values: np.ndarray = quantized.astype(wide)
+    values -= _broadcastable(np.asarray(zero).astype(wide), values.shape, axis, block)
     values = values.astype(np.float32, copy=False)
-    values *= _spread(scale, values.shape, axis, block)
+    values *= _broadcastable(scale, values.shape, axis, block)
     return values
 
 
-def _spread(part: np.ndarray, shape: tuple[int, ...], axis: int, block: int) -> np.ndarray:
-    """Scales or zero points, shaped so that they broadcast against the quantized tensor."""
+def _broadcastable(part: np.ndarray, shape: tuple[int, ...], axis: int, block: int) -> np.ndarray:
+    """Shape scales or zero points so that they broadcast against the quantized tensor."""
     if part.size == 1:
         return part.reshape(())
     if block > 0:
@@ -115,8 +115,8 @@ def _spread(part: np.ndarray, shape: tuple[int, ...], axis: int, block: int) -> 
 def _range(
     quantize: onnx.NodeProto, dequantize: onnx.NodeProto, scope: graphs.Scope
 ) -> tuple[np.float32, np.float32] | None:
-    """Smallest and largest value that the pair lets through; None when it is not a plain pair."""
-    both = []
+    """The smallest and largest value that the pair lets through; None when it is no plain pair."""
+    both: list[tuple[float, int]] = []
     for node in (quantize, dequantize):
         scale = _constant(node, 1, scope)
         zero = _constant(node, 2, scope) if _has_input(node, 2) else np.zeros((), np.uint8)
@@ -128,14 +128,14 @@ def _range(
     integers = _INTEGER_RANGE.get(_quantized_type(quantize, scope))
     if integers is None:
         return None
-    scale, zero = both[0]
-    return np.float32((integers[0] - zero) * scale), np.float32((integers[1] - zero) * scale)
+    step, origin = both[0]
+    return np.float32((integers[0] - origin) * step), np.float32((integers[1] - origin) * step)
 
 
 def _quantized_type(quantize: onnx.NodeProto, scope: graphs.Scope) -> int:
     if _has_input(quantize, 2):
-        return scope.constant(quantize.input[2]).data_type
-    return graphs.attribute(quantize, "output_dtype", 0) or TensorProto.UINT8
+        return scope.initializer(quantize.input[2]).data_type
+    return int(graphs.attribute(quantize, "output_dtype", 0) or TensorProto.UINT8)
 
 
 def _clip(
@@ -146,7 +146,7 @@ def _clip(
     opset: int,
     taken: set[str],
 ) -> onnx.NodeProto:
-    """A Clip in place of the DequantizeLinear; its bounds are attributes before opset 11."""
+    """Make a Clip in place of the DequantizeLinear; its bounds are attributes before opset 11."""
     output = dequantize.output[0]
     if opset < 11:
         low, high = (float(bound) for bound in bounds)

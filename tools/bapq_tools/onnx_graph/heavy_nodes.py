@@ -1,8 +1,10 @@
-"""Which nodes are weight-heavy, and the one matrix form that all their weights take."""
+"""Recognises the weight-heavy nodes, and brings their weights into one matrix form."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -10,11 +12,11 @@ from onnx import TensorProto
 
 from bapq_edge.errors import ModelError, UnsupportedModelError
 
-from . import graph as graphs
-from .ir import ConvGeometry, Operator
+from . import graphs
+from .ir import AutoPad, ConvGeometry, Operator
 
 MIN_WEIGHTS = 1024
-"""Below this a layer saves less than its chunk table, scales and operator call cost."""
+"""A layer with fewer saves less than its chunk table, scales and operator call cost."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,13 @@ class HeavyNode:
     activation_input: str
     weight_name: str
     weight: np.ndarray
-    """(rows, columns) float32"""
+    """The matrix form of the weight, (rows, columns) float32."""
     conv: ConvGeometry | None = None
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a node with this many constant weights stays in float."""
+    """The reason why a node with this many constant weights stays in float."""
 
     weights: int
     reason: str
@@ -57,8 +59,16 @@ _WEIGHT_TYPES = frozenset(
 )
 
 
+_AUTO_PADS: dict[str, AutoPad] = {
+    "NOTSET": "NOTSET",
+    "VALID": "NOTSET",
+    "SAME_UPPER": "SAME_UPPER",
+    "SAME_LOWER": "SAME_LOWER",
+}
+
+
 def recognise(node: onnx.NodeProto, scope: graphs.Scope) -> HeavyNode | Refusal | None:
-    """What the node is to us: heavy, kept in float for a reason, or without weights.
+    """Tell whether the node is heavy, kept in float for a reason, or without weights (None).
 
     Raises:
         ModelError: the weights of a product hold NaN or infinity.
@@ -172,14 +182,15 @@ def _conv(node: onnx.NodeProto, scope: graphs.Scope) -> HeavyNode | Refusal | No
     weight = graphs.tensor_array(tensor)
     if dimensions == 1:
         weight = weight[:, :, np.newaxis, :]
-    geometry = _geometry(node, weight.shape[2:], dimensions, group)
+    kernel = weight.shape[2], weight.shape[3]
+    geometry = _geometry(node, kernel, 1 if dimensions == 1 else 2, group)
     # (outputs, channels, y, x) to columns in the order (y, x, channel)
     matrix = np.ascontiguousarray(weight.transpose(0, 2, 3, 1)).reshape(len(weight), -1)
     return HeavyNode("Conv", node.input[0], tensor.name, matrix, geometry)
 
 
 def _geometry(
-    node: onnx.NodeProto, kernel: tuple[int, ...], dimensions: int, group: int
+    node: onnx.NodeProto, kernel: tuple[int, int], dimensions: Literal[1, 2], group: int
 ) -> ConvGeometry:
     strides = graphs.attribute(node, "strides") or [1] * dimensions
     dilations = graphs.attribute(node, "dilations") or [1] * dimensions
@@ -187,18 +198,17 @@ def _geometry(
     if dimensions == 1:
         strides, dilations = [1, *strides], [1, *dilations]
         pads = [0, pads[0], 0, pads[1]]
-    auto_pad = graphs.attribute(node, "auto_pad", b"NOTSET").decode() or "NOTSET"
-    if auto_pad != "NOTSET":
+    name = graphs.attribute(node, "auto_pad", b"NOTSET").decode() or "NOTSET"
+    if name != "NOTSET":
         pads = [0, 0, 0, 0]
-    if auto_pad == "VALID":
-        auto_pad = "NOTSET"
-    if auto_pad not in ("NOTSET", "SAME_UPPER", "SAME_LOWER"):
+    auto_pad = _AUTO_PADS.get(name)
+    if auto_pad is None:
         raise UnsupportedModelError(
-            f"Conv node {node.name or node.output[0]!r} has auto_pad {auto_pad!r}; "
+            f"Conv node {node.name or node.output[0]!r} has auto_pad {name!r}; "
             "ONNX knows NOTSET, VALID, SAME_UPPER and SAME_LOWER"
         )
     return ConvGeometry(
-        kernel=tuple(kernel),
+        kernel=kernel,
         strides=tuple(strides),
         pads=tuple(pads),
         dilations=tuple(dilations),
@@ -208,4 +218,9 @@ def _geometry(
     )
 
 
-_READERS = {"MatMul": _matmul, "Gemm": _gemm, "Conv": _conv, "Gather": _gather}
+_READERS: dict[str, Callable[[onnx.NodeProto, graphs.Scope], HeavyNode | Refusal | None]] = {
+    "MatMul": _matmul,
+    "Gemm": _gemm,
+    "Conv": _conv,
+    "Gather": _gather,
+}

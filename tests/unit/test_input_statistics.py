@@ -1,4 +1,4 @@
-"""What calibration sees of every layer's input, chain by chain."""
+"""What calibration sees of every layer's input, pass by pass."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from bapq_edge.errors import CalibrationError
-from bapq_tools.build_support.spill import OnDisk
-from bapq_tools.calibration import forward_passes as chains_module
-from bapq_tools.calibration import input_statistics as moments_module
-from bapq_tools.calibration.forward_passes import FLOAT as FLOAT_CHAIN
-from bapq_tools.calibration.forward_passes import Chains
-from bapq_tools.calibration.input_statistics import Moments
+from bapq_tools.build_support.spill import Spill
+from bapq_tools.calibration import forward_passes, input_statistics
+from bapq_tools.calibration.forward_passes import FLOAT as FLOAT_PASS
+from bapq_tools.calibration.forward_passes import ForwardPasses
+from bapq_tools.calibration.input_statistics import InputStatistics
 from bapq_tools.calibration.reference_model import Reference, observed, weight_feeds
 from bapq_tools.calibration.samples import load_calibration
 from bapq_tools.onnx_graph.layers import find_layers
@@ -24,34 +23,34 @@ node = helper.make_node
 
 @pytest.fixture(autouse=True)
 def all_samples_are_fitted_to(monkeypatch):
-    monkeypatch.setattr(moments_module, "HELD_OUT", 1000)
+    monkeypatch.setattr(input_statistics, "HELD_OUT", 1000)
 
 
 def stats_of(model, feeds, tmp_path, workers=1, change=lambda level, layer: 1.0):
-    """Statistics by layer; `change` scales the weights of a level's chain."""
+    """Statistics by layer; `change` scales the weights in the pass of a level."""
     plan = find_layers(model)
     data = load_calibration(feeds, model.graph.input)
 
-    def source(chain, layer):
-        factor = 1 if chain == FLOAT_CHAIN else change(chain, layer.name)
+    def source(level, layer):
+        factor = 1 if level == FLOAT_PASS else change(level, layer.name)
         return weight_feeds(layer, layer.weight * np.float32(factor), layer.bias)
 
     reference = Reference(model, plan)
-    chains = Chains(reference, data, (4, 2), source, workers, tmp_path)
+    passes = ForwardPasses(reference, data, (4, 2), source, workers, tmp_path)
     found = {}
     for stage in reference.stages():
-        chains.run(stage)
-        moments = Moments(chains, OnDisk(tmp_path))
+        passes.run(stage)
+        statistics = InputStatistics(passes, Spill(tmp_path))
         for layer in stage.layers:
             gathered = any(use.operator == "Gather" for use in layer.uses)
             if observed(layer) and not gathered:
-                found |= moments.of([layer])
+                found |= statistics.of([layer])
             elif gathered:
-                found[layer.name] = moments.gather_counts(layer)
+                found[layer.name] = statistics.gather_counts(layer)
     return found
 
 
-def assert_moments(stats, columns):
+def assert_statistics(stats, columns):
     """columns: (groups, rows, columns) of the activations that the layer multiplied."""
     columns = columns.astype(np.float64)
     assert len(stats) == len(columns)
@@ -77,11 +76,11 @@ def test_products_see_graph_inputs_and_what_is_inside(tmp_path):
     model, constants = two_products()
     x = weights(7, 5, 32)
     stats = stats_of(model, {"x": x}, tmp_path)
-    assert_moments(stats["first"], x.reshape(1, -1, 32))
-    assert_moments(stats["second"], np.maximum(x @ constants["w"], 0).reshape(1, -1, 64))
+    assert_statistics(stats["first"], x.reshape(1, -1, 32))
+    assert_statistics(stats["second"], np.maximum(x @ constants["w"], 0).reshape(1, -1, 64))
 
 
-def test_a_chain_sees_what_its_quantized_layers_leave_behind(tmp_path):
+def test_a_pass_sees_what_its_quantized_layers_leave_behind(tmp_path):
     """Level 2's first layer gives twice the output here: its own statistics say so, mostly."""
     model, constants = two_products()
     x = weights(40, 5, 32)
@@ -90,7 +89,7 @@ def test_a_chain_sees_what_its_quantized_layers_leave_behind(tmp_path):
     np.testing.assert_array_equal(first.levels[4].drift, 0)
     h = np.maximum(x @ constants["w"], 0).reshape(-1, 64).astype(np.float64)
     gram = (h - h.mean(0)).T @ (h - h.mean(0)) / len(h)
-    share = moments_module.NEIGHBOUR_SHARE
+    share = input_statistics.NEIGHBOUR_SHARE
     for level, factor, other in ((4, 1, 2), (2, 2, 1)):
         mixed = (1 - share) * factor**2 + share * other**2
         np.testing.assert_allclose(second.levels[level].grams[0], mixed * gram, rtol=1e-2, atol=0.1)
@@ -103,7 +102,7 @@ def test_a_chain_sees_what_its_quantized_layers_leave_behind(tmp_path):
 
 
 def test_held_out_samples_are_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(moments_module, "HELD_OUT", 8)
+    monkeypatch.setattr(input_statistics, "HELD_OUT", 8)
     model, _ = two_products()
     x = weights(16, 1, 32)
     (first,) = stats_of(model, {"x": x}, tmp_path)["first"]
@@ -112,11 +111,11 @@ def test_held_out_samples_are_apart(tmp_path, monkeypatch):
     np.testing.assert_allclose(first.held_out, x[[7, 15], 0] - fitted.mean(0), atol=1e-6)
 
 
-def test_neither_workers_nor_files_change_the_moments(tmp_path, monkeypatch):
+def test_neither_workers_nor_files_change_the_statistics(tmp_path, monkeypatch):
     model, _ = two_products()
     feeds = {"x": weights(9, 5, 32)}
     once = stats_of(model, feeds, tmp_path)
-    monkeypatch.setattr(chains_module, "_MEMORY_BYTES", 2000)
+    monkeypatch.setattr(forward_passes, "_MEMORY_BYTES", 2000)
     for name, (found,) in stats_of(model, feeds, tmp_path, workers=3).items():
         (expected,) = once[name]
         np.testing.assert_array_equal(found.mean, expected.mean)
@@ -125,7 +124,7 @@ def test_neither_workers_nor_files_change_the_moments(tmp_path, monkeypatch):
 
 
 def test_wide_layers_are_cut_into_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(moments_module, "_BLOCK_COLUMNS", 400)
+    monkeypatch.setattr(input_statistics, "_BLOCK_COLUMNS", 400)
     model = models.model(
         [node("MatMul", ["x", "w"], ["y"], "wide")],
         {"x": (FLOAT, ["n", 500])},
@@ -184,7 +183,7 @@ def test_convolutions_see_what_an_im2col_would(kernel, strides, dilations, pads,
     )
     x = weights(3, 16, 7, 9) + 1
     found = stats_of(model, {"x": x}, tmp_path)["conv"]
-    assert_moments(found, im2col(x, kernel, strides, dilations, pads, group))
+    assert_statistics(found, im2col(x, kernel, strides, dilations, pads, group))
 
 
 @pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER", "VALID"])
@@ -213,7 +212,7 @@ def test_one_dimensional_convolution(tmp_path):
         {"w": w},
     )
     expected = im2col(x[:, :, None], (1, 3), (1, 2), (1, 1), (0, 2, 0, 0), 1)
-    assert_moments(stats_of(model, {"x": x}, tmp_path)["conv"], expected)
+    assert_statistics(stats_of(model, {"x": x}, tmp_path)["conv"], expected)
 
 
 def test_tied_weights_count_once_and_gathered_rows_are_counted(tmp_path):
@@ -234,7 +233,7 @@ def test_tied_weights_count_once_and_gathered_rows_are_counted(tmp_path):
     x = weights(6, 32)
     stats = stats_of(model, {"x": x, "ids": np.array([0, 0, 1, 5, 5, 5])}, tmp_path)
     assert set(stats) == {"once", "embedding"}
-    assert_moments(stats["once"], x[None])
+    assert_statistics(stats["once"], x[None])
     assert stats["embedding"][:7].tolist() == [2, 1, 0, 0, 0, 3, 0]
 
 
@@ -256,7 +255,7 @@ def test_layers_inside_bodies_have_no_stats(tmp_path):
     stats = stats_of(model, {"x": x, "c": np.array([True, False, True, False])}, tmp_path)
     assert set(stats) == {"outside"}
     inner = np.where(np.array([[True], [False], [True], [False]]), x @ weights(32, 32), x)
-    assert_moments(stats["outside"], inner[None])
+    assert_statistics(stats["outside"], inner[None])
 
 
 def test_sample_that_the_model_refuses_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""How strongly a bank's graph reads every row of a layer: the norms of the columns behind it."""
+"""The weights behind a layer in a bank's graph: how strongly each of its rows is read."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from bapq_edge.bank.layout import PLANES_OF_LEVEL
 from bapq_edge.bank.reader import Bank
 
 from ..boundary.rewrite import output_rows
-from ..onnx_graph import graph as graphs
+from ..onnx_graph import graphs
 from ..onnx_graph.assemble import DOMAIN
 
-__all__ = ["Readers"]
+__all__ = ["DownstreamWeights"]
 
 _CHANNELWISE = (
     *("Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "HardSigmoid", "HardSwish", "Sigmoid", "Tanh"),
@@ -25,8 +25,8 @@ _CHANNELWISE = (
 """Operators behind which a channel is still that channel, or a run of as many values."""
 
 
-class Readers:
-    """What the products behind a tensor make of its channels."""
+class DownstreamWeights:
+    """The weights of the products behind each tensor."""
 
     def __init__(self, bank: Bank, graph: onnx.GraphProto) -> None:
         self._bank = bank
@@ -38,9 +38,9 @@ class Readers:
         self._known: dict[str, np.ndarray | None] = {}
 
     def strength(self, tensor: str, channels: int) -> np.ndarray:
-        """(channels,) float64: sum of the squared weights that read a channel.
+        """Sum of the squared weights that read each channel, (channels,) float64.
 
-        All ones where no product is found whose columns the channels are.
+        It is all ones where no product is found whose columns the channels are.
         """
         total, found = np.zeros(channels), False
         pending, seen = [(tensor, np.ones(channels))], {tensor}
@@ -60,7 +60,7 @@ class Readers:
         return total if found and total.any() else np.ones(channels)
 
     def _squares(self, node: onnx.NodeProto, name: str) -> np.ndarray | None:
-        """Of a product's weights, summed over the rows that read each input channel; else None."""
+        """Squares of a product's weights, summed per input channel; None where it is no product."""
         if node.input[0] != name:
             return None
         output = node.output[0]
@@ -74,7 +74,7 @@ class Readers:
             group = int(graphs.attribute(node, "group", 1))
             squares = self._squares_of_layer(layer, group)
             kernel = [int(graphs.attribute(node, f"kernel_{a}", 1)) for a in "hw"]
-            return squares.reshape(group, np.prod(kernel), -1).sum(1).reshape(-1)
+            return _summed(squares.reshape(group, np.prod(kernel), -1), 1)
         if not graphs.is_standard(node, "Conv", "Gemm", "MatMul"):
             return None
         tensor = self._scope.constant(node.input[1])
@@ -85,18 +85,15 @@ class Readers:
             group = int(graphs.attribute(node, "group", 1))
             if group > 1 and weight.shape[1] == 1:
                 return None  # it is looked through: see `_filters`
-            return (
-                weight.reshape(group, -1, *weight.shape[1:])
-                .sum((1, *range(3, weight.ndim + 1)))
-                .reshape(-1)
-            )
+            of_group = weight.reshape(group, -1, *weight.shape[1:])
+            return _summed(of_group, 1, *range(3, of_group.ndim))
         if weight.ndim != 2:
             return None
         transposed = node.op_type == "Gemm" and graphs.attribute(node, "transB", 0)
-        return weight.sum(0 if transposed else 1)
+        return _summed(weight, 0 if transposed else 1)
 
     def _squares_of_layer(self, layer: Layer, group: int) -> np.ndarray:
-        """(groups, columns): chunk by chunk, since a layer may be large."""
+        """Sum the squares of a layer, (groups, columns), chunk by chunk, since it may be large."""
         level = layer.levels[0]
         rows = output_rows(self._bank, layer).astype(np.int64)
         squares = np.zeros((group, layer.columns))
@@ -108,7 +105,7 @@ class Readers:
         return squares
 
     def _filters(self, node: onnx.NodeProto, name: str, channels: int) -> np.ndarray | None:
-        """(channels,): squared gain of a node that keeps channels apart; None: it does not."""
+        """Squared gain of a node that keeps channels apart, (channels,); None where it does not."""
         if graphs.is_standard(node, *_CHANNELWISE):
             return np.ones(channels)
         if not graphs.is_standard(node, "Conv") or node.input[0] != name:
@@ -117,11 +114,16 @@ class Readers:
         if tensor is None or tuple(tensor.dims[:2]) != (channels, 1):
             return None
         weight = graphs.tensor_array(tensor).astype(np.float64)
-        return np.square(weight).reshape(channels, -1).sum(1)
+        return _summed(np.square(weight).reshape(channels, -1), 1)
 
 
 def _per_channel(squares: np.ndarray, channels: int) -> np.ndarray | None:
-    """Columns may be runs of values of a channel, as Flatten leaves them."""
+    """Sum columns that are runs of values of a channel, as Flatten leaves them."""
     if len(squares) % channels:
         return None
-    return squares.reshape(channels, -1).sum(1)
+    return _summed(squares.reshape(channels, -1), 1)
+
+
+def _summed(values: np.ndarray, *axes: int) -> np.ndarray:
+    """Sum over some axes; what is left is one row."""
+    return np.asarray(values.sum(axes)).reshape(-1)

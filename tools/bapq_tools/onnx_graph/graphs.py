@@ -1,4 +1,4 @@
-"""Small questions about an ONNX graph that several stages ask."""
+"""Small questions about ONNX graphs, and small edits, that several stages share."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def is_standard(node: onnx.NodeProto, *op_types: str) -> bool:
 
 
 def standard_opset(model: onnx.ModelProto) -> int:
-    """Version of the ONNX standard domain that the model imports; 0 when it imports none."""
+    """The version of the ONNX standard domain that the model imports; 0 when it imports none."""
     versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
     return max(versions, default=0)
 
 
-def attribute(node: onnx.NodeProto, name: str, default: object = None) -> object:
-    """Value of an attribute, strings as bytes; the default when the node does not set it."""
+def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
+    """The value of an attribute, strings as bytes; the default when the node does not set it."""
     for item in node.attribute:
         if item.name == name:
             return onnx.helper.get_attribute_value(item)
@@ -37,7 +37,7 @@ def attribute(node: onnx.NodeProto, name: str, default: object = None) -> object
 
 
 def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """Bodies of an If, Loop or Scan node; none for other nodes."""
+    """The bodies of an If, Loop or Scan node; none for other nodes."""
     for item in node.attribute:
         if item.type == AttributeProto.GRAPH:
             yield item.g
@@ -70,7 +70,7 @@ def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def tensor_size(tensor: onnx.TensorProto) -> int:
-    """Number of elements."""
+    """The number of elements of a tensor."""
     size = 1
     for dim in tensor.dims:
         size *= dim
@@ -78,7 +78,7 @@ def tensor_size(tensor: onnx.TensorProto) -> int:
 
 
 def tensor_array(tensor: onnx.TensorProto) -> np.ndarray:
-    """Values of a tensor; ModelFormatError when its data does not fill its shape."""
+    """The values of a tensor; ModelFormatError when its data does not fill its shape."""
     try:
         return numpy_helper.to_array(tensor)
     except (TypeError, ValueError) as error:
@@ -98,7 +98,7 @@ class Scope:
 
     @classmethod
     def of(cls, graph: onnx.GraphProto, outer: Scope | None = None) -> Scope:
-        """Scope of a graph or body."""
+        """The scope of a graph or body."""
         computed = {name for node in graph.node for name in node.output}
         computed.update(item.name for item in graph.input)
         return cls({t.name: t for t in graph.initializer}, frozenset(computed), outer)
@@ -116,9 +116,16 @@ class Scope:
             scope = scope.outer
         return None
 
+    def initializer(self, name: str) -> onnx.TensorProto:
+        """The initializer of a name that is known to have one."""
+        found = self.constant(name)
+        if found is None:
+            raise ValueError(f"{name} is no initializer")
+        return found
+
 
 def uses(graph: onnx.GraphProto) -> Counter[str]:
-    """How often each name is read, by nodes, by the bodies inside them, and as an output."""
+    """Count how often each name is read: by nodes, by the bodies inside them, as an output."""
     count: Counter[str] = Counter()
     for part in walk(graph):
         for node in part.node:
@@ -138,7 +145,7 @@ def names(graph: onnx.GraphProto) -> set[str]:
 
 
 def fresh_name(wanted: str, taken: set[str]) -> str:
-    """The wanted name, or it with the first free number; it is taken from then on."""
+    """Take the wanted name, or the wanted name with the first free number."""
     name, number = wanted, 1
     while name in taken:
         number += 1
@@ -182,7 +189,7 @@ def replace_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
 
 
 def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Copy of the model whose large initializers have a shape and no data.
+    """Copy the model; its large initializers have a shape and no data.
 
     For tools that serialize the model: protobuf cannot write more than 2 GiB.
     """

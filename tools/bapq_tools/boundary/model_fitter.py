@@ -1,4 +1,4 @@
-"""One fit: half of the samples find features and regions, the other half measures them."""
+"""Fits boundary models: half of the samples find features and regions, the others measure them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from bapq_edge.adaptive.boundary_model import BoundaryModel, OperatingPoint
+from bapq_edge.adaptive.boundary_model import BoundaryModel
 from bapq_edge.bank.boundary import Boundary, BoundaryArrays, Precision, Stage
 from bapq_edge.errors import (
     BoundaryWarning,
@@ -19,9 +19,10 @@ from bapq_edge.errors import (
     TooFewSamplesError,
 )
 
-from .features import Floats, Seen, class_probe, loss_probe, own_scores
+from .features import Floats, Probe, class_probe, loss_probe, own_scores
+from .fitted_model import FittedModel
 from .folds import held_out
-from .operating_points import Held, operating_points, region_losses
+from .operating_points import HeldOut, operating_points, region_losses
 from .precisions import gate_precisions
 from .regions import (
     LEAST_SAMPLES,
@@ -32,86 +33,39 @@ from .regions import (
     nothing_found,
     precisions_of,
 )
-from .report import ModelReport, PointReport, StaticReport
+from .report import StaticReport
 from .study import Study, Tap
 from .taps import Cut
 
-__all__ = ["Fitting", "Found"]
+__all__ = ["ModelFitter"]
 
 _LEAST_GROUPS = 8
-"""On both sides of the split: folds of one group would say nothing of others."""
+"""Least number on both sides of the split: folds of one group would say nothing of others."""
 
 _MOST_CUTS = 3
-"""That are tried: each is run over all samples, at two precisions."""
+"""Most cuts that are tried: each is run over all samples, at two precisions."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """A fitted boundary model."""
-
-    model: Boundary
-    arrays: BoundaryArrays
-    cut: Cut | None
-    """where it splits the graph"""
-
-    @property
-    def points(self) -> list[OperatingPoint]:
-        """Its operating points, by rising bits."""
-        return BoundaryModel(self.model, self.arrays).points
-
-    def report(self, target: float | None) -> ModelReport:
-        """For people, with the point that the device would choose for the target."""
-        device, model = BoundaryModel(self.model, self.arrays), self.model
-        chosen = None
-        if target is not None:
-            kept = [i for i, point in enumerate(device.points) if point.agreement_bound >= target]
-            chosen = kept[0] if kept else None
-        return ModelReport(
-            name=model.name,
-            stage=model.stage,
-            tap=model.tap,
-            base=str(model.base),
-            head_share=self.cut.share if self.cut else 0.0,
-            kind=model.kind,
-            features=model.all_features,
-            regions=model.regions,
-            precisions=tuple(map(str, model.precisions)),
-            mix=self.arrays["mix"].tolist(),
-            loss=self.arrays["loss"].tolist(),
-            loss_bound=self.arrays["loss_bound"].tolist(),
-            points=[
-                PointReport(
-                    point.bits,
-                    point.agreement,
-                    point.agreement_bound,
-                    {str(precision): share for precision, share in device.share_of(point).items()},
-                )
-                for point in device.points
-            ],
-            chosen=chosen,
-        )
-
-
-@dataclass(frozen=True)
-class _Candidate:
+class _GateCandidate:
     """A gate, before it is measured."""
 
     tap: Tap
     base: Precision
     cut: Cut | None
     bits: NDArray[np.float64]
-    """(precisions,) of a run"""
-    seen: Seen
+    """Bits of a run at each precision, (precisions,)."""
+    probe: Probe
     partition: Partition
     left: float
-    """loss, as `choose_regions` has it"""
+    """The loss that is left, as `choose_regions` has it."""
 
 
-class Fitting:
+class ModelFitter:
     """The samples of one fit, and the models that they give."""
 
     def __init__(self, study: Study, rows: NDArray[np.intp], confidence: float, seed: int) -> None:
-        """Raises TooFewSamplesError, SingleClassError, BoundaryError."""
+        """Split the samples; raises TooFewSamplesError, SingleClassError, BoundaryError."""
         self._study, self._confidence, self._seed = study, confidence, seed
         last = held_out(study.groups[rows], seed)
         self._own, self._rest = rows[~last], rows[last]
@@ -129,7 +83,7 @@ class Fitting:
         self.held = self._held(self._losses)
 
     def static(self) -> list[StaticReport]:
-        """All inputs at one precision, for each precision of the gate."""
+        """Measure all inputs at one precision, for each precision of the gate."""
         return [
             StaticReport(
                 str(precision), bits, 1 - float(losses.mean()), 1 - self.held.upper(losses)
@@ -139,8 +93,8 @@ class Fitting:
             )
         ]
 
-    def answer(self, base: Precision, goal: Precision) -> Found:
-        """A model that tells from the answer at `base` whether `goal` must answer again.
+    def answer(self, base: Precision, goal: Precision) -> FittedModel:
+        """Fit a model that tells from the answer at `base` whether `goal` must answer again.
 
         Raises RequestError where that is no higher precision, NoTapError where the answer is always
         the same.
@@ -157,15 +111,15 @@ class Fitting:
         losses = np.column_stack([study.losses(base), study.losses(goal)])
         values = tap.flat(own)
         if study.judge.kind == "argmax":
-            seen = own_scores(values, study.judge.scores, study.classes[own])
+            probe = own_scores(values, study.judge.scores, study.classes[own])
         else:
-            seen = loss_probe(values, losses[own, :1], study.groups[own], self._seed)
+            probe = loss_probe(values, losses[own, :1], study.groups[own], self._seed)
         task = self._task(losses, bits, (float(bits[0]), float(bits[1])), escalates=True)
-        partition, _ = choose_regions(seen.features, seen.projection.doubt, task)
+        partition, _ = choose_regions(probe.features, probe.projection.doubt, task)
         name = f"answer-{_short(base)}-{_short(goal)}"
         return self._measured(
-            _model(name, "answer", tap, base, (base, goal), seen, partition),
-            seen,
+            _model(name, "answer", tap, base, (base, goal), probe, partition),
+            probe,
             partition,
             tap,
             losses,
@@ -173,33 +127,35 @@ class Fitting:
             precisions_of(np.arange(partition.count), partition.count, task),
         )
 
-    def gate(self, names: Sequence[str]) -> Found | None:
-        """The best gate; None, with a warning, where none is better than static plans.
+    def gate(self, names: Sequence[str]) -> FittedModel | None:
+        """Fit the best gate; None, with a warning, where none is better than static plans.
 
         Taps are compared as if head and body ran at one precision; the best is then measured with
         the head at its own. Raises NoTapError for a name that gives no gate.
         """
         span = float(self._bits.min()), float(self._bits.max())
         plain = self._task(self._losses, self._bits, span)
-        found: list[_Candidate] = []
+        found: list[_GateCandidate] = []
         for tap, base, cut in self._taps(names):
             bits = self._bits_behind(cut, base)
             task = replace(plain, bits=bits)
             try:
-                seen = self._probe(tap.flat(self._own))
+                probe = self._probe(tap.flat(self._own))
             except NoTapError as error:
                 _no_gate(f"tap {tap.name!r}: {error}", names)
                 continue
-            partition, left = choose_regions(seen.features, seen.projection.doubt, task)
-            found.append(_Candidate(tap, base, cut, bits, seen, partition, left))
+            partition, left = choose_regions(probe.features, probe.projection.doubt, task)
+            found.append(_GateCandidate(tap, base, cut, bits, probe, partition, left))
         if not found:
-            return _no_gate("the graph has no tap that features can be taken from", names)
+            _no_gate("the graph has no tap that features can be taken from", names)
+            return None
         best = min(found, key=lambda each: each.left)
-        if not names and best.left >= loss_left(nothing_found, best.seen.features, plain):
-            return _no_gate("no tap tells inputs apart better than static plans do", names)
+        if not names and best.left >= loss_left(nothing_found, best.probe.features, plain):
+            _no_gate("no tap tells inputs apart better than static plans do", names)
+            return None
         return self._measured_gate(best, span)
 
-    def _measured_gate(self, best: _Candidate, span: tuple[float, float]) -> Found:
+    def _measured_gate(self, best: _GateCandidate, span: tuple[float, float]) -> FittedModel:
         losses, cut = self._losses, best.cut
         if cut is not None:
             columns = [
@@ -212,19 +168,19 @@ class Fitting:
         partition = best.partition
         return self._measured(
             _model(
-                "gate", stage, best.tap, best.base, tuple(self._precisions), best.seen, partition
+                "gate", stage, best.tap, best.base, tuple(self._precisions), best.probe, partition
             ),
-            best.seen,
+            best.probe,
             partition,
             best.tap,
             losses,
             best.bits,
-            precisions_of(partition.of(best.seen.features), partition.count, task),
+            precisions_of(partition.of(best.probe.features), partition.count, task),
             cut,
         )
 
     def _taps(self, names: Sequence[str]) -> Iterator[tuple[Tap, Precision, Cut | None]]:
-        """Taps to try, and what their heads run at."""
+        """The taps to try, and the precisions that their heads run at."""
         study, cheapest = self._study, self._precisions[0]
         inputs = [item.name for item in study.inputs]
         if names:
@@ -252,7 +208,7 @@ class Fitting:
                     raise
 
     def _bits_behind(self, cut: Cut | None, base: Precision) -> NDArray[np.float64]:
-        """(precisions,): bits of a run whose head runs at `base`."""
+        """The bits of a run whose head runs at `base`, (precisions,)."""
         if cut is None:
             return self._bits
         bits, head = self._study.runner.bits, cut.head_layers
@@ -261,7 +217,7 @@ class Fitting:
             [first + bits(precision, slice(head, None)) for precision in self._precisions]
         )
 
-    def _probe(self, values: Floats) -> Seen:
+    def _probe(self, values: Floats) -> Probe:
         study, own = self._study, self._own
         groups = study.groups[own]
         if study.judge.kind == "argmax":
@@ -278,23 +234,23 @@ class Fitting:
         groups = self._study.groups[self._own]
         return Task(losses[self._own], bits, groups, span, self._seed, escalates)
 
-    def _held(self, losses: NDArray[np.float64]) -> Held:
+    def _held(self, losses: NDArray[np.float64]) -> HeldOut:
         rest, study = self._rest, self._study
-        return Held(losses[rest], study.groups[rest], study.judge.binary, self._confidence)
+        return HeldOut(losses[rest], study.groups[rest], study.judge.binary, self._confidence)
 
     def _measured(
         self,
         model: Boundary,
-        seen: Seen,
+        probe: Probe,
         partition: Partition,
         tap: Tap,
         losses: NDArray[np.float64],
         bits: NDArray[np.float64],
         assignment: NDArray[np.uint8],
         cut: Cut | None = None,
-    ) -> Found:
-        """The model with what it does to the samples that it has not seen."""
-        projection, held = seen.projection, self._held(losses)
+    ) -> FittedModel:
+        """Complete a model with what it does to the samples that it has not seen."""
+        projection, held = probe.projection, self._held(losses)
         arrays: BoundaryArrays = {
             "center": projection.center,
             "projection": projection.matrix,
@@ -326,7 +282,7 @@ class Fitting:
             samples=len(regions),
             confidence=self._confidence,
         )
-        return Found(described, arrays, cut)
+        return FittedModel(described, arrays, cut)
 
 
 def _model(
@@ -335,18 +291,18 @@ def _model(
     tap: Tap,
     base: Precision,
     precisions: tuple[Precision, ...],
-    seen: Seen,
+    probe: Probe,
     partition: Partition,
 ) -> Boundary:
-    """The description; what is measured is filled in later."""
+    """Describe a model; what is measured is filled in later."""
     return Boundary(
         name=name,
         stage=stage,
         tap=tap.name,
         base=base,
         pool=tap.pool,
-        scores=seen.projection.scores,
-        features=seen.projection.matrix.shape[1],
+        scores=probe.projection.scores,
+        features=probe.projection.matrix.shape[1],
         kind=partition.kind,
         regions=partition.count,
         nodes=len(partition.arrays.get("node_feature", ())),
@@ -358,7 +314,7 @@ def _model(
 
 
 def _short(precision: Precision) -> str:
-    """For names: 8, or 4p6b."""
+    """The precision for a name: 8, or 4p6b."""
     return (
         str(precision.level) if precision.bits is None else f"{precision.bits:g}b".replace(".", "p")
     )

@@ -15,7 +15,7 @@ from .commands.bench import add_bench
 from .commands.doctor import add_doctor
 from .commands.profile import add_profile
 from .commands.run import add_run
-from .engine.native import library_path
+from .engine.library import library_path
 from .errors import BapqError
 
 __all__ = ["main"]

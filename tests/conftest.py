@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 
-from bapq_edge.engine.native import library_path
+from bapq_edge.engine.library import library_path
 
 
 def kernel_families() -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bapq_edge.engine.native import library_path
+from bapq_edge.engine.library import library_path
 
 from .reference import BLOCK, TILE_ROWS, Panel, Tile
 

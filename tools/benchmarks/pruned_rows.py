@@ -27,7 +27,7 @@ from bapq_edge.bank.codes import LayerCodes
 from bapq_edge.bank.layout import PLANES_OF_LEVEL, Level
 from bapq_edge.bank.reader import Bank
 from bapq_edge.bank.writer import BankWriter
-from bapq_edge.engine.native import PLANE_ORDER
+from bapq_edge.engine.library import PLANE_ORDER
 from bapq_edge.errors import UncalibratedWarning
 from bapq_tools.build import build_bank
 
@@ -133,10 +133,11 @@ def _measure(case: _Case, plain: Path, reordered: Path, level: Level) -> list[st
             session.run(None, feed)
 
         in_order, scattered = _best_s(run, lambda: other.run(None, feed))
-        plan = session._plans.current
-        assert plan is not None
+        internals = session.internals
+        published = internals.replanner.plans
+        plan = published.main_plan
         chunks = len(plan.levels)
-        region = session._store.add_region(np.zeros(_rows(plain), np.float32))
+        region = internals.store.add_region(np.zeros(_rows(plain), np.float32))
         planes = sum(1 << PLANE_ORDER.index(plane) for plane in PLANES_OF_LEVEL[level])
         plans = [
             replace(
@@ -150,7 +151,7 @@ def _measure(case: _Case, plain: Path, reordered: Path, level: Level) -> list[st
 
         def switch_and_run() -> None:
             plans.reverse()
-            session._adopt({None: plans[0]})
+            internals.replanner.adopt(replace(published, by_precision={None: plans[0]}))
             run()
 
         switched, skipping = _best_s(switch_and_run, run)

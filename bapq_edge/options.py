@@ -39,16 +39,16 @@ class SessionOptions:
     """
 
     bank: str | os.PathLike[str]
-    memory_budget: int | str | None = None
-    """Bytes, "auto", or None; a size such as "64MiB" becomes a number."""
+    memory_budget: int | Literal["auto"] | None = None
+    """Bytes; a size such as "64MiB" is taken too, and becomes a number."""
     level: Level | Literal["auto"] = "auto"
-    """A level as text becomes a number."""
+    """A level as text is taken too, and becomes a number."""
     bits: float | None = None
     policy: Policy | PolicyName | None = None
     target_agreement: float | None = None
     latency_ms: float | None = None
-    weight_budget: int | str | None = None
-    """Bytes, or None; a size such as "1MiB" becomes a number."""
+    weight_budget: int | None = None
+    """Bytes; a size such as "1MiB" is taken too, and becomes a number."""
     threads: int | None = None
     controller: Literal["auto"] | None = None
     profile: str | os.PathLike[str] | None = None
@@ -173,7 +173,7 @@ def _check_policy(policy: Any) -> None:
     if isinstance(policy, type):
         raise RequestError(f"policy is the class {policy.__name__}: give an object of it")
     if not callable(getattr(policy, "choose", None)):
-        raise RequestError(f"policy is a {type(policy).__name__} without choose: {wanted}")
+        raise RequestError(f"policy of type {type(policy).__name__} has no method choose: {wanted}")
 
 
 def _check_number(name: str, value: Any, most: float, wanted: str) -> None:

@@ -118,13 +118,13 @@ class Session:
         self._ledger = MemoryLedger()  # what comes from here on counts
         options = SessionOptions(
             bank,
-            memory_budget=memory_budget,
+            memory_budget=memory_budget,  # type: ignore[arg-type]
             level=level,  # type: ignore[arg-type]
             bits=bits,
             policy=policy,
             target_agreement=target_agreement,
             latency_ms=latency_ms,
-            weight_budget=weight_budget,
+            weight_budget=weight_budget,  # type: ignore[arg-type]
             threads=threads,
             controller=controller,
             profile=profile,
@@ -160,11 +160,13 @@ class Session:
                 request=self._request(options.level, None if options.steered else options.bits),
                 shares=None if self._runner is None else self._runner.shares,
                 threads=self._threads,
-                weight_budget_bytes=options.weight_budget,  # type: ignore[arg-type]
+                weight_budget_bytes=options.weight_budget,
                 on_switch=self._tell_switch,
             )
             self._passes = Passes(self._store, self._graphs, self._replanner, self._ledger)
-            budget_bytes = self._budget_bytes(options.memory_budget)
+            budget_bytes, reason = self._budget_of(options.memory_budget)
+            if reason is not None:
+                self._record("budget", reason)
             if options.controller is not None:
                 self._monitor = self._make_monitor(budget_bytes)
                 undo.callback(self._monitor.stop)
@@ -196,18 +198,17 @@ class Session:
             storage_bytes_s=self._profile.storage_read_mb_s * 1e6 if self._profile else None,
         )
 
-    def _budget_bytes(self, budget: int | str | None) -> int | None:
-        """The budget in bytes; of "auto" a share of what is free, what is held counted as free."""
-        if not isinstance(budget, str):
-            return budget
+    def _budget_of(self, budget: int | Literal["auto"] | None) -> tuple[int | None, str | None]:
+        """The budget in bytes; for "auto" a share of what is free, and how it was found."""
+        if budget != "auto":
+            return budget, None
         from .control.controller import automatic_budget_bytes  # only such a session pays for them
         from .sensors import open_sensors
 
         with contextlib.closing(open_sensors()) as sensors:
             held_bytes = self._ledger.held_bytes() if self._replanner.is_open else 0
             size_bytes, reason = automatic_budget_bytes(sensors.read(), held_bytes=held_bytes)
-        self._record("budget", f"{format_size(size_bytes)}: {reason}")
-        return size_bytes
+        return size_bytes, f"{format_size(size_bytes)}: {reason}"
 
     def _make_monitor(self, budget_bytes: int | None) -> Monitor:
         from .control.monitor import Monitor  # only such a session pays for them
@@ -312,7 +313,8 @@ class Session:
         reason = f"set_memory_budget({budget!r})"
         with self._replanner.changing():
             self._check_open()
-            budget_bytes = self._budget_bytes(wanted)
+            budget_bytes, found = self._budget_of(wanted)
+            reason = reason if found is None else f"{reason}: {found}"
             self._replanner.set_budget(budget_bytes, reason)
             if self._monitor is not None:
                 smallest = self._replanner.smallest_limit()

@@ -215,7 +215,7 @@ class BudgetTooSmallError(RequestError, MemoryError):
 
 
 class RunInputError(RequestError):
-    """A feed of a run is missing, unknown, or has a wrong type or shape; or an output is unknown."""
+    """A feed of a run is missing or has a wrong type or shape, or an output is unknown."""
 
     exit_code = 43
 

@@ -26,7 +26,7 @@ from bapq_edge.errors import (
 )
 from bapq_edge.planning.planner import Request, plan
 from support.banks import graph_bytes, node, write_bank
-from support.internals import bank_of, costs_of
+from support.internals import adopt, bank_of, costs_of
 from support.streaming import (
     LINEAR,
     PRECISIONS,
@@ -172,7 +172,7 @@ def test_a_flipped_bit_is_named_or_a_lower_level_stands_in(original, bank, level
                     y = run(session, x)
                 assert session.events()[-1].kind == "degraded"
                 with Session(original[0]) as sound:
-                    sound._adopt({None: replace(base, levels=levels)})
+                    adopt(sound, replace(base, levels=levels))
                     np.testing.assert_array_equal(run(sound, x), y)
         else:
             for _ in range(2):

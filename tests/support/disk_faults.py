@@ -25,6 +25,7 @@ from bapq_edge import Session
 from bapq_edge.bank.layout import LEVELS
 from bapq_edge.errors import BankTruncatedError, DegradedWarning, StorageError
 from bapq_edge.planning.planner import Request, plan
+from support.internals import adopt, costs_of
 from support.streaming import (
     PRECISIONS,
     all_resident,
@@ -37,8 +38,6 @@ from support.streaming import (
     run,
     tied_bank,
 )
-
-from .internals import adopt, costs_of
 
 
 class Disk:

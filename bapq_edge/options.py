@@ -31,7 +31,7 @@ _MOST_BITS = 32
 _SHOWN_LENGTH = 80
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SessionOptions:
     """The settings of a session, as `Session` takes them; refused when built where they are none.
 

@@ -22,8 +22,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from .adaptive.policies import open_policy
-from .adaptive.policy_runner import PolicyRunner
 from .bank.layout import Level
 from .bank.reader import Bank
 from .control.device_profile import find_profile, load_profile
@@ -32,7 +30,6 @@ from .engine.graph import Graphs
 from .engine.library import kernels_name
 from .engine.store import Store
 from .errors import RequestError, SessionClosedError
-from .internals import Internals
 from .options import (
     PolicyName,
     SessionOptions,
@@ -49,8 +46,10 @@ from .policy import Policy
 from .telemetry import Event, EventLog, RunTotals, SessionStats, trim_heap
 from .units import format_size
 
-if TYPE_CHECKING:  # only a session with a controller loads them
+if TYPE_CHECKING:  # loaded by sessions that need them
+    from .adaptive.policy_runner import PolicyRunner
     from .control.monitor import Monitor
+    from .internals import Internals
 
 __all__ = ["Session"]
 
@@ -110,8 +109,7 @@ class Session:
             on_switch: called with every Event of kind "switch", on the thread that switched.
 
         Raises:
-            RequestError and its kinds: a setting that cannot be had; most are told before anything
-                is opened.
+            RequestError and its kinds: a setting that cannot be had.
             BankError and its kinds, StorageError: the bank cannot be used.
             PlatformError: this machine cannot run it.
         """
@@ -141,8 +139,7 @@ class Session:
 
         self._lock = threading.Lock()  # short: counts and the closing
         self._idle = threading.Condition(self._lock)
-        self._closed = False
-        self._running = 0
+        self._closed, self._running = False, 0
         self._totals = RunTotals()
         self._pool: ThreadPoolExecutor | None = None
         self._monitor: Monitor | None = None
@@ -181,6 +178,9 @@ class Session:
         options = self._options
         if not options.steered:
             return None
+        from .adaptive.policies import open_policy  # only such a session pays for them
+        from .adaptive.policy_runner import PolicyRunner
+
         policy = open_policy(
             self._bank,
             options.policy,
@@ -246,9 +246,8 @@ class Session:
         Raises:
             RunInputError: the feed or the output names do not fit the model.
             ExecutionError: the graph fails.
-            BankIntegrityError, BankTruncatedError, StorageError: weights cannot be read. Where a
-                lower level is in memory the run takes that instead, with a DegradedWarning and an
-                event.
+            BankIntegrityError, BankTruncatedError, StorageError: weights cannot be read. A level
+                below that is in memory stands in, with a DegradedWarning and an event.
             SessionClosedError: the session was closed.
         """
         with self._open_run() as running:
@@ -310,11 +309,10 @@ class Session:
         Raises SizeError, BudgetTooSmallError, or for "auto" SensorError, and then changes nothing.
         """
         wanted = checked_budget(budget)
-        reason = f"set_memory_budget({budget!r})"
         with self._replanner.changing():
             self._check_open()
             budget_bytes, found = self._budget_of(wanted)
-            reason = reason if found is None else f"{reason}: {found}"
+            reason = f"set_memory_budget({budget!r})" + (f": {found}" if found else "")
             self._replanner.set_budget(budget_bytes, reason)
             if self._monitor is not None:
                 smallest = self._replanner.smallest_limit()
@@ -402,7 +400,9 @@ class Session:
 
     @property
     def internals(self) -> Internals:
-        """The parts inside, for the profiler, tests and benchmarks; see `Internals`."""
+        """The parts inside, for the profiler, tests and benchmarks; see `bapq_edge.internals`."""
+        from .internals import Internals
+
         return Internals(
             self._bank, self._store, self._graphs, self._replanner, self._log, self._monitor
         )

@@ -91,5 +91,6 @@ class Passes:
             ticket, bits = self._replanner.begin(part, precision)
             return ticket
 
-        done = execute(self._store, self._graphs[part], feed, names, run_options, begin=begin)
-        return done.outputs, bits, done.report
+        graph = self._graphs[part]
+        outputs, report = execute(self._store, graph, feed, names, run_options, begin=begin)
+        return outputs, bits, report

@@ -12,10 +12,10 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ..bank.boundary import Precision
 from ..bank.reader import Bank
-from ..control.envelope import Decision, Envelope
 from ..engine.graph import Part
 from ..engine.store import RunReport, Store
 from ..errors import BudgetExceededWarning, BudgetTooSmallError
@@ -25,12 +25,15 @@ from .plan_set import PlanMaker, PlanSet
 from .planner import ChunkCosts, Request
 from .publisher import Publisher, register_regions
 
+if TYPE_CHECKING:  # only a session with a controller loads it
+    from ..control.envelope import Decision, Envelope
+
 __all__ = ["Replanner"]
 
 _MEASURED = "measured what a run needs besides weights"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Terms:
     """What plans are made for."""
 

@@ -112,10 +112,10 @@ class Runner:
         )
 
         def once(feed: Feed) -> T:
-            done = execute(self._store, opened, feed, outputs)
-            if done.report is not None and done.report.degraded_by is not None:
-                raise done.report.degraded_by  # its answer is not that of the precision
-            return keep([done.outputs[name] for name in outputs])
+            found, report = execute(self._store, opened, feed, outputs)
+            if report is not None and report.degraded_by is not None:
+                raise report.degraded_by  # its answer is not that of the precision
+            return keep([found[name] for name in outputs])
 
         return spread(once, feeds, advance)
 

@@ -162,7 +162,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "kind", "message"), MISTAKES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("settings", "kind", "message"), MISTAKES)
 def test_a_setting_that_is_none_is_refused_before_anything_is_opened(settings, kind, message):
     with pytest.raises(kind, match=message) as error:
         Session("no/such.bank", **settings)

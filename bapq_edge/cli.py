@@ -20,7 +20,7 @@ from .commands.profile import add_profile
 from .commands.run import add_run
 from .commands.verify import add_verify
 from .commands.warning_lines import warning_lines
-from .engine.native import library_path
+from .engine.library import library_path
 from .errors import BapqError
 
 __all__ = ["main"]

@@ -18,7 +18,7 @@ from typing import Literal
 
 from .bank.reader import Bank
 from .control.device_profile import DeviceProfile, find_profile
-from .engine.native import kernels_name
+from .engine.library import kernels_name
 from .errors import BapqError, InterruptedUpdateWarning, SensorError
 from .sensors import Readings, Sensors, open_sensors
 from .sensors.files import read_text

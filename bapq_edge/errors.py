@@ -19,7 +19,7 @@
     ├── RequestError                    what the caller asked for
     │   ├── UnknownLevelError           a level that the bank does not hold
     │   ├── BudgetTooSmallError         the smallest budget that works is in the message
-    │   ├── RunInputError               a feed is missing, or has a wrong type or shape
+    │   ├── RunInputError               a feed or an output name that does not fit the model
     │   ├── SizeError                   not a size such as 64MiB
     │   ├── RecipeError                 a recipe that is malformed, or does not fit the model
     │   ├── ProfileError                a device profile that is unknown or malformed
@@ -215,7 +215,7 @@ class BudgetTooSmallError(RequestError, MemoryError):
 
 
 class RunInputError(RequestError):
-    """A feed of a run is missing, unknown, or has a wrong type or shape."""
+    """A feed of a run is missing or has a wrong type or shape, or an output is unknown."""
 
     exit_code = 43
 

@@ -26,14 +26,16 @@ class PolicyContext:
     """What a policy may look at."""
 
     stage: Literal["start", "gate", "answer"]
+    """Before the run, between the halves of a split graph, or after an answer."""
     values: Mapping[str, NDArray[np.generic]]
-    """by tensor name: the feed at the start, the tap at the gate, the outputs of an answer"""
+    """Tensors by name, in the shapes of the model: the feed at every stage, with the tap at the
+    gate, and with the outputs of the answer: those asked for, and those that the policy `reads`."""
     precision: Precision
-    """what the values were computed at; at the start, what the session runs at otherwise"""
+    """What the values were computed at; at the start, what the session runs at otherwise."""
     elapsed_s: float
-    """since the run began"""
+    """Time since the run began."""
     rerun_s: float | None
-    """how long an answer made again took lately; None: none was made yet"""
+    """Time that an answer made again took lately; None: none was made yet."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,11 @@ class Choice:
     """What to run next, and why."""
 
     precision: Precision
+    """The precision to run at; the one of the answer lets it stand."""
     region: int | None = None
     """Region of the input, for `stats()` and the drift detector."""
     late: bool = False
-    """The answer stands for want of time; counted, and an event."""
+    """Whether the answer stands for want of time; counted, and an event."""
 
 
 class Policy(Protocol):
@@ -57,5 +60,8 @@ class Policy(Protocol):
     """
 
     def choose(self, context: PolicyContext) -> Choice | None:
-        """What to run next; None: go on as it is, or let the answer stand."""
+        """What to run next; None: go on as it is, or let the answer stand.
+
+        What it raises ends the run, and the caller of `run` gets it.
+        """
         ...

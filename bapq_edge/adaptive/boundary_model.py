@@ -5,7 +5,6 @@ The format, and what each array means, is in bank/boundary.py and docs/explanati
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from ..bank.boundary import Boundary, BoundaryArrays, Precision, Scores
 from ..bank.reader import Bank
 from ..errors import RequestError, RunInputError
 
-__all__ = ["BoundaryModel", "DriftDetector", "OperatingPoint", "pooled", "score_features"]
+__all__ = ["BoundaryModel", "OperatingPoint", "pooled", "score_features"]
 
 _LEAST_PROBABILITY = np.float32(1e-30)
 _LEAST_LOGIT = np.float32(-80)
@@ -32,13 +31,13 @@ class OperatingPoint:
     """A precision for every region, and what comes of it."""
 
     precisions: tuple[Precision, ...]
-    """by region"""
+    """A precision for every region."""
     bits: float
-    """mean weight bits read per weight and run, over the mix of regions that calibration saw"""
+    """Mean weight bits read per weight and run, over the regions as calibration saw them."""
     agreement: float
-    """mean agreement with the float model on samples held out from the fit"""
+    """Mean agreement with the float model on samples held out from the fit."""
     agreement_bound: float
-    """its lower bound at the model's confidence"""
+    """Lower bound of the agreement, at the model's confidence."""
 
 
 def pooled(tap: NDArray[Any], pool: Sequence[int]) -> NDArray[np.float32]:
@@ -79,7 +78,7 @@ class BoundaryModel:
         """`arrays` are those of `Boundary.shapes`, checked."""
         self.description = description
         self.region_shares: NDArray[np.float32] = arrays["mix"]
-        """(regions,): share of the samples that calibration saw"""
+        """(regions,): share of the samples of calibration that fell into each."""
         self._arrays = arrays
         # Walking plain lists takes a third of the time of indexing arrays.
         self._tree: tuple[list[Any], ...] | None = None
@@ -191,57 +190,3 @@ class BoundaryModel:
         for precision, share in zip(point.precisions, self.region_shares.tolist(), strict=True):
             shares[precision] = shares.get(precision, 0.0) + share
         return shares
-
-
-class DriftDetector:
-    """Notices when inputs fall into other regions than those that calibration saw.
-
-    A chi-square statistic over the last runs; its limit lies so far out that inputs of the same
-    kind practically never reach it. Not thread-safe.
-    """
-
-    _WINDOW = 512
-    _EVERY = 64
-    _LIMIT = 6.0
-    """In standard deviations of the statistic."""
-
-    def __init__(self, region_shares: NDArray[np.float32], samples: int) -> None:
-        """`region_shares` (regions,) were counted on so many samples, so they are uncertain."""
-        self._region_shares = region_shares.astype(np.float64)
-        self._samples = samples
-        self._last: deque[int] = deque(maxlen=self._WINDOW)
-        self._unchecked = 0
-        self.drifted = False
-
-    def saw(self, region: int) -> str | None:
-        """Take note of a run's region; a reason when the inputs begin or cease to be unlike."""
-        self._last.append(region)
-        self._unchecked += 1
-        if len(self._last) < self._WINDOW // 2 or self._unchecked < self._EVERY:
-            return None
-        self._unchecked = 0
-        distance, worst, share = self._distance()
-        # Half of the limit on the way back: no flapping.
-        drifted = distance > (self._LIMIT / 2 if self.drifted else self._LIMIT)
-        if drifted == self.drifted:
-            return None
-        self.drifted = drifted
-        if not drifted:
-            return f"the last {len(self._last)} inputs are again like those of calibration"
-        return (
-            f"the last {len(self._last)} inputs are unlike those of calibration: region {worst} "
-            f"has {share:.0%} of them, calibration had {self._region_shares[worst]:.0%}"
-        )
-
-    def _distance(self) -> tuple[float, int, float]:
-        """Standard deviations above the mean, the region most to blame, and its share now."""
-        count = len(self._last)
-        seen = np.bincount(list(self._last), minlength=len(self._region_shares))
-        # Half a sample more: calibration may have missed a region that is merely rare.
-        expected = self._region_shares * count + 0.5
-        spread = expected * (1 + count / self._samples)
-        parts = np.square(seen - self._region_shares * count) / spread
-        freedom = max(len(self._region_shares) - 1, 1)
-        worst = int(parts.argmax())
-        distance = (float(parts.sum()) - freedom) / float(np.sqrt(2 * freedom))
-        return distance, worst, float(seen[worst]) / count

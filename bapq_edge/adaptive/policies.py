@@ -9,6 +9,7 @@ from ..bank.reader import Bank
 from ..errors import RequestError
 from ..policy import Choice, Policy, PolicyContext
 from .boundary_model import BoundaryModel, OperatingPoint
+from .drift import ExpectedRegions
 
 __all__ = ["Escalate", "Gate", "Static", "open_policy"]
 
@@ -30,6 +31,7 @@ class Gate:
 
     def __init__(self, model: BoundaryModel, point: OperatingPoint) -> None:
         self.model, self.point = model, point
+        self.expected_regions = _expected_regions(model)
         self.splits = model.description.stage == "gate"
         self.shares: Mapping[Precision, float] = model.share_of(point)
 
@@ -49,6 +51,7 @@ class Escalate:
     ) -> None:
         """`latency_s`: an answer that would come later than this is not asked for."""
         self.model, self.point, self._latency_s = model, point, latency_s
+        self.expected_regions = _expected_regions(model)
         description = model.description
         self.reads = (description.tap,)
         # Every input is answered at the base first.
@@ -74,9 +77,13 @@ class Escalate:
         return context.elapsed_s + rerun_s > self._latency_s
 
 
+def _expected_regions(model: BoundaryModel) -> ExpectedRegions:
+    return ExpectedRegions(model.region_shares, model.description.samples)
+
+
 def open_policy(
     bank: Bank,
-    name: str | None,
+    policy: Policy | str | None,
     *,
     target_agreement: float | None = None,
     bits: float | None = None,
@@ -84,26 +91,24 @@ def open_policy(
 ) -> Policy:
     """The gate or escalate policy of a bank's boundary models, at its best operating point.
 
-    `name` is "gate" or "escalate", or None: whichever meets the target with fewer bits. Raises
-    RequestError where the bank has no such model, or none that can keep the target.
+    `policy` is "gate" or "escalate", or None: whichever meets the target with fewer bits. An object
+    is the caller's own policy, and is returned as it is. Raises RequestError where the bank has no
+    such model, or none that can keep the target.
     """
-    stages = {
+    if not isinstance(policy, str | None):
+        return policy
+    stages: dict[str | None, tuple[str, ...]] = {
         "gate": ("start", "gate"),
         "escalate": ("answer",),
         None: ("start", "gate", "answer"),
     }
-    if name not in stages:
-        raise RequestError(
-            f'policy {name!r} is unknown: choose "static", "gate" or "escalate", or give an object '
-            "with a method choose(context)"
-        )
     models = [
         BoundaryModel.of(bank, entry.model)
         for entry in bank.manifest.boundary
-        if entry.model.stage in stages[name]
+        if entry.model.stage in stages[policy]
     ]
     if not models:
-        wanted = "boundary model" if name is None else f"boundary model to {name} with"
+        wanted = "boundary model" if policy is None else f"boundary model to {policy} with"
         raise RequestError(f"{bank.path} has no {wanted}: make one with 'bapq fit'")
     found, refusals = [], []
     for model in models:

@@ -12,7 +12,8 @@ from ..bank.boundary import Precision
 from ..engine.graph import Part
 from ..errors import RequestError
 from ..policy import Choice, Policy, PolicyContext
-from .boundary_model import DriftDetector
+from ..telemetry import logger
+from .drift import DriftDetector, ExpectedRegions
 
 __all__ = ["Answer", "PolicyRunner", "RunPart"]
 
@@ -41,15 +42,17 @@ class Answer:
     """What came of one input."""
 
     outputs: dict[str, Any]
+    """Outputs by name: those asked for, and those that the policy reads."""
     bits: float
-    """weight bits read per weight, all passes together"""
+    """Weight bits read per weight, all passes together."""
     precision: Precision
-    """that the answer was made at"""
+    """Precision that the answer was made at."""
     region: int | None
+    """Region of the input; None: the policy told none."""
     escalated: bool
-    """answered again"""
+    """Whether the input was answered again."""
     late: bool
-    """not answered again, for want of time"""
+    """Whether it was not answered again for want of time."""
 
 
 class PolicyRunner:
@@ -62,17 +65,14 @@ class PolicyRunner:
         self._policy = policy
         self._default = default
         self._tell = tell
-        self.splits: bool = getattr(policy, "splits", False)
+        self.splits: bool = bool(getattr(policy, "splits", False))
+        """Whether the policy looks between the two halves of the graph."""
         self._reads: tuple[str, ...] = tuple(getattr(policy, "reads", ()))
         shares: Mapping[Precision, float] = getattr(policy, "shares", None) or {default: 1.0}
-        self.shares: dict[Precision, float] = dict(shares)
-        """share of the runs that read each precision, as far as the policy tells"""
-        self.main: Precision = max(self.shares, key=lambda precision: self.shares[precision])
-        """what most runs read"""
-        model = getattr(policy, "model", None)
-        self._drift = None
-        if model is not None:
-            self._drift = DriftDetector(model.region_shares, model.description.samples)
+        self.shares: Mapping[Precision, float] = dict(shares)
+        """Share of the runs that read each precision, as far as the policy tells."""
+        expected = getattr(policy, "expected_regions", None)
+        self._drift = DriftDetector(expected) if isinstance(expected, ExpectedRegions) else None
         self._lock = threading.Lock()
         self._rerun_s: float | None = None
 
@@ -86,9 +86,9 @@ class PolicyRunner:
             """Whether the precision is another one now."""
             nonlocal precision, region, late
             elapsed_s = time.perf_counter() - started_s
-            choice = self._policy.choose(
-                PolicyContext(stage, values, precision, elapsed_s, self._rerun_s)
-            )
+            context = PolicyContext(stage, {**feed, **values}, precision, elapsed_s, self._rerun_s)
+            choice = self._policy.choose(context)
+            logger.debug("policy at %s of %s: %s", stage, precision, choice)
             if choice is None:
                 return False
             if not isinstance(choice, Choice):

@@ -16,28 +16,37 @@ class ControllerConfig:
     """Thresholds. The defaults are for a board without a profile. Raises RequestError."""
 
     reserve_bytes: int = 128 << 20
-    """memory that the system is to keep available"""
+    """Memory that the system is to keep available."""
     reserve_band_bytes: int = 64 << 20
-    """shedding restores the reserve and this much more, and growing leaves this much more"""
+    """Shedding restores the reserve and this much more, and growing leaves this much more."""
     cgroup_reserve_share: float = 0.1
-    """of a cgroup's limit: the reserve inside it, where that is less than reserve_bytes"""
+    """Reserve inside a cgroup, as a share of its limit, where that is less than reserve_bytes."""
     memory_steps: int = 8
-    """the weight limit returns by this fraction of the full one, and pressure takes as much"""
+    """The weight limit returns in so many steps, and pressure takes one of them."""
     pressure_percent: float = 10.0
+    """Memory pressure (PSI) from which memory is given back."""
     pressure_band_percent: float = 5.0
+    """Pressure must fall so far below that before memory is taken again."""
     temperature_limit_c: float = 75.0
+    """Temperature from which the board is hot."""
     temperature_band_c: float = 5.0
+    """The board must cool so far below that before it is no longer hot."""
     hot_level: int = 4
-    """highest level at or over the temperature limit; threads are halved with it"""
+    """Highest level while the board is hot; threads are halved with it."""
     battery_low_percent: float = 30.0
+    """Charge below which the battery is low."""
     battery_low_level: int = 4
+    """Highest level on a low battery."""
     battery_critical_percent: float = 15.0
+    """Charge below which the battery is critical."""
     battery_critical_level: int = 2
+    """Highest level on a critical battery."""
     battery_band_percent: float = 5.0
+    """The charge must rise so far above a threshold before its cap goes."""
     hold_s: float = 10.0
-    """how long a reading must stay good before one step back"""
+    """A reading must stay good for so long before one step back."""
     period_s: float = 1.0
-    """how often to read"""
+    """Time from one reading to the next."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no rule."""

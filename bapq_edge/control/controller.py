@@ -8,12 +8,13 @@ reading changes nothing. docs/explanation/controller.md has the rules in full an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from ..bank.layout import Level
 from ..errors import RequestError, SensorError
 from ..sensors.readings import CAPPED_BITS, Readings
 from ..units import format_size
 from .config import ControllerConfig
+from .envelope import Decision, Envelope
 from .hysteresis import Ladder, Presence
 from .memory_guard import MemoryGuard, free_memory
 
@@ -22,35 +23,12 @@ __all__ = ["Controller", "ControllerConfig", "Decision", "Envelope", "automatic_
 AUTOMATIC_SHARE = 0.5
 
 
-@dataclass(frozen=True)
-class Envelope:
-    """What the device allows right now."""
-
-    weight_bytes_limit: int | None
-    """most bytes of weights in memory; None is no limit"""
-    highest_level: int
-    threads: int
-    reasons: tuple[str, ...] = ()
-    """the readings that set the limits which hold; empty when nothing is restricted"""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What one update came to."""
-
-    envelope: Envelope
-    changed: bool
-    """whether a limit differs from that of the update before"""
-    cause: str | None
-    """the readings that changed it, with their values; None when nothing changed"""
-    lost: tuple[str, ...] = ()
-    """readings that were there before and are not now, each told once; their limits stay"""
-
-
-def automatic_budget_bytes(readings: Readings, share: float = AUTOMATIC_SHARE) -> tuple[int, str]:
+def automatic_budget_bytes(
+    readings: Readings, share: float = AUTOMATIC_SHARE, held_bytes: int = 0
+) -> tuple[int, str]:
     """(budget, reason) of memory_budget="auto": a share of what system and cgroup have free.
 
-    The tighter of the two counts, as it is before the session opens.
+    The tighter of the two counts; what the session holds already, `held_bytes`, counts as free.
 
     Raises SensorError when neither can be read.
     """
@@ -61,7 +39,9 @@ def automatic_budget_bytes(readings: Readings, share: float = AUTOMATIC_SHARE) -
             "give it as a size, such as 64MiB"
         )
     name, free_bytes = min(free, key=lambda pair: pair[1])
-    return int(free_bytes * share), f"{share:.0%} of {name} {format_size(free_bytes)}"
+    held = f" and {format_size(held_bytes)} of the session's own" if held_bytes else ""
+    reason = f"{share:.0%} of {name} {format_size(free_bytes)}{held}"
+    return int((free_bytes + held_bytes) * share), reason
 
 
 class Controller:
@@ -70,7 +50,7 @@ class Controller:
     def __init__(
         self,
         config: ControllerConfig,
-        levels: Sequence[int],
+        levels: Sequence[Level],
         budget_bytes: int | None,
         *,
         threads: int = 1,
@@ -185,7 +165,7 @@ class Controller:
 
     def _make_envelope(self) -> Envelope:
         config = self._config
-        caps = [self._levels[-1]]
+        caps: list[int] = [self._levels[-1]]
         if self._battery.step:
             low, critical = config.battery_low_level, config.battery_critical_level
             caps.append(low if self._battery.step == 1 else critical)

@@ -25,7 +25,7 @@ class DeviceProfile:
     name: str
     description: str
     model_prefix: str
-    """how /proc/device-tree/model begins"""
+    """What /proc/device-tree/model begins with."""
     cpu: str
     cores: int
     memory_mib: int
@@ -33,15 +33,15 @@ class DeviceProfile:
     storage_read_mb_s: int
     throttle_c: int
     temperature_margin_c: int
-    """the controller acts this far below throttle_c"""
+    """The controller acts this far below throttle_c."""
     reserve_mib: int
-    """memory that the controller keeps available to the system"""
+    """Memory that the controller keeps available to the system."""
     pressure_percent: int
-    """memory pressure (PSI, some avg10) from which the controller gives memory back"""
+    """Memory pressure (PSI, some avg10) from which the controller gives memory back."""
     battery_low_percent: int
     battery_critical_percent: int
     hold_s: int
-    """how long a reading must be good again before the controller takes one step back"""
+    """A reading must be good again for so long before the controller takes one step back."""
 
     def __post_init__(self) -> None:
         """Refuse a value of the wrong type or a number below one."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
+from ..bank.layout import Level
 from ..sensors import Sensors
+from ..telemetry import logger
 from .config import ControllerConfig
-from .controller import Controller, Decision
+from .controller import Controller
 from .device_profile import DeviceProfile
+from .envelope import Decision, Envelope
 
 __all__ = ["Monitor"]
 
@@ -21,7 +24,7 @@ class Monitor:
         sensors: Sensors,
         profile: DeviceProfile | None,
         *,
-        levels: Sequence[int],
+        levels: Sequence[Level],
         threads: int,
         budget_bytes: int | None,
         minimum_bytes: int,
@@ -46,7 +49,8 @@ class Monitor:
         self._controller = Controller(
             config, levels, budget_bytes, threads=threads, minimum_bytes=minimum_bytes
         )
-        self.envelope = self._controller.envelope
+        self.envelope: Envelope = self._controller.envelope
+        """What the last decision allows."""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._monitor, name="bapq-controller", daemon=True)
 
@@ -61,9 +65,10 @@ class Monitor:
             self._thread.join()
         self._sensors.close()
 
-    def set_budget(self, budget_bytes: int | None, minimum_bytes: int) -> None:
-        """Take another budget."""
+    def set_budget(self, budget_bytes: int | None, minimum_bytes: int) -> Envelope:
+        """Take another budget; what is allowed then."""
         self.envelope = self._controller.set_budget(budget_bytes, minimum_bytes)
+        return self.envelope
 
     def step(self) -> None:
         """One reading and what follows from it; the thread calls it once per period."""
@@ -72,6 +77,7 @@ class Monitor:
         def decide(weight_bytes: int) -> Decision:
             decision = self._controller.update(readings, weight_bytes=weight_bytes)
             self.envelope = decision.envelope
+            logger.debug("controller: %s", decision)
             return decision
 
         self._follow(decide)

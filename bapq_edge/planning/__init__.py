@@ -1,1 +1,1 @@
-"""PlanSet: which level every chunk runs at, and what stays in memory for it."""
+"""Plans: which level every chunk runs at, and what stays in memory for it."""

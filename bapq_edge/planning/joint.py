@@ -24,9 +24,9 @@ from .planner import (
     Request,
     aligned,
     columns_for,
+    pin_evenly,
     ring_bytes_for,
     smallest_for,
-    spread,
 )
 
 __all__ = ["JointCosts", "plan_jointly", "smallest_joint_limit"]
@@ -41,9 +41,9 @@ class JointCosts:
 
     costs: ChunkCosts
     plane_bytes: NDArray[np.int64]
-    """(chunks, planes), in the order of `PLANES`"""
+    """(chunks, planes): bytes of each, in the order of `PLANES`."""
     skipped: NDArray[np.bool_] | None = None
-    """(regions, chunks): what `Precision.region` skips"""
+    """(regions, chunks): what `Precision.region` skips; None: no region skips anything."""
 
     @classmethod
     def of(
@@ -62,10 +62,11 @@ class _Wanted:
     """One precision, worked out."""
 
     levels: NDArray[np.uint8]
-    """(chunks,), 0: skipped"""
+    """(chunks,): level of each; 0: skipped."""
     planes: NDArray[np.bool_]
-    """(chunks, planes): what is read and could be in memory"""
+    """(chunks, planes): what is read and could be in memory."""
     error: float
+    """Sum of the chunks' sensitivities."""
 
 
 def smallest_joint_limit(
@@ -100,7 +101,7 @@ def plan_jointly(
     value = np.where(used, np.maximum(value, 1e-9), 0)
     limit = request.weight_bytes_limit
     return {
-        precision: _place(
+        precision: _keep_planes(
             joint, precision, each, value, precisions[precision] >= _MAIN_SHARE, limit, resident
         )
         for precision, each in wanted.items()
@@ -124,7 +125,7 @@ def _wanted(joint: JointCosts, precision: Precision, request: Request) -> _Wante
     return _Wanted(levels, planes & ~costs.row_read[:, None], error)
 
 
-def _place(
+def _keep_planes(
     joint: JointCosts,
     precision: Precision,
     wanted: _Wanted,
@@ -160,7 +161,7 @@ def _place(
     weights = joint.costs.weights
     kept_bytes = int(sizes[kept].sum())
     bits = int((wanted.levels * weights).sum()) / int(weights.sum())
-    rest = f", {format_size(streamed)} streamed" if streamed else ""
+    others = f", {format_size(streamed)} streamed" if streamed else ""
     masks = (kept << np.arange(len(PLANES))).sum(1).astype(np.uint8)
     return Plan(
         levels=wanted.levels,
@@ -170,7 +171,7 @@ def _place(
         streamed_bytes=streamed,
         bits_per_weight=bits,
         predicted_error=wanted.error,
-        reason=f"{precision}: {format_size(needed - streamed)} pinned{rest}",
+        reason=f"{precision}: {format_size(needed - streamed)} pinned{others}",
         kept=masks,
         region=precision.region,
     )
@@ -195,7 +196,7 @@ def _most_valuable(
             left -= total
             continue
         stay = None if resident is None else resident[chunks]
-        chosen = chunks[spread(group_sizes, left, stay)]
+        chosen = chunks[pin_evenly(group_sizes, left, stay)]
         kept[chosen] |= group[chosen]
         break
     return kept

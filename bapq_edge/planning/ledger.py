@@ -1,9 +1,9 @@
 """The memory ledger: how much of a budget is left for weights.
 
-    budget  =  the rest  +  weights (pinned chunks, ring, row cache)  +  margin
+    budget  =  overhead  +  weights (pinned chunks, ring, row cache)  +  margin
 
-The rest (ONNX Runtime, the graph, activations, operators' buffers) cannot be known beforehand: it
-is what the process has more at the end of a run than before the session, less the weights.
+The overhead (ONNX Runtime, the graph, activations, operators' buffers) cannot be known beforehand:
+it is what the process has more at the end of a run than before the session, less the weights.
 """
 
 from __future__ import annotations
@@ -26,25 +26,29 @@ class MemoryLedger:
         """Open the account: everything that comes from here on counts."""
         self._rss_before_bytes = rss_bytes()
         self._largest_load = 0
-        self.budget_bytes: int | None = None
-        self.rest_bytes = 0
-        self._planned_rest_bytes = 0
+        self.overhead_bytes = 0
+        """The most that was ever measured besides weights."""
 
     def growth_bytes(self) -> int:
         """Growth of the process's peak since the account was opened."""
         return max(0, peak_rss_bytes() - self._rss_before_bytes)
 
-    def settle(self, process_bytes: int, weight_bytes: int) -> bool:
-        """After the open and after every run: learn what is not weights.
+    def held_bytes(self) -> int:
+        """What the process holds now beyond what it had when the account was opened."""
+        return max(0, rss_bytes() - self._rss_before_bytes)
+
+    def settle(self, process_bytes: int, weight_bytes: int) -> None:
+        """After the open and after every run: learn the overhead.
 
         Both as the process had them at the same moment, the run's buffers included. ONNX Runtime's
-        arena keeps what it once had, so the end of a run shows its peak. True when it grew by more
-        than the margin takes up, and the plan must follow.
+        arena keeps what it once had, so the end of a run shows its peak.
         """
-        self.rest_bytes = max(
-            self.rest_bytes, process_bytes - self._rss_before_bytes - weight_bytes
-        )
-        return self.rest_bytes - self._planned_rest_bytes > _MARGIN_BYTES // 2
+        overhead_bytes = process_bytes - self._rss_before_bytes - weight_bytes
+        self.overhead_bytes = max(self.overhead_bytes, overhead_bytes)
+
+    def outgrows(self, planned_overhead_bytes: int) -> bool:
+        """Whether the overhead is more than a plan for so much of it can bear."""
+        return self.overhead_bytes - planned_overhead_bytes > _MARGIN_BYTES // 2
 
     def is_heavier(self, load: int) -> bool:
         """Whether a run of this load (elements fed, all open runs together) may need more memory
@@ -53,24 +57,21 @@ class MemoryLedger:
         self._largest_load = max(load, self._largest_load)
         return heavier
 
-    def weight_limit_bytes(self, smallest_bytes: int) -> int | None:
-        """What weights may take; None without a budget.
+    def weight_limit_bytes(self, budget_bytes: int, smallest_bytes: int) -> int:
+        """What weights may take of a budget.
 
         Raises BudgetTooSmallError, with the smallest budget that works, when that is less than
         `smallest_bytes`.
         """
-        if self.budget_bytes is None:
-            return None
-        margin = max(_MARGIN_BYTES, int(self.budget_bytes * _MARGIN_SHARE))
-        limit = self.budget_bytes - self.rest_bytes - margin
+        margin = max(_MARGIN_BYTES, int(budget_bytes * _MARGIN_SHARE))
+        limit = budget_bytes - self.overhead_bytes - margin
         if limit < smallest_bytes:
-            needed = self.rest_bytes + smallest_bytes
+            needed = self.overhead_bytes + smallest_bytes
             works = max(needed + _MARGIN_BYTES, int(needed / (1 - _MARGIN_SHARE)) + 1)
             raise BudgetTooSmallError(
-                f"memory_budget is {self.budget_bytes} bytes ({format_size(self.budget_bytes)}), "
+                f"memory_budget is {budget_bytes} bytes ({format_size(budget_bytes)}), "
                 f"the smallest that works is {works} bytes ({format_size(works)}): "
-                f"{format_size(smallest_bytes)} for weights, {format_size(self.rest_bytes)} "
+                f"{format_size(smallest_bytes)} for weights, {format_size(self.overhead_bytes)} "
                 "for ONNX Runtime and activations"
             )
-        self._planned_rest_bytes = self.rest_bytes
         return limit

@@ -24,11 +24,11 @@ __all__ = [
     "aligned",
     "chunk_costs",
     "columns_for",
+    "pin_evenly",
     "plan",
     "ring_bytes_for",
     "smallest_for",
     "smallest_limit",
-    "spread",
 ]
 
 _RING_CHUNKS = 3
@@ -52,17 +52,17 @@ class ChunkCosts:
     levels: tuple[Level, ...]
     """Levels that can run, highest first."""
     weights: NDArray[np.int64]
-    """(chunks,): number of weights"""
+    """(chunks,): number of weights of each."""
     level_bytes: NDArray[np.int64]
     """(chunks, levels): bytes of the planes that the level reads; no level reads more than a higher
-    one"""
+    one."""
     sensitivity: NDArray[np.float32]
-    """(chunks, levels): squared relative error that the chunk adds to the output of its layer"""
+    """(chunks, levels): squared relative error that the chunk adds to the output of its layer."""
     row_read: NDArray[np.bool_]
-    """(chunks,): read row by row on demand; such a chunk is never in memory as a whole"""
+    """(chunks,): read row by row on demand; such a chunk is never in memory as a whole."""
     runs_at: NDArray[np.uint8]
     """(chunks, levels): the level itself, or what a chunk whose layer lacks it runs at instead;
-    bytes and sensitivity are those of that one"""
+    bytes and sensitivity are those of that one."""
 
 
 @dataclass(frozen=True)
@@ -96,26 +96,32 @@ class Plan:
     """The planner's answer."""
 
     levels: NDArray[np.uint8]
-    """(chunks,): what each runs at; 0: skipped, neither read nor computed"""
+    """(chunks,): level of each; 0: skipped, neither read nor computed."""
     pinned: NDArray[np.bool_]
-    """(chunks,): always in memory; the others are streamed, or read row by row"""
+    """(chunks,): whether it is always in memory; the others are streamed, or read row by row."""
     ring_bytes: int
     """Size of the buffer that streamed chunks pass through; 0 when nothing is streamed."""
     resident_bytes: int
-    """Pinned chunks and ring."""
+    """Bytes of pinned chunks and ring."""
     streamed_bytes: int
-    """Read through the ring in every run."""
+    """Bytes that every run reads through the ring."""
     bits_per_weight: float
     """Nominal bits, all weights of the bank counted."""
     predicted_error: float
     """Sum of the chunks' sensitivities."""
     reason: str
-    """One line for people."""
+    """The plan in one line, for people."""
     kept: NDArray[np.uint8] | None = None
     """(chunks,) bit p: the p-th of `layout.PLANES`, if it is in memory, stays there, for plans
-    to come too; None: what this plan does not pin may go"""
+    to come too; None: what this plan does not pin may go."""
     region: int | None = None
     """Number of the region (`Store.add_region`) whose values stand in for skipped rows."""
+
+    @property
+    def uniform_level(self) -> int | None:
+        """The level of all chunks; None when they differ."""
+        first = int(self.levels[0])
+        return first if bool((self.levels == first).all()) else None
 
 
 def chunk_costs(bank: Bank) -> ChunkCosts:
@@ -162,7 +168,7 @@ def plan(costs: ChunkCosts, request: Request, resident: NDArray[np.bool_] | None
     `resident` (chunks,) are the chunks that are pinned now: as far as it costs nothing they stay,
     so that a new plan reads little.
 
-    Raises UnknownLevelError for a level that the costs lacks, RequestError for fewer bits than
+    Raises UnknownLevelError for a level that the bank lacks, RequestError for fewer bits than
     its lowest level, BudgetTooSmallError with the smallest limit that works.
     """
     columns = columns_for(costs, request)
@@ -172,7 +178,7 @@ def plan(costs: ChunkCosts, request: Request, resident: NDArray[np.bool_] | None
         precision = f"{request.bits:g} bits"
     if first and (request.level == "auto" or _column(costs, request.level) < first):
         precision += f", capped at {costs.levels[first]}"
-    return _place(costs, columns, request.weight_bytes_limit, resident, precision)
+    return _pin(costs, columns, request.weight_bytes_limit, resident, precision)
 
 
 def columns_for(costs: ChunkCosts, request: Request) -> NDArray[np.intp]:
@@ -208,7 +214,8 @@ def _columns_for_bits(costs: ChunkCosts, bits: float, first: int) -> NDArray[np.
             f"ask for {lowest:g} or more"
         )
     most = int(min(bits * weights, int(weight_bits[:, 0].sum())))
-    columns: NDArray[np.intp] = _Ladder(weight_bits, costs.sensitivity[:, first:]).climb(most)
+    knapsack = _GreedyKnapsack(weight_bits, costs.sensitivity[:, first:])
+    columns: NDArray[np.intp] = knapsack.climb(most)
     return columns + first
 
 
@@ -221,8 +228,8 @@ def _columns_for_limit(costs: ChunkCosts, request: Request, first: int) -> NDArr
         return columns
     sizes = costs.level_bytes[streamable, first:]
     error = costs.sensitivity[streamable, first:]
-    ladder = _Ladder(sizes, error)
-    candidates = [ladder.climb(limit)]
+    knapsack = _GreedyKnapsack(sizes, error)
+    candidates = [knapsack.climb(limit)]
     readable = (request.latency_s or 0) * (request.storage_bytes_s or 0)
     if readable > 0:
         # A ring for larger chunks leaves less to pin, so every highest level is tried.
@@ -232,7 +239,7 @@ def _columns_for_limit(costs: ChunkCosts, request: Request, first: int) -> NDArr
                 # Pinning whole chunks may fall short of its share by less than one.
                 pinned = limit - ring_bytes_for(limit, largest) - largest
                 most = int(min(pinned + readable, sizes[:, top].sum()))
-                candidates.append(ladder.climb(most, top))
+                candidates.append(knapsack.climb(most, top))
     rows = np.arange(len(sizes))
     columns[streamable] = first + min(
         candidates, key=lambda found: float(error[rows, found].sum(dtype=np.float64))
@@ -240,8 +247,8 @@ def _columns_for_limit(costs: ChunkCosts, request: Request, first: int) -> NDArr
     return columns
 
 
-class _Ladder:
-    """All steps from the lowest level up, best first: a greedy multiple-choice knapsack.
+class _GreedyKnapsack:
+    """All steps from the lowest level up, best first, of a multiple-choice knapsack.
 
     The steps of a chunk are the edges of the convex hull of its (cost, error) points; so each saves
     less error per cost than the one before.
@@ -273,7 +280,7 @@ class _Ladder:
             column = np.where(ratio >= 0, best, column)
             path.append(column)
         self._path = np.stack(path)
-        """(steps + 1, chunks): column after so many steps"""
+        """(steps + 1, chunks): column after so many steps."""
         chunk, price, column, ratio = (np.concatenate(parts) for parts in zip(*steps, strict=True))
         # Stable: equal steps stay in the order of a chunk's path, then of execution.
         order = _descending(ratio)
@@ -287,19 +294,19 @@ class _Ladder:
         """
         taken = np.zeros(self._path.shape[1], np.intp)
         left = most - self._base
-        rest = np.flatnonzero(self._column >= top)
-        while left >= 0 and len(rest):
-            spent = np.cumsum(self._price[rest])
+        steps = np.flatnonzero(self._column >= top)
+        while left >= 0 and len(steps):
+            spent = np.cumsum(self._price[steps])
             count = int(np.searchsorted(spent, left, side="right"))
             if count:
-                taken += np.bincount(self._chunk[rest[:count]], minlength=len(taken))
+                taken += np.bincount(self._chunk[steps[:count]], minlength=len(taken))
                 left -= int(spent[count - 1])
-            rest = rest[count:]
+            steps = steps[count:]
             # A step that does not fit now never will, nor will those that build on it.
-            large = rest[self._price[rest] > left]
+            large = steps[self._price[steps] > left]
             reach = np.full(len(taken), -1)
             np.maximum.at(reach, self._chunk[large], self._column[large])
-            rest = rest[self._column[rest] > reach[self._chunk[rest]]]
+            steps = steps[self._column[steps] > reach[self._chunk[steps]]]
         return self._path[taken, np.arange(len(taken))]
 
 
@@ -316,7 +323,7 @@ def _descending(values: NDArray[np.float64]) -> NDArray[np.intp]:
     return order
 
 
-def _place(
+def _pin(
     costs: ChunkCosts,
     columns: NDArray[np.intp],
     limit: int | None,
@@ -338,7 +345,7 @@ def _place(
         ring_bytes = ring_bytes_for(limit, aligned(int(sizes.max())))
         streamable = np.flatnonzero(pinned)
         stay = None if resident is None else resident[streamable]
-        pinned[streamable] = spread(sizes[streamable], limit - ring_bytes, stay)
+        pinned[streamable] = pin_evenly(sizes[streamable], limit - ring_bytes, stay)
         pinned_bytes = int(sizes[pinned].sum())
         reason = (
             f"{precision}: {format_size(pinned_bytes)} of {format_size(total)} pinned, "
@@ -357,7 +364,7 @@ def _place(
     )
 
 
-def spread(
+def pin_evenly(
     sizes: NDArray[np.int64], pinned_bytes: int, resident: NDArray[np.bool_] | None
 ) -> NDArray[np.bool_]:
     """Chunks to pin, spread evenly over the execution order: (chunks,).

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bapq_edge.engine.native import library_path
+from bapq_edge.engine.library import library_path
 from support.kernel_reference import BLOCK, TILE_ROWS, Panel, Tile
 
 LEVEL_INDEX = {32: 0, 8: 1, 4: 2, 2: 3, 1: 4}

@@ -15,6 +15,7 @@ from bapq_edge import Session
 from bapq_edge.bank.layout import LEVELS, Level
 from bapq_edge.planning.planner import ChunkCosts, Plan, Request, plan, smallest_limit
 from support.banks import NO_CLIP, graph_bytes, node, random_codes, write_bank
+from support.internals import adopt, costs_of, store_of
 
 SCALE_COLUMNS: dict[Level, int] = {4: 32, 2: 64, 1: 128}
 LINEAR = {"use_bias": 1, "clip_low": -NO_CLIP, "clip_high": NO_CLIP}
@@ -186,15 +187,14 @@ def limits(costs: ChunkCosts, request: Request) -> list[int]:
 
 def publish(session: Session, request: Request) -> Plan:
     """Run this request from now on, whatever the session was asked for."""
-    planned = plan(session._plans.costs, request)
-    with session._planning:
-        session._adopt({None: planned})
+    planned = plan(costs_of(session), request)
+    adopt(session, planned)
     return planned
 
 
 def settled(session: Session) -> Any:
     """The store's statistics once the reader has turned to the published plan."""
     deadline = time.monotonic() + 10
-    while (stats := session._store.stats()).live_plans > 1 and time.monotonic() < deadline:
+    while (stats := store_of(session).stats()).live_plans > 1 and time.monotonic() < deadline:
         time.sleep(0.001)
     return stats

@@ -9,7 +9,8 @@ import pytest
 from sklearn.cluster import KMeans
 from sklearn.tree import DecisionTreeClassifier
 
-from bapq_edge.adaptive.boundary_model import BoundaryModel, DriftDetector
+from bapq_edge.adaptive.boundary_model import BoundaryModel
+from bapq_edge.adaptive.drift import DriftDetector, ExpectedRegions
 from bapq_edge.bank.boundary import Boundary, Precision, array_file
 from bapq_edge.bank.consistency import check_boundary
 from bapq_edge.bank.exchange import pack, unpack
@@ -141,7 +142,7 @@ def test_a_tap_of_another_shape_is_refused():
 
 def test_drift_is_told_once_and_taken_back():
     shares = np.array([0.1, 0.2, 0.7], np.float32)
-    detector = DriftDetector(shares, 1000)
+    detector = DriftDetector(ExpectedRegions(shares, 1000))
     rng = np.random.default_rng(4)
     assert not any(detector.saw(int(r)) for r in rng.choice(3, 5000, p=[0.1, 0.2, 0.7]))
     told = [reason for _ in range(600) if (reason := detector.saw(0))]

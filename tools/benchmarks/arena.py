@@ -14,8 +14,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
 from .tables import add_format, print_table
 
 RUNS = (1, 2, 12)
@@ -26,9 +24,11 @@ def measure(bank_path: str, arena: bool, patterns: bool) -> list[int]:
     import onnxruntime
 
     from bapq_edge.bank.reader import Bank
+    from bapq_edge.engine.executor import execute
     from bapq_edge.engine.feeds import zeros
-    from bapq_edge.engine.graph import RUN_INPUT
-    from bapq_edge.engine.native import Store, library_path
+    from bapq_edge.engine.graph import Graph
+    from bapq_edge.engine.library import library_path
+    from bapq_edge.engine.store import Store
     from bapq_edge.planning.planner import Request, chunk_costs, plan, smallest_limit
     from bapq_edge.telemetry import peak_rss_bytes, rss_bytes
 
@@ -40,19 +40,18 @@ def measure(bank_path: str, arena: bool, patterns: bool) -> list[int]:
     options.enable_cpu_mem_arena = arena
     options.enable_mem_pattern = patterns
     options.register_custom_ops_library(str(library_path()))
-    graph = onnxruntime.InferenceSession(
+    session = onnxruntime.InferenceSession(
         bank.graph_bytes(), options, providers=["CPUExecutionProvider"]
     )
+    graph = Graph(session, bank_path)
     costs, request = chunk_costs(bank), Request(level=8)
     limit = smallest_limit(costs, request)
     made = plan(costs, Request(level=8, weight_bytes_limit=limit))
     store.publish(made.levels, made.pinned, made.ring_bytes, 0, 1)
-    feed = zeros([value for value in graph.get_inputs() if value.name != RUN_INPUT]) or {}
+    feed = zeros(graph.inputs) or {}
     grown = []
     for run in range(1, max(RUNS) + 1):
-        ticket = store.begin_run()
-        graph.run(None, {**feed, RUN_INPUT: np.array(ticket)})
-        store.end_run(ticket)
+        execute(store, graph, feed)
         if run in RUNS:
             grown.append(peak_rss_bytes() - before_bytes)
     return grown

@@ -17,7 +17,7 @@ from typing import Any
 
 import onnxruntime
 
-from bapq_edge.engine.native import kernels_name
+from bapq_edge.engine.library import kernels_name
 from bapq_edge.units import format_size
 from bapq_tools.build_support.progress import Progress
 from benchmarks.zoo import MODELS

@@ -110,10 +110,11 @@ def _measure(case: _Case, plain: Path, reordered: Path, level: Level) -> list[st
             session.run(None, feed)
 
         in_order, scattered = _best_s(run, lambda: other.run(None, feed))
-        plan = session._plans.current
-        assert plan is not None
+        internals = session.internals
+        published = internals.replanner.plans
+        plan = published.main_plan
         chunks = len(plan.levels)
-        region = session._store.add_region(np.zeros(_rows(plain), np.float32))
+        region = internals.store.add_region(np.zeros(_rows(plain), np.float32))
         planes = sum(1 << list(PLANES).index(plane) for plane in PLANES_OF_LEVEL[level])
         plans = [
             replace(
@@ -127,7 +128,7 @@ def _measure(case: _Case, plain: Path, reordered: Path, level: Level) -> list[st
 
         def switch_and_run() -> None:
             plans.reverse()
-            session._adopt({None: plans[0]})
+            internals.replanner.adopt(replace(published, by_precision={None: plans[0]}))
             run()
 
         switched, skipping = _best_s(switch_and_run, run)

@@ -27,8 +27,9 @@ from bapq_edge.adaptive.boundary_model import BoundaryModel
 from bapq_edge.bank.boundary import Precision
 from bapq_edge.bank.layout import Level
 from bapq_edge.bank.reader import Bank
-from bapq_edge.engine.graph import RUN_INPUT, open_graph
-from bapq_edge.engine.native import Store
+from bapq_edge.engine.executor import execute
+from bapq_edge.engine.graph import Graph, open_graph
+from bapq_edge.engine.store import Store
 from bapq_tools import build_bank
 from bapq_tools.boundary.rewrite import rewrite
 from bapq_tools.boundary.study import Study
@@ -240,7 +241,7 @@ class Engine:
         """`values` (regions, rows) stand in for skipped rows."""
         bank = Bank.open(path)
         self._store = Store(bank)
-        self._graph = open_graph(bank.graph_bytes(), 1)
+        self._graph = Graph(open_graph(bank.graph_bytes(), 1), str(path))
         sizes = bank.chunks("p4")["bytes"] + bank.chunks("r8")["bytes"]
         self.chunks, self._ring_bytes = len(sizes), 3 * int(sizes.max())
         rows = sum(layer.stored_rows for layer in bank.manifest.layers)
@@ -263,9 +264,7 @@ class Engine:
     def run(self, feed: dict[str, np.ndarray]) -> float:
         """One run; how long it took, in seconds."""
         started_s = time.perf_counter()
-        ticket = self._store.begin_run()
-        self._graph.run(None, {**feed, RUN_INPUT: np.array(ticket, np.int64)})
-        self._store.end_run(ticket)
+        execute(self._store, self._graph, feed)
         return time.perf_counter() - started_s
 
     @property

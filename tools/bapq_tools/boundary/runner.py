@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from bapq_edge.bank.boundary import Precision
 from bapq_edge.bank.layout import PLANES
 from bapq_edge.bank.reader import Bank
-from bapq_edge.engine.graph import RUN_INPUT, open_graph
-from bapq_edge.engine.native import Store
+from bapq_edge.engine.executor import execute
+from bapq_edge.engine.graph import Graph, open_graph
+from bapq_edge.engine.store import Store
 from bapq_edge.errors import ExecutionError
 from bapq_edge.planning.planner import Plan, Request, chunk_costs, plan
 
@@ -56,7 +57,7 @@ class Runner:
         self._bank = bank
         self._costs = chunk_costs(bank)
         self._store = Store(bank)
-        self._graphs: dict[bytes, Any] = {}
+        self._graphs: dict[bytes, Graph] = {}
 
     def close(self) -> None:
         """Give the memory back."""
@@ -98,9 +99,8 @@ class Runner:
         weights cannot be read.
         """
         if graph not in self._graphs:
-            self._graphs[graph] = open_graph(graph, threads=1)
-        session = self._graphs[graph]
-        inputs = {item.name for item in session.get_inputs()}
+            self._graphs[graph] = Graph(open_graph(graph, threads=1), str(self._bank.path))
+        opened = self._graphs[graph]
         chosen = self.plan(precision)
         levels, region = chosen.levels, None
         if skip is not None:
@@ -112,25 +112,12 @@ class Runner:
         )
 
         def once(feed: Feed) -> T:
-            own = {name: value for name, value in feed.items() if name in inputs}
-            return keep(self._once(session, outputs, own, RUN_INPUT in inputs))
+            found, report = execute(self._store, opened, feed, outputs)
+            if report is not None and report.degraded_by is not None:
+                raise report.degraded_by  # its answer is not that of the precision
+            return keep([found[name] for name in outputs])
 
         return map_feeds(once, feeds, advance)
-
-    def _once(
-        self, session: Any, outputs: Sequence[str], feed: Feed, takes_ticket: bool
-    ) -> list[NDArray[Any]]:
-        if not takes_ticket:
-            return run_graph(session, outputs, feed, str(self._bank.path))
-        ticket = self._store.begin_run()
-        try:
-            run_feed = {**feed, RUN_INPUT: np.array(ticket, dtype=np.int64)}
-            found = run_graph(session, outputs, run_feed, str(self._bank.path))
-        finally:
-            report = self._store.end_run(ticket)  # an operator of ours that failed raises here
-        if report.degraded_by is not None:  # its answer is not that of the precision
-            raise report.degraded_by
-        return found
 
 
 def run_graph(session: Any, outputs: Sequence[str], feed: Feed, where: str) -> list[NDArray[Any]]:
@@ -138,5 +125,5 @@ def run_graph(session: Any, outputs: Sequence[str], feed: Feed, where: str) -> l
     try:
         return list(session.run(outputs, dict(feed)))
     except Exception as error:  # ONNX Runtime raises classes of its own, without a common base
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())
         raise ExecutionError(f"{where}: ONNX Runtime: {reason}") from error

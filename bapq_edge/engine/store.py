@@ -1,52 +1,36 @@
-"""libbapq through ctypes: the mirror of native/include/bapq.h, its errors as exceptions."""
+"""The native chunk store: it holds the weights, opens runs on the published plan and ends them."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import os
-import struct
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bapq_edge import errors
-from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES
-from bapq_edge.bank.reader import Bank
-from bapq_edge.errors import BapqError
-
-__all__ = [
-    "TRACE_EVENT",
-    "TRACE_KINDS",
-    "RunReport",
-    "Store",
-    "StoreStats",
-    "kernels_name",
-    "library_path",
-]
-
-_ABI_VERSION = 7
-_NO_LIMIT = 2**62
-_ROW_CACHE_SLOTS = 64
-_STORAGE_STATUSES = (3, 4, 5)
-
-TRACE_KINDS = ("read", "rows", "wait")
-"""the reader thread read a chunk, an operator read rows of one, an operator waited"""
-TRACE_EVENT = np.dtype(
-    [
-        ("kind", np.int32),  # index into TRACE_KINDS
-        ("chunk", np.int32),
-        ("plane", np.int32),  # index into PLANES, -1: a wait
-        ("status", np.int32),  # 0: the read succeeded
-        ("start_ns", np.int64),  # as time.monotonic_ns()
-        ("end_ns", np.int64),
-        ("bytes", np.int64),
-    ]
+from .. import errors
+from ..bank.layout import LEVELS, PLANES, SCALED_PLANES
+from ..bank.reader import Bank
+from ..errors import BapqError
+from .library import (
+    TRACE_EVENT,
+    BankStruct,
+    ErrorStruct,
+    LayerStruct,
+    PlanStruct,
+    ReportStruct,
+    StatsStruct,
+    load_library,
 )
 
+__all__ = ["RunReport", "Store", "StoreStats"]
+
+_NO_LIMIT = 2**62
+_ROW_CACHE_SLOTS = 64
+
+_STORAGE_STATUSES = (3, 4, 5)
 _STATUS_ERRORS: dict[int, type[errors.BapqError]] = {
     1: errors.RunInputError,
     2: errors.StorageError,
@@ -58,102 +42,26 @@ _STATUS_ERRORS: dict[int, type[errors.BapqError]] = {
 }
 
 
-class _Error(ctypes.Structure):
-    _fields_ = (
-        ("status", ctypes.c_int32),
-        ("os_errno", ctypes.c_int32),
-        ("layer", ctypes.c_int32),
-        ("chunk", ctypes.c_int32),
-        ("message", ctypes.c_char * 240),
-    )
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        ("rows", ctypes.c_int32),
-        ("stored_rows", ctypes.c_int32),
-        ("columns", ctypes.c_int32),
-        ("chunk_rows", ctypes.c_int32),
-        ("first_chunk", ctypes.c_int32),
-        ("residual_steps", ctypes.c_int32),
-        ("has_bias", ctypes.c_int32),
-        ("gathered", ctypes.c_int32),
-        ("read_by_row", ctypes.c_int32),
-        ("levels", ctypes.c_int32),
-        ("scale_columns", ctypes.c_int32 * len(PLANES)),
-        ("row_order", ctypes.c_void_p),
-        ("dropped_bias", ctypes.c_void_p),
-    )
-
-
-class _Bank(ctypes.Structure):
-    _fields_ = (
-        ("plane_path", ctypes.c_char_p * len(PLANES)),
-        ("extents", ctypes.c_void_p * len(PLANES)),
-        ("layers", ctypes.POINTER(_Layer)),
-        ("layer_count", ctypes.c_int32),
-        ("chunk_count", ctypes.c_int32),
-        ("direct", ctypes.c_int32),
-        ("row_cache_slots", ctypes.c_int32),
-    )
-
-
-class _PlanRequest(ctypes.Structure):
-    _fields_ = (
-        ("levels", ctypes.c_char_p),
-        ("pinned", ctypes.c_char_p),
-        ("kept", ctypes.c_char_p),
-        ("region", ctypes.c_int32),
-        ("ring_bytes", ctypes.c_int64),
-        ("home_limit_bytes", ctypes.c_int64),
-        ("threads", ctypes.c_int32),
-    )
-
-
-class _StoreStats(ctypes.Structure):
-    _fields_ = (
-        ("home_bytes", ctypes.c_int64),
-        ("ring_bytes", ctypes.c_int64),
-        ("row_cache_bytes", ctypes.c_int64),
-        ("row_cache_limit_bytes", ctypes.c_int64),
-        ("read_bytes", ctypes.c_int64),
-        ("wait_ns", ctypes.c_int64),
-        ("scratch_bytes", ctypes.c_int64),
-        ("live_plans", ctypes.c_int64),
-    )
-
-
-class _RunReport(ctypes.Structure):
-    _fields_ = (
-        ("plan_number", ctypes.c_int64),
-        ("wait_ns", ctypes.c_int64),
-        ("rss_bytes", ctypes.c_int64),
-        ("weight_bytes", ctypes.c_int64),
-        ("degraded", ctypes.c_int32),
-        ("degraded_by", _Error),
-    )
-
-
 @dataclass(frozen=True)
 class StoreStats:
     """What the native store holds right now."""
 
     home_bytes: int
-    """bytes of the pinned chunks in memory, of all plans that are alive"""
+    """Pinned chunks in memory, those of all living plans."""
     ring_bytes: int
-    """buffer of the chunks that pass through, as far as touched"""
+    """Buffer of the chunks that pass through, as far as it was touched."""
     row_cache_bytes: int
-    """buffer of embedding rows, as far as touched"""
+    """Buffer of embedding rows, as far as it was touched."""
     row_cache_limit_bytes: int
-    """all of that buffer"""
+    """Size of the buffer of embedding rows."""
     read_bytes: int
-    """bytes read from storage since the store was opened"""
+    """Read from storage since the store was opened."""
     wait_ns: int
-    """nanoseconds that operators waited for reads, all runs together"""
+    """Time that operators waited for reads, all runs together."""
     scratch_bytes: int
-    """bytes of the operators' buffers, all open runs together"""
+    """Buffers of the operators, all open runs together."""
     live_plans: int
-    """the published plan and those that open runs still hold"""
+    """Number of plans in use: the published one, and those that open runs still hold."""
 
 
 @dataclass(frozen=True)
@@ -161,107 +69,24 @@ class RunReport:
     """How a run went."""
 
     plan_number: int
-    """plans are numbered from 1 in the order of their publication"""
+    """Plans are numbered from 1 in the order of their publication."""
     wait_ns: int
-    """nanoseconds that the run's operators waited for reads"""
+    """Time that the operators of this run waited for reads."""
     rss_bytes: int
-    """of the process when the run ended, its buffers still there; 0: the system does not tell"""
+    """Resident memory of the process when the run ended, its buffers still there; 0: the system
+    does not tell."""
     weight_bytes: int
-    """of that: pinned chunks, ring and row cache"""
+    """Weights in that memory: pinned chunks, ring and row cache."""
     degraded_chunks: int
-    """chunks that ran below their level because a read failed"""
+    """Number of chunks that ran below their level because a read failed."""
     degraded_by: BapqError | None
-    """the first of those failures"""
-
-
-def library_path() -> Path:
-    """Path of libbapq, inside the installed package.
-
-    Raises PlatformError on a 32-bit Python or when the library is not there.
-    """
-    if struct.calcsize("P") != 8:
-        raise errors.PlatformError(
-            "this Python is 32-bit, BAPQ-Edge needs 64-bit: install the 64-bit Raspberry Pi OS"
-        )
-    path = _installed_library()
-    if path is None:
-        raise errors.PlatformError(
-            f"libbapq.so is not in {Path(__file__).parent}: reinstall with 'pip install bapq-edge'"
-        )
-    return path
-
-
-def _installed_library() -> Path | None:
-    import bapq_edge
-
-    # An editable install keeps the sources and the built library in different folders.
-    for root in bapq_edge.__path__:
-        path = Path(root) / "engine" / "libbapq.so"
-        if path.is_file():
-            return path
-    return None
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(library_path()))
-    error = ctypes.POINTER(_Error)
-    store = ctypes.c_void_p
-    number = ctypes.POINTER(ctypes.c_int64)
-    signatures: dict[str, tuple[type | None, list[object]]] = {
-        "bapq_abi_version": (ctypes.c_int32, []),
-        "bapq_plane_name": (ctypes.c_char_p, [ctypes.c_int32]),
-        "bapq_store_open": (ctypes.c_int32, [ctypes.POINTER(_Bank), ctypes.POINTER(store), error]),
-        "bapq_store_close": (ctypes.c_int32, [store, error]),
-        "bapq_store_publish": (ctypes.c_int32, [store, ctypes.POINTER(_PlanRequest), error]),
-        "bapq_store_add_region": (
-            ctypes.c_int32,
-            [store, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int32), error],
-        ),
-        "bapq_store_read_stats": (None, [store, ctypes.POINTER(_StoreStats)]),
-        "bapq_store_trace": (ctypes.c_int32, [store, ctypes.c_int64, error]),
-        "bapq_store_trace_read": (
-            ctypes.c_int64,
-            [store, ctypes.c_void_p, ctypes.c_int64, number],
-        ),
-        "bapq_run_begin": (ctypes.c_int32, [store, number, error]),
-        "bapq_run_end": (ctypes.c_int32, [ctypes.c_int64, ctypes.POINTER(_RunReport), error]),
-        "bapq_kernels_name": (ctypes.c_char_p, []),
-    }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(library, name)
-        function.restype = result
-        function.argtypes = arguments
-    found = library.bapq_abi_version()
-    if found != _ABI_VERSION:
-        raise errors.PlatformError(
-            f"libbapq has ABI version {found}, this package needs {_ABI_VERSION}: "
-            "reinstall bapq-edge"
-        )
-    planes = [library.bapq_plane_name(index) for index in range(len(PLANES) + 1)]
-    if planes != [*map(str.encode, PLANES), None]:
-        raise errors.PlatformError(
-            f"libbapq has planes {planes}, this package needs {[*PLANES]}: reinstall bapq-edge"
-        )
-    return library
-
-
-def kernels_name() -> str:
-    """Name of the kernel family in use: scalar, avx2, avx512vnni, neon or neondot.
-
-    Raises PlatformError when BAPQ_ISA in the environment names one that this CPU cannot run.
-    """
-    name: bytes = _library().bapq_kernels_name()
-    if not name:
-        wanted = os.environ.get("BAPQ_ISA")
-        raise errors.PlatformError(f"BAPQ_ISA={wanted}: this CPU has no such kernels; unset it")
-    return name.decode()
+    """The first failure of those reads; None: all went well."""
 
 
 class Store:
-    """The native chunk store of one bank.
+    """The native chunk store of one bank. Safe to use from several threads.
 
-    Not usable after `close`; the session sees to that, and that no run is open by then.
+    It must not be used after `close`, nor closed while a run is open: its owner sees to that.
     """
 
     def __init__(self, bank: Bank, *, direct: bool = False) -> None:
@@ -270,11 +95,11 @@ class Store:
         Nothing is read before the first `publish`.
         """
         self._bank = bank
-        self._library = _library()
+        self._library = load_library()
         self._handle = ctypes.c_void_p()
         self._trace = np.empty(0, TRACE_EVENT)
         native, keep_alive = self._describe(bank, direct)
-        error = _Error()
+        error = ErrorStruct()
         self._library.bapq_store_open(
             ctypes.byref(native), ctypes.byref(self._handle), ctypes.byref(error)
         )
@@ -282,9 +107,9 @@ class Store:
         self._check(error)
 
     @staticmethod
-    def _describe(bank: Bank, direct: bool) -> tuple[_Bank, list[object]]:
+    def _describe(bank: Bank, direct: bool) -> tuple[BankStruct, list[object]]:
         layers = bank.manifest.layers
-        table = (_Layer * len(layers))()
+        table = (LayerStruct * len(layers))()
         keep_alive: list[object] = [table]
         for entry, layer in zip(table, layers, strict=True):
             entry.rows = layer.rows
@@ -307,7 +132,7 @@ class Store:
                 if rows is not None:
                     keep_alive.append(values := np.ascontiguousarray(rows, dtype))
                     setattr(entry, name, values.ctypes.data)
-        native = _Bank(
+        native = BankStruct(
             layers=table,
             layer_count=len(layers),
             chunk_count=sum(layer.chunk_count for layer in layers),
@@ -350,7 +175,7 @@ class Store:
         Plans are numbered from 1 in the order of their publication. Raises UnknownLevelError for a
         level that a chunk cannot run at, such as 0 without a region or where a Gather reads it.
         """
-        request = _PlanRequest(
+        request = PlanStruct(
             levels=levels.astype(np.uint8).tobytes(),
             pinned=pinned.astype(np.uint8).tobytes(),
             kept=None if kept is None else kept.astype(np.uint8).tobytes(),
@@ -359,7 +184,7 @@ class Store:
             home_limit_bytes=_NO_LIMIT if home_limit_bytes is None else home_limit_bytes,
             threads=threads,
         )
-        error = _Error()
+        error = ErrorStruct()
         self._library.bapq_store_publish(self._handle, ctypes.byref(request), ctypes.byref(error))
         self._check(error)
 
@@ -374,7 +199,7 @@ class Store:
             raise ValueError(f"a region's values are {values.shape}, expected ({rows},)")
         values = np.ascontiguousarray(values, np.float32)
         region = ctypes.c_int32()
-        error = _Error()
+        error = ErrorStruct()
         self._library.bapq_store_add_region(
             self._handle, values.ctypes.data, ctypes.byref(region), ctypes.byref(error)
         )
@@ -384,15 +209,15 @@ class Store:
     def begin_run(self) -> int:
         """Begin a run on the published plan; the ticket is the graph input "bapq.run"."""
         ticket = ctypes.c_int64()
-        error = _Error()
+        error = ErrorStruct()
         self._library.bapq_run_begin(self._handle, ctypes.byref(ticket), ctypes.byref(error))
         self._check(error)
         return ticket.value
 
     def end_run(self, ticket: int) -> RunReport:
         """End the run. Raises the error of the first operator that failed in it."""
-        report = _RunReport()
-        error = _Error()
+        report = ReportStruct()
+        error = ErrorStruct()
         self._library.bapq_run_end(ticket, ctypes.byref(report), ctypes.byref(error))
         self._check(error)
         degraded_by = self._exception(report.degraded_by) if report.degraded else None
@@ -407,16 +232,16 @@ class Store:
 
     def stats(self) -> StoreStats:
         """What the store holds right now."""
-        native = _StoreStats()
+        native = StatsStruct()
         self._library.bapq_store_read_stats(self._handle, ctypes.byref(native))
-        return StoreStats(*(getattr(native, name) for name, _ in _StoreStats._fields_))
+        return StoreStats(*(getattr(native, name) for name, _ in StatsStruct._fields_))
 
     def trace_start(self, capacity: int) -> None:
         """Record reads and waits from now on; what was recorded and not read is forgotten.
 
         `capacity` is the number of events that are kept until they are read; 0 ends the recording.
         """
-        error = _Error()
+        error = ErrorStruct()
         self._library.bapq_store_trace(self._handle, capacity, ctypes.byref(error))
         self._check(error)
         self._trace = np.empty(capacity, TRACE_EVENT)
@@ -435,15 +260,15 @@ class Store:
 
     def close(self) -> None:
         """Give all memory back."""
-        error = _Error()
+        error = ErrorStruct()
         self._library.bapq_store_close(self._handle, ctypes.byref(error))
         self._check(error)
 
-    def _check(self, error: _Error) -> None:
+    def _check(self, error: ErrorStruct) -> None:
         if error.status != 0:
             raise self._exception(error)
 
-    def _exception(self, error: _Error) -> BapqError:
+    def _exception(self, error: ErrorStruct) -> BapqError:
         message = error.message.decode(errors="replace")
         if 0 <= error.layer < len(self._bank.manifest.layers):
             name = self._bank.manifest.layers[error.layer].name

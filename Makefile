@@ -16,12 +16,12 @@ PIP := -m pip --disable-pip-version-check --quiet
 OLDEST_ORT = $(shell $(PYTHON) -c 'import sys; v = sys.version_info[1]; print("1.17.3" if v <= 12 else "1.20.1" if v == 13 else "1.24.1")')
 OLDEST_NUMPY = $(shell $(PYTHON) -c 'import sys; print("numpy<2" if sys.version_info[1] <= 12 else "numpy")')
 
-.PHONY: help demo test test-arm test-pi test-walk test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary bench-arm bench-kernels lint format clean
+.PHONY: help demo test test-arm test-pi test-walk test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary bench-arm bench-kernels docs lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z0-9_-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
 
-demo: $(VENV)/.ready  ## build a bank of a bundled model and run it under a budget
-	$(BIN)/python examples/demo.py
+demo: $(VENV)/.ready $(MINILM)  ## show memory, time and answers of MiniLM under a budget (two minutes)
+	PYTHONPATH=tools $(BIN)/python examples/demo.py
 
 test: $(VENV)/.ready $(OLDEST)/.ready $(MINILM) lint  ## run the tests
 	BAPQ_OLDEST_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest -m "not slow and not arm and not pi"
@@ -49,15 +49,18 @@ wheel-aarch64: dist/.aarch64  ## build the wheel for 64-bit ARM
 wheel-x86_64: dist/.x86_64  ## build the wheel for x86-64
 
 bench: $(VENV)/.ready $(MINILM)  ## measure speed, memory and accuracy
-	$(BIN)/python -m bapq_tools.experiments.models
-	$(BIN)/python -m bapq_tools.experiments.streaming
+	PYTHONPATH=tools $(BIN)/python -m benchmarks.models
+	PYTHONPATH=tools $(BIN)/python -m benchmarks.streaming
 
 bench-accuracy: $(VENV)/.ready $(MINILM)  ## measure accuracy and bytes at every level and by plan
-	$(BIN)/python -m bapq_tools.experiments.accuracy
+	PYTHONPATH=tools $(BIN)/python -m benchmarks.accuracy
 
 bench-boundary: $(VENV)/.ready $(MINILM)  ## measure what boundary models give
-	$(BIN)/python -m bapq_tools.experiments.boundary
-	$(BIN)/python -m bapq_tools.experiments.region_pruning
+	PYTHONPATH=tools $(BIN)/python -m benchmarks.boundary
+	PYTHONPATH=tools $(BIN)/python -m benchmarks.region_pruning
+
+docs: $(VENV)/.docs  ## build the pages as a site, in build/site
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build
 
 bench-arm: $(ARM64)/.bench $(MINILM)  ## count instructions on emulated boards, beside ONNX Runtime and ncnn
 	@PYTHONPATH=tools $(BIN)/python -m benchmarks.arm $(ARGS)
@@ -92,6 +95,10 @@ $(VENV)/.ready: pyproject.toml $(NATIVE)
 	$(BIN)/python $(PIP) install --editable '.[host,test]' --config-settings=cmake.define.BAPQ_WERROR=ON
 	@touch $@
 
+$(VENV)/.docs: pyproject.toml | $(VENV)/.ready
+	$(BIN)/python $(PIP) install --editable '.[docs]' --config-settings=cmake.define.BAPQ_WERROR=ON
+	@touch $@
+
 # The device as a user installs it: the wheel, without the host's packages, on the oldest onnxruntime.
 $(OLDEST)/.ready: $(PACKAGE)
 	@test -x $(OLDEST)/bin/python || { $(call make_venv,$(OLDEST)); }
@@ -114,7 +121,7 @@ define build_wheel
 	    $(addprefix --config-settings=cmake.define.,CMAKE_SYSTEM_NAME=Linux CMAKE_SYSTEM_PROCESSOR=$(1) BAPQ_WERROR=ON)
 endef
 
-WHEEL_PARTS := $(PACKAGE) $(wildcard tools/*.py tools/*/*.py) $(VENV)/.zig
+WHEEL_PARTS := $(PACKAGE) $(wildcard tools/bapq_tools/*.py tools/bapq_tools/*/*.py tools/bapq_tools/*/*/*.py) $(VENV)/.zig
 dist/.%: $(WHEEL_PARTS)
 	$(call build_wheel,$*,-s,dist)
 	@touch $@

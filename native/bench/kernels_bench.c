@@ -15,7 +15,7 @@
 #include <arm_neon.h>
 #endif
 
-#include "../src/kernels/kernels.h"
+#include "kernels/kernels.h"
 
 /* Layers of one shape that share one input: more copies than a cache holds come from memory. */
 typedef struct {

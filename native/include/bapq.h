@@ -8,10 +8,14 @@
 
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define BAPQ_API __attribute__((visibility("default")))
 
 /* Raised by one whenever a struct or a function below changes; Python refuses another. */
-enum { BAPQ_ABI_VERSION = 6 };
+enum { BAPQ_ABI_VERSION = 7 };
 
 typedef enum {
     BAPQ_OK = 0,
@@ -32,7 +36,7 @@ typedef struct {
     char message[240];
 } bapq_error;
 
-/* Planes, in the order of every per-plane table. */
+/* Planes, in the order of every per-plane table and mask. */
 enum { BAPQ_F32, BAPQ_R8, BAPQ_P4, BAPQ_M1, BAPQ_S1, BAPQ_PLANES };
 
 /* One row of tables/<plane>_chunks.npy. */
@@ -120,6 +124,8 @@ typedef struct {
 typedef struct bapq_store bapq_store;
 
 BAPQ_API int32_t bapq_abi_version(void);
+/* Name of a plane in banks, NULL past the last: so Python checks that its order is this one. */
+BAPQ_API const char *bapq_plane_name(int32_t plane);
 BAPQ_API int32_t bapq_store_open(const bapq_bank *bank, bapq_store **out, bapq_error *error);
 /* Closes the store and gives its memory back. BAPQ_ARGUMENT while a run is open. */
 BAPQ_API int32_t bapq_store_close(bapq_store *store, bapq_error *error);
@@ -146,5 +152,9 @@ BAPQ_API int32_t bapq_run_begin(bapq_store *store, int64_t *ticket, bapq_error *
 BAPQ_API int32_t bapq_run_end(int64_t ticket, bapq_run_report *report, bapq_error *error);
 /* Name of the kernels in use, "" when BAPQ_ISA names ones that cannot run. */
 BAPQ_API const char *bapq_kernels_name(void);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -1,12 +1,12 @@
 /* Convolution as a matrix product: a panel holds, for some output pixels, the input values under
  * the kernel window in the order (kernel_y, kernel_x, channel), which is the order of the layer's
- * columns. Panels are built anew for every chunk, so no unfolded image is ever held; the one that a
- * worker built last serves the next chunk, too, where the image is so small. */
+ * columns. Panels are built anew for every chunk, so no unfolded input is ever held; the one that a
+ * worker built last serves the next chunk, too, where the input is so small. */
 #include <math.h>
 #include <string.h>
 
 #include "error.h"
-#include "image.h"
+#include "conv_input.h"
 #include "work.h"
 
 enum {
@@ -54,10 +54,10 @@ int32_t bapq_conv_shape(const bapq_layer *layer, const bapq_conv_params *params,
 /* Buffers of one worker. */
 typedef struct {
     int8_t *q;    /* (panel_rows, blocks*32) */
-    float *scale; /* (panel_rows, blocks), all the image's scale */
+    float *scale; /* (panel_rows, blocks), all the input's scale */
     float *sum;   /* (panel_rows, blocks) */
     float *x;     /* (panel_rows, blocks*32), level 32 */
-    /* What they hold: a panel of a small image serves one chunk after another. */
+    /* What they hold: a panel of a small input serves one chunk after another. */
     const float *of_sample; /* NULL: nothing yet */
     int64_t of_group, of_pixel;
     int of_floats;
@@ -74,8 +74,8 @@ typedef struct {
     int32_t group_channels; /* input channels per group */
     const float *x;         /* this sample: (channels, height, width) */
     float *y;               /* this sample: (rows, out_h, out_w) */
-    bapq_image image;
-    void *image_scratch;
+    bapq_conv_input input;
+    void *input_scratch;
     /* A row of ones in every real column: its product is the sum of a row's weights. */
     int8_t *ones;
     float *ones_scale, *ones_sum;
@@ -92,7 +92,7 @@ static int is_pointwise(const bapq_conv *conv) {
 
 /* ---- panels ---- */
 
-/* int8: per output pixel and kernel row, one run of pixels where they are adjacent in the image. */
+/* int8: per output pixel and kernel row, one run of pixels where they are adjacent in the input. */
 static void fill_quantized(const conv_job *j, int64_t group, int64_t pixel, int32_t m, int8_t *q) {
     const bapq_conv *conv = j->conv;
     const bapq_conv_params *p = &conv->p;
@@ -106,11 +106,11 @@ static void fill_quantized(const conv_job *j, int64_t group, int64_t pixel, int3
         for (int64_t ky = 0; ky < p->kernel_h; ky++) {
             int64_t iy = y0 + ky * p->dilation_h;
             if (iy < 0 || iy >= conv->height) {
-                memset(target, j->image.zero_point, (size_t)(p->kernel_w * channels));
+                memset(target, j->input.zero_point, (size_t)(p->kernel_w * channels));
                 target += p->kernel_w * channels;
                 continue;
             }
-            const int8_t *row = j->image.q + iy * conv->width * conv->channels + group * channels;
+            const int8_t *row = j->input.q + iy * conv->width * conv->channels + group * channels;
             if (adjacent && x0 >= 0 && x0 + p->kernel_w <= conv->width) {
                 memcpy(target, row + x0 * channels, (size_t)(p->kernel_w * channels));
                 target += p->kernel_w * channels;
@@ -118,7 +118,7 @@ static void fill_quantized(const conv_job *j, int64_t group, int64_t pixel, int3
                 for (int64_t kx = 0; kx < p->kernel_w; kx++, target += channels) {
                     int64_t ix = x0 + kx * p->dilation_w;
                     if (ix < 0 || ix >= conv->width)
-                        memset(target, j->image.zero_point, (size_t)channels);
+                        memset(target, j->input.zero_point, (size_t)channels);
                     else
                         memcpy(target, row + ix * conv->channels, (size_t)channels);
                 }
@@ -169,10 +169,10 @@ static bapq_panel build_panel(const conv_job *j, worker_buffers *buffers, int64_
     }
     /* Of a pointwise convolution a pixel is a row already. */
     int pointwise = is_pointwise(j->conv);
-    panel.q = pointwise ? j->image.q + pixel * j->conv->channels : buffers->q;
+    panel.q = pointwise ? j->input.q + pixel * j->conv->channels : buffers->q;
     if (!there) {
         if (!pointwise) fill_quantized(j, group, pixel, m, buffers->q);
-        for (int64_t i = 0; i < (int64_t)m * j->blocks; i++) buffers->scale[i] = j->image.scale;
+        for (int64_t i = 0; i < (int64_t)m * j->blocks; i++) buffers->scale[i] = j->input.scale;
         j->kernels->block_sums(panel.q, m, j->blocks, buffers->sum);
     }
     panel.scale = buffers->scale;
@@ -195,7 +195,7 @@ static void multiply_tile(const conv_job *j, const bapq_panel *panel, int32_t t,
     if (j->view.level != BAPQ_L32) {
         bapq_panel ones = {.q = j->ones, .scale = j->ones_scale, .sum = j->ones_sum};
         product(&tile, &ones, 1, row_sum);
-        offset = j->image.scale * (float)j->image.zero_point;
+        offset = j->input.scale * (float)j->input.zero_point;
     }
     if (!j->epilogue->use_bias) bias = NULL;
     int64_t pixels = j->conv->out_h * j->conv->out_w;
@@ -261,8 +261,8 @@ static void carve_buffers(conv_job *j, uint32_t levels, int32_t threads, bapq_ca
     int quantized = (levels & ~(1u << BAPQ_L32)) != 0;
     if (quantized) {
         const bapq_conv *conv = j->conv;
-        j->image.q = bapq_carve(carver, conv->channels * conv->height * conv->width);
-        j->image_scratch = bapq_carve(carver, bapq_image_scratch(conv->channels));
+        j->input.q = bapq_carve(carver, conv->channels * conv->height * conv->width);
+        j->input_scratch = bapq_carve(carver, bapq_conv_input_scratch(conv->channels));
         j->ones = bapq_carve(carver, padded);
         j->ones_scale = bapq_carve(carver, block_floats);
         j->ones_sum = bapq_carve(carver, block_floats);
@@ -290,10 +290,10 @@ static int32_t run_sample(bapq_run *run, int32_t layer, conv_job *j, const bapq_
                           bapq_error *error) {
     const bapq_conv *conv = j->conv;
     int64_t pixels = conv->out_h * conv->out_w;
-    if (j->image.q) {
-        bapq_image_quantize(j->x, conv->channels, conv->height, conv->width, parallel,
-                            j->image_scratch, &j->image);
-        if (!j->image.finite) {
+    if (j->input.q) {
+        bapq_conv_input_quantize(j->x, conv->channels, conv->height, conv->width, parallel,
+                                 j->input_scratch, &j->input);
+        if (!j->input.finite) {
             for (int64_t i = 0; i < j->rows * pixels; i++) j->y[i] = NAN;
             return BAPQ_OK;
         }

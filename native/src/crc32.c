@@ -1,3 +1,5 @@
+/* CRC-32 three ways: by tables, by the carry-less multiplication of x86-64, and by the CRC
+ * instructions of ARM64. The best that the CPU has is chosen at run time. */
 #include "crc32.h"
 
 #include <pthread.h>

@@ -1,3 +1,4 @@
+/* Filling a bapq_error. */
 #include "error.h"
 
 #include <stdarg.h>

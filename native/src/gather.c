@@ -1,3 +1,4 @@
+/* Gather of an embedding table: the rows asked for, turned back into float32. */
 #include <string.h>
 
 #include "error.h"

@@ -1,3 +1,5 @@
+/* Byte layout of tile records: which planes a level reads, how long a record is, where its parts
+ * are. */
 #include "layout.h"
 
 #include <stddef.h>
@@ -6,11 +8,22 @@ static const int32_t LEVEL_BITS[BAPQ_SKIP + 1] = {32, 8, 4, 2, 1, 0};
 static const int32_t LEVEL_PLANES[BAPQ_SKIP + 1][2] = {
     {BAPQ_F32, -1}, {BAPQ_P4, BAPQ_R8}, {BAPQ_P4, -1}, {BAPQ_S1, BAPQ_M1}, {BAPQ_S1, -1}, {-1, -1}};
 /* The level that each plane completes, and whose bias it carries. */
-static const int32_t COMPLETES[BAPQ_PLANES] = {BAPQ_L32, BAPQ_L8, BAPQ_L4, BAPQ_L2, BAPQ_L1};
+static const int32_t COMPLETES[BAPQ_PLANES] = {[BAPQ_F32] = BAPQ_L32,
+                                               [BAPQ_R8] = BAPQ_L8,
+                                               [BAPQ_P4] = BAPQ_L4,
+                                               [BAPQ_M1] = BAPQ_L2,
+                                               [BAPQ_S1] = BAPQ_L1};
 /* Which of the level's planes carries its scales; the last one carries its bias. */
 static const int32_t SCALES_IN[BAPQ_LEVELS] = {-1, 0, 0, 1, 0};
-static const int64_t BLOCK_BYTES[BAPQ_PLANES] = {2048, 256, 256, 64, 64};
+static const int64_t BLOCK_BYTES[BAPQ_PLANES] = {
+    [BAPQ_F32] = 2048, [BAPQ_R8] = 256, [BAPQ_P4] = 256, [BAPQ_M1] = 64, [BAPQ_S1] = 64};
+static const char *const PLANE_NAMES[BAPQ_PLANES] = {
+    [BAPQ_F32] = "f32", [BAPQ_R8] = "r8", [BAPQ_P4] = "p4", [BAPQ_M1] = "m1", [BAPQ_S1] = "s1"};
 enum { RECORD_ALIGNMENT = 64 };
+
+const char *bapq_plane_name(int32_t plane) {
+    return plane >= 0 && plane < BAPQ_PLANES ? PLANE_NAMES[plane] : NULL;
+}
 
 int32_t bapq_level_index(int32_t bits) {
     for (int32_t i = 0; i <= BAPQ_SKIP; i++)

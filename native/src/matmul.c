@@ -1,3 +1,5 @@
+/* Matrix product: the input is brought once into the forms that the layer's levels need, and every
+ * chunk is multiplied with it. */
 #include <string.h>
 
 #include "error.h"

@@ -71,10 +71,9 @@ static int32_t check_extents(const bapq_store *store, plane_store *plane, int32_
 }
 
 static int32_t open_plane(bapq_store *store, const bapq_bank *bank, int32_t p, bapq_error *error) {
-    static const char *const NAMES[BAPQ_PLANES] = {"f32", "r8", "p4", "m1", "s1"};
     plane_store *plane = &store->plane[p];
     const char *path = bank->plane_path[p];
-    plane->name = NAMES[p];
+    plane->name = bapq_plane_name(p);
     plane->fd = open(path, O_RDONLY | O_CLOEXEC | (store->direct ? O_DIRECT : 0));
     if (plane->fd < 0) {
         int code = errno;

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../src/kernels/kernels.h"
+#include "kernels/kernels.h"
 
 enum { MAX_BLOCKS = 40, MAX_ROWS = 33, MAX_COLUMNS = MAX_BLOCKS * BAPQ_BLOCK };
 

@@ -1,7 +1,7 @@
 /* The chunk store under load, for the sanitizers: a few threads run through all chunks and compare
  * every byte with what the bank holds, and the values of skipped ones with the plan's region, while
  * another one publishes random plans and a disk that stutters and fails answers the reads. Prints
- * "N passed, 0 failed"; exit status 1 on a failure. Linked with -Wl,--wrap=pread.
+ * "N passed, 0 failed"; exit status 1 on a failure.
  *
  * Usage: store_stress DIRECTORY SECONDS [SEED] */
 #include <errno.h>
@@ -16,13 +16,12 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "../src/crc32.h"
-#include "../src/store.h"
+#include "crc32.h"
+#include "store.h"
 
 enum { RUNNERS = 3, CHUNKS_MOST = 64, PLANS_MOST = 4000, ROUND_MS = 2500, SCRATCH_MOST = 1 << 17 };
 enum { REGIONS_MOST = 50, ROWS_MOST = 1000 };
 
-static const char *const PLANE_NAMES[BAPQ_PLANES] = {"f32", "r8", "p4", "m1", "s1"};
 static const uint8_t LEVEL_BITS[BAPQ_SKIP + 1] = {32, 8, 4, 2, 1, 0};
 
 /* All levels; 32, 4 and 1; and 8 and 2, whose planes hold all that 4 and 1 read but their biases.
@@ -140,7 +139,7 @@ static void make_bank(const char *directory, uint64_t *state) {
         for (int32_t c = 0; c < chunk_count; c++)
             extents[p][c].crc32 =
                 bapq_crc32(content[p] + extents[p][c].offset, extents[p][c].bytes);
-        snprintf(paths[p], sizeof paths[p], "%s/%s.bin", directory, PLANE_NAMES[p]);
+        snprintf(paths[p], sizeof paths[p], "%s/%s.bin", directory, bapq_plane_name(p));
         FILE *file = fopen(paths[p], "wb");
         if (!file || fwrite(content[p], 1, offset, file) != offset || fclose(file) != 0) {
             perror(paths[p]);
@@ -186,7 +185,7 @@ static void check_view(const bapq_chunk_view *view, int32_t layer, int32_t i) {
     for (int32_t p = 0; p < n; p++) {
         const bapq_extent *extent = &extents[planes[p]][view->chunk];
         check(memcmp(view->records[p], content[planes[p]] + extent->offset, extent->bytes) == 0,
-              "wrong bytes: plane %s, chunk %d, level %d, borrowed %d", PLANE_NAMES[planes[p]],
+              "wrong bytes: plane %s, chunk %d, level %d, borrowed %d", bapq_plane_name(planes[p]),
               view->chunk, LEVEL_BITS[view->level], view->borrowed);
     }
 }

@@ -15,8 +15,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from bapq_edge import errors
-from bapq_tools.zoo import make_model
-from bapq_tools.zoo.digits import calibration_npz, load_digits_split
+from benchmarks.zoo import make_model
+from benchmarks.zoo.digits import calibration_npz, load_digits_split
 
 BAPQ = Path(sys.executable).with_name("bapq")
 

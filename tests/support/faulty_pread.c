@@ -1,6 +1,5 @@
 /* Preloaded into a process, it answers the reads of plane files as a struct in the file that
  * BAPQ_FAULTS names says. Counts below 0 mean no end. */
-#define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>

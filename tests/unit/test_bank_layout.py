@@ -17,6 +17,8 @@ from bapq_edge.bank.layout import (
     planes_for,
 )
 from bapq_edge.bank.writer import chunk_rows_for
+from bapq_edge.engine import library
+from bapq_edge.errors import PlatformError
 
 KERNELS_H = Path(__file__).parents[2] / "native/src/kernels/kernels.h"
 
@@ -27,6 +29,15 @@ def test_kernels_share_the_constants():
     assert int(re.search(r"BAPQ_BLOCK = (\d+)", header)[1]) == BLOCK_COLUMNS
     order = re.search(r"enum \{ (BAPQ_L32.*?), BAPQ_LEVELS \}", header)[1]
     assert order == ", ".join(f"BAPQ_L{level}" for level in LEVELS)
+
+
+def test_a_library_with_another_order_of_planes_is_refused(monkeypatch):
+    load = library.load_library.__wrapped__
+    load()
+    for planes in (list(PLANES)[::-1], list(PLANES)[:-1]):
+        monkeypatch.setattr(library, "PLANES", dict.fromkeys(planes))
+        with pytest.raises(PlatformError, match=r"libbapq has planes .*'f32'"):
+            load()
 
 
 def test_the_plane_that_completes_a_level_is_the_last_that_it_reads():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+
 from benchmarks.arm.counts import PARTS, Block, Frame, median_run, parse_frames, part_of, spans
 from benchmarks.arm.table import table, to_markdown
 from benchmarks.kernels.mca import CORES, Loop, bound_cycles, find_loops

@@ -11,8 +11,10 @@ import pytest
 from onnx import TensorProto
 
 from bapq_edge import Session
+from bapq_edge.bank.layout import PLANES
 from bapq_edge.bank.reader import Bank
-from bapq_edge.engine.native import PLANE_ORDER, TRACE_KINDS, Store
+from bapq_edge.engine.library import TRACE_KINDS
+from bapq_edge.engine.store import Store
 from bapq_edge.profiling import Meter, Recorder, measure
 from bapq_edge.sensors import Readings
 from support.banks import NO_CLIP, graph_bytes, node, random_codes, write_bank
@@ -75,7 +77,7 @@ def test_every_read_is_recorded_with_its_chunk_plane_and_bytes(bank):
     after_ns = time.monotonic_ns()
     events, lost = store.trace_read()
     assert lost == 0 and {TRACE_KINDS[kind] for kind in events["kind"]} == {"read"}
-    found = {(event["chunk"], PLANE_ORDER[event["plane"]]): event["bytes"] for event in events}
+    found = {(event["chunk"], tuple(PLANES)[event["plane"]]): event["bytes"] for event in events}
     expected = {
         (chunk, plane): opened.chunks(plane)["bytes"][chunk]
         for chunk in range(4)

@@ -85,7 +85,7 @@ def test_the_library_gives_away_no_names_but_its_own(architecture):
 
 
 def test_dot_products_stand_in_their_own_family_only():
-    objects = ROOT / "build/py3-none-manylinux_2_28_aarch64/CMakeFiles/bapq.dir/native/src"
+    objects = ROOT / "build/py3-none-manylinux_2_28_aarch64/CMakeFiles/bapq_core.dir/native/src"
     counts = {}
     for path in objects.rglob("*.c.o"):
         with path.open("rb") as file:

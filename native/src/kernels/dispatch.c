@@ -1,14 +1,6 @@
-/* Which kernel family runs. Every file of this directory is compiled on every CPU (the other
- * architecture's files are then empty) with -O3 -ffp-contract=off -fno-fast-math and, in addition,
- *
- *   avx2.c        -mavx2 -mfma
- *   avx512vnni.c  -mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512vnni
- *   neon.c        -fno-schedule-insns
- *   neondot.c     -fno-schedule-insns -march=armv8.2-a+dotprod    (clang: -mcpu=generic+dotprod)
- *
- * No other file may have the instruction flags: the choice below is made by code that runs on every
- * CPU. -fno-schedule-insns keeps gcc's first scheduler from lengthening live ranges until the sums
- * no longer fit the 32 registers. */
+/* Which kernel family runs: the best one that this CPU has, or the one that BAPQ_ISA names. Every
+ * file of this directory is compiled on every CPU, the other architecture's to nothing; only the
+ * families' own files may use more instructions than the oldest CPU has (CMakeLists.txt). */
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>

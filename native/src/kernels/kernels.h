@@ -1,8 +1,8 @@
 /* The kernel families and the data they work on.
  *
  * A tile is 16 output rows of one layer; its columns come in blocks of 32. All levels share one
- * layout (docs/bank_format.md), so one bank serves every CPU. A kernel multiplies one tile with a
- * panel of m activation rows:
+ * layout (docs/reference/bank_format.md), so one bank serves every CPU. A kernel multiplies one
+ * tile with a panel of m activation rows:
  *
  *   out[i][r] = sum over blocks b, in order, by fused multiply-add, of
  *               (d[b][r] * x.scale[i][b]) * ( sum_k code[r][k]*q[i][k]  -  zero * x.sum[i][b] )

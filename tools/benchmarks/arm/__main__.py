@@ -1,7 +1,7 @@
 """Instructions per inference on emulated boards, as tables in Markdown or as JSON.
 
     make bench-arm                                            # all of it
-    make bench-arm ARGS="--only cortex-a72 squeezenet 4"      # what has these words; also -o json
+    make bench-arm ARGS="--only cortex-a72 squeezenet 4"      # some; also --format json
 
 One thread, all weights in memory. QEMU counts what is executed between two marks, so neither the
 start nor the first runs count; a table's figure is the median of a few runs.
@@ -20,6 +20,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from ..native_build import build_native
 from .counts import Symbols, by_part, median_run, spans
 from .models import MODELS, prepare
 from .table import ENGINES, to_markdown
@@ -39,7 +40,7 @@ RUNS = 5
 def main() -> int:
     """Measure and print; 0, or 1 when nothing that was asked for is there."""
     parser = argparse.ArgumentParser(prog="benchmarks.arm", description=__doc__)
-    parser.add_argument("-o", dest="style", choices=("md", "json"), default="md")
+    parser.add_argument("--format", choices=("md", "json"), default="md")
     choices = ("cortex-a53", *CPUS, *MODELS, *ENGINES)
     parser.add_argument(
         "--only", nargs="+", choices=choices, default=[], metavar="WORD",
@@ -58,7 +59,7 @@ def main() -> int:
             for model in models
             for cpu, record in _measure_model(board, model, cpus, engines)
         ]
-    as_json = arguments.style == "json"
+    as_json = arguments.format == "json"
     print(json.dumps({"cells": cells}, indent=1) if as_json else to_markdown(cells, MODELS))
     return 0 if cells else 1
 
@@ -92,9 +93,7 @@ class _Board:
 
     def __init__(self, scratch: Path, runs: int) -> None:
         self._runs = runs
-        self._plugin, self._counted = scratch / "blocks.so", scratch / "blocks.txt"
-        command = ["gcc", "-shared", "-fPIC", "-O2", "-o", self._plugin, HERE / "blocks.c"]
-        subprocess.run(command, check=True)
+        self._plugin, self._counted = build_native("blocks"), scratch / "blocks.txt"
         self._symbols = Symbols(ARM64 / PACKAGES[0] / "bapq_edge" / "engine" / "libbapq.so")
 
     def run(self, cpu: str, folder: Path, engines: list[str]) -> Iterator[dict[str, Any]]:

@@ -21,8 +21,8 @@ from onnx import version_converter
 import bapq_edge
 import bapq_tools
 from bapq_edge.errors import UncalibratedWarning
-from bapq_tools.experiments.cases import load_case
-from bapq_tools.zoo import make_model
+from benchmarks.cases import load_case
+from benchmarks.zoo import make_model
 
 from .mobilenet import build_mobilenet_v2
 

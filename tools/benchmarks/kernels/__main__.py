@@ -1,7 +1,7 @@
 """Speed of the kernels on this machine beside ONNX Runtime's, and the inner loops of those for ARM.
 
     make bench-kernels
-    make bench-kernels ARGS="native --isa avx2 avx512vnni"    # or: loops; also -o json
+    make bench-kernels ARGS="native --isa avx2 avx512vnni"    # or: loops; also --format json
 
 A pass is timed on one pinned core, both sides in turns, each figure the median of a few passes.
 """
@@ -22,7 +22,6 @@ from .native import SHAPES, measure
 from .table import loops_table, native_table
 
 ROOT = Path(__file__).resolve().parents[3]
-WORK = ROOT / "build" / "bench_kernels"
 ARM_BUILD = ROOT / "build" / "bench_arm" / "cmake"
 """where the aarch64 wheel's objects are"""
 ARM_FAMILIES = ("neon", "neondot")
@@ -33,13 +32,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.kernels", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help="native, loops; all by default")
     parser.add_argument("--isa", nargs="+", metavar="FAMILY", default=[kernels_name()])
-    parser.add_argument("-o", dest="style", choices=("md", "json"), default="md")
+    parser.add_argument("--format", choices=("md", "json"), default="md")
     arguments = parser.parse_args()
     parts = arguments.parts or ["native", "loops"]
     unknown = set(parts) - {"native", "loops"}
     if unknown:
         parser.error(f"no part {min(unknown)!r}; choose of native, loops")
-    WORK.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {}
     try:
         if "native" in parts:
@@ -49,7 +47,7 @@ def main() -> int:
     except (FileNotFoundError, ValueError) as error:
         print(f"benchmarks.kernels: {error}", file=sys.stderr)
         return 1
-    if arguments.style == "json":
+    if arguments.format == "json":
         print(json.dumps(result, indent=1))
         return 0
     if "native" in result:
@@ -60,7 +58,7 @@ def main() -> int:
 
 
 def _native(families: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    machine, records = measure(families, list(SHAPES), WORK)
+    machine, records = measure(families, list(SHAPES))
     found: list[dict[str, Any]] = []
     for record in records:
         if not found or record["shape"] != found[-1]["shape"]:

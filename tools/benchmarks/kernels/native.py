@@ -10,7 +10,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,15 +19,14 @@ from typing import Any
 import onnxruntime
 
 from bapq_edge.bank.layout import LEVELS
-from bapq_edge.engine.native import library_path
-from bapq_tools.passes.quantize import SCALE_COLUMNS
+from bapq_edge.engine.library import library_path
+from bapq_tools.quantize.options import SCALE_COLUMNS
 
+from ..native_build import build_native
 from .peers import BLOCK, Shape, open_peer
 
 __all__ = ["SHAPES", "Machine", "cache_bytes", "measure"]
 
-ROOT = Path(__file__).resolve().parents[3]
-SOURCE = ROOT / "native" / "bench" / "kernels_bench.c"
 SHAPES: tuple[Shape, ...] = (
     (8192, 2048, 1),
     (11008, 4096, 1),
@@ -66,10 +64,8 @@ class Machine:
 class _Bench:
     """kernels_bench.c as a library, and the families of libbapq that this CPU runs."""
 
-    def __init__(self, work: Path) -> None:
-        library = work / "kernels_bench.so"
-        flags = ["-std=c11", "-O3", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden"]
-        subprocess.run(["gcc", *flags, "-o", library, SOURCE], check=True)
+    def __init__(self) -> None:
+        library = build_native("kernels_bench_library")
         kernels = ctypes.CDLL(str(library_path()), mode=ctypes.RTLD_GLOBAL)
         kernels.bapq_kernels_by_name.restype = ctypes.c_void_p
         self.kernels = kernels
@@ -96,13 +92,11 @@ def cache_bytes() -> list[int]:
     return sorted(sizes)
 
 
-def measure(
-    families: list[str], shapes: list[Shape], work: Path
-) -> tuple[Machine, Iterator[dict[str, Any]]]:
+def measure(families: list[str], shapes: list[Shape]) -> tuple[Machine, Iterator[dict[str, Any]]]:
     """What the machine can do, and a record for each shape and level."""
     core = max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
-    bench = _Bench(work)
+    bench = _Bench()
     native = bench.native  # what the machine can do at most: another program may only hide it
     bytes_per_s = max(native.bapq_bench_bytes_per_s(READ_BYTES) for _ in range(REPEATS))
     macs_per_s = {

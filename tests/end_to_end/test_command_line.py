@@ -57,7 +57,7 @@ def made(tmp_path_factory):
         build_bank(
             folder / f"{name}.onnx",
             folder / f"{name}.bank",
-            folder / f"{name}.npz",
+            calibration=folder / f"{name}.npz",
             workers=1,
             progress=False,
         )
@@ -287,7 +287,9 @@ def test_a_rebuild_says_which_boundary_models_are_discarded(made, bapq, tmp_path
     assert bapq(*build, "--calibration", made / "one.npz")[1] == ""
     with_boundary(made / "one.bank", fitted, boundary_model(made / "one.bank"))
     with pytest.warns(errors.BoundaryDroppedWarning):
-        build_bank(made / "one.onnx", fitted, made / "one.npz", workers=1, progress=False)
+        build_bank(
+            made / "one.onnx", fitted, calibration=made / "one.npz", workers=1, progress=False
+        )
 
 
 # ---- nothing is written onto or into what is read ----

@@ -6,9 +6,6 @@ import csv
 import itertools
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,19 +14,7 @@ from bapq_edge import errors
 from bapq_tools import build_bank
 from benchmarks.zoo import make_model
 from benchmarks.zoo.digits import calibration_npz, load_digits_split
-
-BAPQ = Path(sys.executable).with_name("bapq")
-
-
-def bapq(*arguments: object, code: int = 0, **environment: str) -> tuple[str, str]:
-    result = subprocess.run(
-        [BAPQ, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
-    assert result.returncode == code, result.stderr
-    return result.stdout, result.stderr
+from support.command_line import bapq
 
 
 @pytest.fixture(scope="module")

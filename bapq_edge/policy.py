@@ -3,8 +3,8 @@
 A policy is a small object with one method. The session asks it before a run, where the graph is
 split once more between head and body, and after the answer; what it returns is run next.
 
-start ──► Choice ──► head ──► gate ──► Choice ──► body ──► answer ──► None: the answer stands
-                                                             └──► Choice: answered again at it
+    start ──► Choice ──► head ──► gate ──► Choice ──► body ──► answer ──► None: the answer stands
+                                                                 └──► Choice: answered again at it
 """
 
 from __future__ import annotations
@@ -16,46 +16,52 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .bank.boundary import Wish
+from .bank.boundary import Precision
 
-__all__ = ["Choice", "Moment", "Policy", "Wish"]
+__all__ = ["Choice", "Policy", "PolicyContext", "Precision"]
 
 
 @dataclass(frozen=True)
-class Moment:
+class PolicyContext:
     """What a policy may look at."""
 
     stage: Literal["start", "gate", "answer"]
+    """Before the run, between the halves of a split graph, or after an answer."""
     values: Mapping[str, NDArray[np.generic]]
-    """by tensor name: the feed at the start, the tap at the gate, the outputs of an answer"""
-    wish: Wish
-    """what the values were computed at; at the start, what the session runs at otherwise"""
+    """Tensors by name, in the shapes of the model: the feed at every stage, with the tap at the
+    gate, and with the outputs of the answer: those asked for, and those that the policy `reads`."""
+    precision: Precision
+    """What the values were computed at; at the start, what the session runs at otherwise."""
     elapsed_s: float
-    """since the run began"""
-    again_s: float | None
-    """how long a run at another wish after an answer took lately; None: none was made yet"""
+    """Time since the run began."""
+    rerun_s: float | None
+    """Time that an answer made again took lately; None: none was made yet."""
 
 
 @dataclass(frozen=True)
 class Choice:
     """What to run next, and why."""
 
-    wish: Wish
+    precision: Precision
+    """The precision to run at; the one of the answer lets it stand."""
     region: int | None = None
-    """Region of the input, for `stats()` and the drift watch."""
+    """Region of the input, for `stats()` and the drift detector."""
     late: bool = False
-    """The answer stands for want of time; counted, and an event."""
+    """Whether the answer stands for want of time; counted, and an event."""
 
 
 class Policy(Protocol):
     """Anything with this method; it may be called from several threads at a time.
 
-    An attribute `mix`, a mapping from every Wish to the share of runs that it is for, tells the
-    planner which chunks are worth their memory; without it, wishes are planned as they come. An
-    attribute `splits` that is true has the split graph run, with the stage "gate". An attribute
-    `reads` names outputs that the stage "answer" must see, whatever the caller asked for.
+    An attribute `shares`, a mapping from every Precision to the share of runs that it is for, tells
+    the planner which chunks are worth their memory; without it, precisions are planned as they
+    come. An attribute `splits` that is true has the split graph run, with the stage "gate". An
+    attribute `reads` names outputs that the stage "answer" must see, whatever the caller asked for.
     """
 
-    def choose(self, moment: Moment) -> Choice | None:
-        """What to run next; None: go on as it is, or let the answer stand."""
+    def choose(self, context: PolicyContext) -> Choice | None:
+        """What to run next; None: go on as it is, or let the answer stand.
+
+        What it raises ends the run, and the caller of `run` gets it.
+        """
         ...

@@ -1,16 +1,13 @@
-"""The session: opens a bank, runs it under a memory budget, and changes its plan while it runs.
+"""The session: opens a bank, runs it under a memory budget, and closes it.
 
 bank on disk ── Bank.open ──► manifest, tables, graph
                                  │                │
-                              Store (libbapq)   open_graph (ONNX Runtime + our operators)
+                              Store (libbapq)   Graphs (ONNX Runtime + our operators)
                                  │                │
-run():     ticket = store.begin_run() ─► graph.run(feed + ticket) ─► store.end_run(ticket)
-           with a policy, the pilot makes one or more such passes, each at its own plan
+run():             Passes: begin run ─► ticket ─► graph ─► end run ─► report
+                   with a policy, the runner makes one or more of them, each at its own plan
 
-budget ──► ledger ──► bytes for weights ─┐
-sensors ──► controller ──► envelope ─────┼─► planner.plan ──► store.publish
-level, bits, latency: what is wanted ────┤       runs that began before keep their plan
-policy ──► mix of wishes ──► mix.plan_mix┘
+budget, level, bits, policy, sensors ──► replanner (planning/replanner.py) ──► plan ──► Store
 """
 
 from __future__ import annotations
@@ -18,69 +15,54 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from .bank.boundary import Wish
 from .bank.layout import Level
 from .bank.reader import Bank
-from .engine.feeds import element_count, zeros
-from .engine.graph import RUN_INPUT, Graphs, Part
-from .engine.native import RunReport, Store, kernels_name
-from .errors import (
-    BudgetExceededWarning,
-    BudgetTooSmallError,
-    DegradedWarning,
-    ExecutionError,
-    RequestError,
-    RunInputError,
-    SessionClosedError,
-    UnknownLevelError,
+from .control.device_profile import find_profile, load_profile
+from .engine.feeds import check_feed, checked_names, element_count
+from .engine.graph import Graphs
+from .engine.library import kernels_name
+from .engine.store import Store
+from .errors import RequestError, SessionClosedError
+from .options import (
+    PolicyName,
+    SessionOptions,
+    checked_bits,
+    checked_budget,
+    checked_level,
+    checked_listener,
 )
-from .ledger import MemoryLedger
-from .pilot import Answer, Pilot
-from .planner import Plan, Request
-from .plans import Plans
-from .policies import open_policy
+from .planning.ledger import MemoryLedger
+from .planning.passes import Passes
+from .planning.planner import Request
+from .planning.replanner import Replanner
 from .policy import Policy
-from .profiles import find_profile, load_profile
-from .telemetry import Event, EventLog, SessionStats, rss_bytes, trim_heap
-from .units import format_size, parse_size
+from .telemetry import Event, EventLog, RunTotals, SessionStats, trim_heap
+from .units import format_size
 
-if TYPE_CHECKING:
-    from .controller import Decision
-    from .sensors import Sensors
-    from .watch import Watch
+if TYPE_CHECKING:  # loaded by sessions that need them
+    from .adaptive.policy_runner import PolicyRunner
+    from .control.monitor import Monitor
+    from .internals import Internals
 
 __all__ = ["Session"]
-
-
-@dataclass
-class _Totals:
-    """What the finished runs add up to."""
-
-    runs: int = 0
-    bits: float = 0.0
-    last_bits: float = 0.0
-    escalated: int = 0
-    late: int = 0
-    region: int | None = None
 
 
 class Session:
     """A model in a bank, ready to run; the shape of `onnxruntime.InferenceSession`.
 
     Safe to use from several threads: runs go on side by side, and each sees one plan from its first
-    operator to its last, whatever is switched meanwhile.
+    operator to its last, whatever is switched meanwhile. Once closed, a session tells its `events`;
+    all else raises SessionClosedError.
     """
+
+    # ---- opening ----
 
     def __init__(
         self,
@@ -89,7 +71,7 @@ class Session:
         memory_budget: int | str | None = None,
         level: Level | str = "auto",
         bits: float | None = None,
-        policy: Policy | Literal["static", "gate", "escalate"] | None = None,
+        policy: Policy | PolicyName | None = None,
         target_agreement: float | None = None,
         latency_ms: float | None = None,
         weight_budget: int | str | None = None,
@@ -107,7 +89,8 @@ class Session:
                 a number or such as "64MiB"; "auto" takes a share of what the device has free now;
                 None is no limit.
             level: 32, 8, 4, 2 or 1 for all chunks, or "auto": the planner's choice.
-            bits: bits per weight on average over all weights; the planner's best plan of so many.
+            bits: bits per weight on average over all weights, 1 to 32; the planner's best plan of
+                so many.
             policy: who chooses the precision of every run: "gate" or "escalate", by the bank's
                 boundary models; an object with a method `choose` (see bapq_edge.policy); "static"
                 or None: nobody, unless `target_agreement` is given.
@@ -126,95 +109,120 @@ class Session:
             on_switch: called with every Event of kind "switch", on the thread that switched.
 
         Raises:
-            BankError, RequestError and its kinds, StorageError, PlatformError, SensorError.
+            RequestError and its kinds: a setting that cannot be had.
+            BankError and its kinds, StorageError: the bank cannot be used.
+            PlatformError: this machine cannot run it.
         """
-        self._ledger = MemoryLedger()
-        self._log = EventLog()
-        self.on_switch = on_switch
-        self._threads = len(os.sched_getaffinity(0)) if threads is None else threads
-        if self._threads < 1:
-            raise RequestError(f"threads is {threads}, the least is 1")
+        self._ledger = MemoryLedger()  # what comes from here on counts
+        options = SessionOptions(
+            bank,
+            memory_budget=memory_budget,  # type: ignore[arg-type]
+            level=level,  # type: ignore[arg-type]
+            bits=bits,
+            policy=policy,
+            target_agreement=target_agreement,
+            latency_ms=latency_ms,
+            weight_budget=weight_budget,  # type: ignore[arg-type]
+            threads=threads,
+            controller=controller,
+            profile=profile,
+            direct_io=direct_io,
+            on_switch=on_switch,
+        )
+        self._options = options
+        self._on_switch = options.on_switch
+        self._threads = int(options.threads or len(os.sched_getaffinity(0)))
         self._bank = Bank.open(bank)
+        self._log = EventLog(Path(self._bank.path).name)
         self._profile = find_profile() if profile is None else load_profile(profile)
-        self._weight_budget_bytes = None if weight_budget is None else parse_size(weight_budget)
-        self._latency_ms = latency_ms
-        steered = self._open_policy(policy, level, bits, target_agreement)
-        self._request = self._request_for(level, None if steered else bits, latency_ms)
-        self._pilot = None
-        if steered is not None:
-            self._pilot = Pilot(steered, self._default_wish(level, bits), self._record)
+        self._runner = self._open_runner()
 
         self._lock = threading.Lock()  # short: counts and the closing
         self._idle = threading.Condition(self._lock)
-        self._planning = threading.RLock()  # one change of plan at a time; runs never wait for it
-        self._closed = False
-        self._running = 0
-        self._totals = _Totals()
-        self._unheard: list[Event] = []  # switches that on_switch has not been told of
-        self._executor: ThreadPoolExecutor | None = None
-        self._watch: Watch | None = None
+        self._closed, self._running = False, 0
+        self._totals = RunTotals()
+        self._pool: ThreadPoolExecutor | None = None
+        self._monitor: Monitor | None = None
 
-        sensors: Sensors | None = None
-        if controller == "auto" or memory_budget == "auto":
-            from .sensors import open_sensors  # only such a session pays for them
-
-            sensors = open_sensors()
         with contextlib.ExitStack() as undo:
-            self._store = Store(self._bank, direct=direct_io)
+            self._store = Store(self._bank, direct=options.direct_io)
             undo.callback(self._store.close)
-            splits = self._pilot is not None and self._pilot.splits
+            splits = self._runner is not None and self._runner.splits
             self._graphs = Graphs(self._bank, self._threads, split=splits)
-            self._plans = Plans(self._bank, self._store, self._pilot)
-            self._plans.add_regions()
-            self._ledger.settle(rss_bytes(), weight_bytes=0)
-            self._ledger.budget_bytes = self._budget_bytes(memory_budget, sensors)
-            if controller == "auto" and sensors is not None:
-                self._watch = self._make_watch(sensors)
-            self._adopt(self._make_plans(frugal=self._ledger.budget_bytes is not None))
-            if self._ledger.budget_bytes is not None:
-                measured = self._warm_up()
-                plans = self._make_plans()
-                # Else the first real run measures.
-                self._adopt(plans if measured else self._make_lean_plans(plans))
+            self._replanner = Replanner(
+                self._bank,
+                self._store,
+                self._ledger,
+                self._log,
+                request=self._request(options.level, None if options.steered else options.bits),
+                shares=None if self._runner is None else self._runner.shares,
+                threads=self._threads,
+                weight_budget_bytes=options.weight_budget,
+                on_switch=self._tell_switch,
+            )
+            self._passes = Passes(self._store, self._graphs, self._replanner, self._ledger)
+            budget_bytes, reason = self._budget_of(options.memory_budget)
+            if reason is not None:
+                self._record("budget", reason)
+            if options.controller is not None:
+                self._monitor = self._make_monitor(budget_bytes)
+                undo.callback(self._monitor.stop)
+            envelope = None if self._monitor is None else self._monitor.envelope
+            self._replanner.open(budget_bytes, envelope, self._passes.warm_up)
             self._record("open", f"kernels {kernels_name()}, {self._threads} threads")
             undo.pop_all()
-        if self._watch is not None:
-            self._watch.start()
+        if self._monitor is not None:
+            self._monitor.start()
 
-    def _open_policy(
-        self,
-        policy: Policy | str | None,
-        level: Level | str,
-        bits: float | None,
-        target_agreement: float | None,
-    ) -> Policy | None:
-        named = policy is None or isinstance(policy, str)
-        if policy == "static" or (policy is None and target_agreement is None):
-            if target_agreement is not None:
-                raise RequestError(
-                    "target_agreement needs a policy that looks at inputs: leave policy out"
-                )
+    def _open_runner(self) -> PolicyRunner | None:
+        options = self._options
+        if not options.steered:
             return None
-        if not named and target_agreement is not None:
-            raise RequestError("target_agreement is for policies by name: leave it out")
-        if not named:
-            return policy  # type: ignore[return-value]
-        if level != "auto":
-            raise RequestError(f"level {level} and a policy are both asked for: choose one")
-        latency_s = None if self._latency_ms is None else self._latency_ms / 1e3
-        return open_policy(
+        from .adaptive.policies import open_policy  # only such a session pays for them
+        from .adaptive.policy_runner import PolicyRunner
+
+        policy = open_policy(
             self._bank,
-            policy,  # type: ignore[arg-type]
-            target_agreement=target_agreement,
+            options.policy,
+            target_agreement=options.target_agreement,
+            bits=options.bits,
+            latency_s=options.latency_s,
+        )
+        return PolicyRunner(policy, options.default_precision(self._bank.levels), self._record)
+
+    def _request(self, level: Level | Literal["auto"], bits: float | None) -> Request:
+        return Request(
+            level=level,
             bits=bits,
-            latency_s=latency_s,
+            latency_s=self._options.latency_s,
+            storage_bytes_s=self._profile.storage_read_mb_s * 1e6 if self._profile else None,
         )
 
-    def _default_wish(self, level: Level | str, bits: float | None) -> Wish:
-        """What a policy's runs are made at where it does not say."""
-        if self._request.level != "auto":
-            return Wish(level=self._request.level)
-        return Wish(level=self._bank.levels[0]) if bits is None else Wish(bits=bits)
+    def _budget_of(self, budget: int | Literal["auto"] | None) -> tuple[int | None, str | None]:
+        """The budget in bytes; for "auto" a share of what is free, and how it was found."""
+        if budget != "auto":
+            return budget, None
+        from .control.controller import automatic_budget_bytes  # only such a session pays for them
+        from .sensors import open_sensors
+
+        with contextlib.closing(open_sensors()) as sensors:
+            held_bytes = self._ledger.held_bytes() if self._replanner.is_open else 0
+            size_bytes, reason = automatic_budget_bytes(sensors.read(), held_bytes=held_bytes)
+        return size_bytes, f"{format_size(size_bytes)}: {reason}"
+
+    def _make_monitor(self, budget_bytes: int | None) -> Monitor:
+        from .control.monitor import Monitor  # only such a session pays for them
+        from .sensors import open_sensors
+
+        return Monitor(
+            open_sensors(),
+            self._profile,
+            levels=self._bank.levels,
+            threads=self._threads,
+            budget_bytes=budget_bytes,
+            minimum_bytes=self._replanner.smallest_limit(),
+            follow=self._replanner.follow,
+        )
 
     # ---- running ----
 
@@ -226,36 +234,62 @@ class Session:
     ) -> list[Any]:
         """Run the model; arguments and result as in `onnxruntime.InferenceSession.run`.
 
-        Raises RunInputError for a feed that does not fit, ExecutionError when the graph fails,
-        BankIntegrityError, BankTruncatedError or StorageError when the weights cannot be read.
-        Where a lower level is in memory the run takes that instead, with a DegradedWarning and an
-        event.
+        Args:
+            output_names: the outputs to return, in this order, one named twice twice; None or an
+                empty list: all of them.
+            input_feed: an array for every input, by name, in the shapes and types of `get_inputs`.
+            run_options: an `onnxruntime.RunOptions`, or None.
+
+        Returns:
+            One array per output, in the shapes and types of `get_outputs`.
+
+        Raises:
+            RunInputError: the feed or the output names do not fit the model.
+            ExecutionError: the graph fails.
+            BankIntegrityError, BankTruncatedError, StorageError: weights cannot be read. A level
+                below that is in memory stands in, with a DegradedWarning and an event.
+            SessionClosedError: the session was closed.
         """
-        wanted = [value.name for value in self._graphs.inputs]
-        if set(input_feed) != set(wanted):
-            raise RunInputError(
-                f"the feed has {sorted(input_feed)}, the model needs {sorted(wanted)}"
-            )
         with self._open_run() as running:
-            self._make_room(input_feed, running)
-            if self._pilot is not None:
-                return self._steer(self._pilot, output_names, input_feed, run_options)
-            outputs, bits = self._run_part("whole", None, input_feed, output_names, run_options)
-            self._count(bits)
-        return list(outputs.values())
+            check_feed(self._graphs.inputs, input_feed)
+            names = checked_names(self._graphs.outputs, output_names)
+            self._replanner.make_room(element_count(input_feed) * running)
+            outputs = self._answer(input_feed, list(dict.fromkeys(names)), run_options)
+        return [outputs[name] for name in names]
 
     def run_async(
         self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any]
     ) -> Future[list[Any]]:
-        """Run the model on a thread of the session's own; the future gives what `run` would."""
+        """Run the model on a thread of the session's own; the future gives what `run` would.
+
+        Such runs are made one after the other. Closing cancels those that have not begun.
+        """
         with self._lock:
             self._check_open()
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(1, thread_name_prefix="bapq-run")
-            return self._executor.submit(self.run, output_names, dict(input_feed))
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(1, thread_name_prefix="bapq-run")
+            return self._pool.submit(self.run, output_names, dict(input_feed))
+
+    def _answer(
+        self, feed: Mapping[str, Any], names: Sequence[str], run_options: Any
+    ) -> dict[str, Any]:
+        """Outputs by name: of one pass, or of those that the policy asks for."""
+        if self._runner is None:
+            outputs, bits = self._passes.run("whole", None, feed, names, run_options)
+            with self._lock:
+                self._totals.count(bits)
+            return outputs
+        run_part = partial(self._passes.run, run_options=run_options)
+        answer = self._runner.answer(run_part, feed, names)
+        with self._lock:
+            self._totals.count(answer.bits)
+            self._totals.count_answer(answer.region, answer.escalated, answer.late)
+        self._replanner.publish_main()
+        return answer.outputs
 
     @contextlib.contextmanager
     def _open_run(self) -> Iterator[int]:
+        """Keeps the session from closing; the number of runs that are open now."""
         with self._lock:
             self._check_open()
             self._running += 1
@@ -267,326 +301,85 @@ class Session:
                 self._running -= 1
                 self._idle.notify_all()
 
-    def _steer(
-        self,
-        pilot: Pilot,
-        output_names: Sequence[str] | None,
-        feed: Mapping[str, Any],
-        run_options: Any,
-    ) -> list[Any]:
-        if output_names is None:
-            output_names = [value.name for value in self._graphs.outputs]
-        run = partial(self._run_part, run_options=run_options)
-        answer = pilot.answer(run, feed, output_names)
-        self._count(answer.bits, answer)
-        self._plans.rest()
-        return [answer.outputs[name] for name in output_names]
-
-    def _run_part(
-        self,
-        part: Part,
-        wish: Wish | None,
-        feed: Mapping[str, Any],
-        names: Sequence[str] | None,
-        run_options: Any = None,
-    ) -> tuple[dict[str, Any], float]:
-        """One pass over a part of the graph; its outputs by name, and the bits per weight read."""
-        outputs, bits, report = self._pass(part, wish, feed, names, run_options)
-        if report is not None:
-            self._settle(report)
-        return outputs, bits
-
-    def _pass(
-        self,
-        part: Part,
-        wish: Wish | None,
-        feed: Mapping[str, Any],
-        names: Sequence[str] | None = None,
-        run_options: Any = None,
-    ) -> tuple[dict[str, Any], float, RunReport | None]:
-        if not self._graphs.takes_ticket(part):
-            return self._graphs.call(part, names, feed, run_options), 0.0, None
-        if wish is not None and wish not in self._plans:
-            self._learn(wish)
-        ticket, bits = self._plans.begin(part, wish)
-        try:
-            run_feed = {**feed, RUN_INPUT: np.array(ticket, dtype=np.int64)}
-            outputs = self._graphs.call(part, names, run_feed, run_options)
-        finally:
-            report = self._store.end_run(ticket)  # an operator of ours that failed raises here
-        return outputs, bits, report
-
-    def _count(self, bits: float, answer: Answer | None = None) -> None:
-        with self._lock:
-            self._totals.runs += 1
-            self._totals.last_bits = bits
-            self._totals.bits += bits
-            if answer is not None:
-                self._totals.escalated += answer.escalated
-                self._totals.late += answer.late
-                self._totals.region = answer.region
-
-    def _settle(self, report: RunReport) -> None:
-        if report.degraded_by is not None:
-            reason = f"{report.degraded_chunks} chunks ran at a lower level: {report.degraded_by}"
-            self._record("degraded", reason)
-            warnings.warn(reason, DegradedWarning, stacklevel=4)
-        if self._ledger.budget_bytes is not None:
-            with self._changing():
-                grown = self._ledger.settle(report.rss_bytes, report.weight_bytes)
-                if grown or self._frugal:
-                    self._follow_ledger()
-
-    # ---- memory ----
-
-    def _budget_bytes(self, budget: int | str | None, sensors: Sensors | None) -> int | None:
-        if budget is None:
-            return None
-        if budget == "auto" and sensors is not None:
-            from .controller import automatic_budget_bytes
-
-            size_bytes, reason = automatic_budget_bytes(sensors.read())
-            self._record("budget", f"{format_size(size_bytes)}: {reason}")
-            return size_bytes
-        return parse_size(budget)
-
-    def _weight_bytes(self) -> int:
-        stats = self._store.stats()
-        return stats.home_bytes + stats.ring_bytes + stats.row_cache_bytes
-
-    def _warm_up(self) -> bool:
-        """Run on zeros, so that a budget too small is refused now rather than later.
-
-        False when that is impossible.
-        """
-        feed = zeros(self._graphs.inputs)
-        if feed is None:
-            return False  # strings, sequences
-        self._ledger.is_heavier(element_count(feed))
-        for _ in range(_WARM_UP_RUNS):
-            values = dict(feed)
-            try:
-                for part in self._graphs.parts:
-                    outputs, _, report = self._pass(part, self._plans.main, values)
-                    values |= outputs
-                    if report is not None:
-                        self._ledger.settle(report.rss_bytes, report.weight_bytes)
-            except (RunInputError, ExecutionError):
-                return False  # a model that zeros of the smallest shape do not fit
-        return True
-
-    def _follow_ledger(self) -> None:
-        try:
-            self._replan("memory", _MEASURED)
-        except BudgetTooSmallError as error:
-            # The run is over and its answer right: keep as little as can be, and say it.
-            if not self._frugal:
-                self._adopt(self._make_plans(frugal=True))
-            self._record("budget", f"exceeded: {error}")
-            warnings.warn(str(error), BudgetExceededWarning, stacklevel=4)
-
-    def _make_room(self, feed: Mapping[str, Any], running: int) -> None:
-        """Before a run that may need more memory than any before: keep as few weights as can be,
-        and read the others as it needs them; at the same precision."""
-        if self._ledger.budget_bytes is None:
-            return
-        with self._planning:
-            heavier = self._ledger.is_heavier(element_count(feed) * running)
-            if heavier and not self._frugal:
-                self._adopt(self._make_lean_plans(self._plans.by_wish))
+    # ---- changing what runs are made at ----
 
     def set_memory_budget(self, budget: int | str | None) -> None:
-        """Take another budget, live. Raises BudgetTooSmallError and then changes nothing."""
-        size_bytes = None if budget is None else parse_size(budget)
-        with self._changing():
-            self._check_open()
-            previous = self._ledger.budget_bytes
-            self._ledger.budget_bytes = size_bytes
-            try:
-                self._replan("budget", f"set_memory_budget({budget!r})")
-            except BaseException:
-                self._ledger.budget_bytes = previous
-                raise
-            if self._watch is not None:
-                self._watch.set_budget(size_bytes, self._plans.smallest_limit(self._request))
+        """Take another budget, live: bytes, a size such as "64MiB", "auto", or None for no limit.
 
-    # ---- precision ----
+        Raises SizeError, BudgetTooSmallError, or for "auto" SensorError, and then changes nothing.
+        """
+        wanted = checked_budget(budget)
+        with self._replanner.changing():
+            self._check_open()
+            budget_bytes, found = self._budget_of(wanted)
+            reason = f"set_memory_budget({budget!r})" + (f": {found}" if found else "")
+            self._replanner.set_budget(budget_bytes, reason)
+            if (monitor := self._monitor) is not None:
+                envelope = monitor.set_budget(budget_bytes, self._replanner.smallest_limit())
+                self._replanner.set_envelope(envelope, "budget", reason)
 
     def set_level(self, level: Level | str) -> None:
         """Run at this level, or at "auto", from the next run on; runs in flight keep theirs.
 
-        Raises UnknownLevelError or BudgetTooSmallError and then changes nothing.
+        Raises UnknownLevelError, BudgetTooSmallError, or with a policy RequestError, and then
+        changes nothing.
         """
-        self._change_wish(self._request_for(level, None, self._latency_ms), f"set_level({level!r})")
+        self._change_request(self._request(checked_level(level), None), f"set_level({level!r})")
 
     def set_bits(self, bits: float) -> None:
-        """Run at so many bits per weight on average, as the planner spreads them best.
+        """Run at so many bits per weight on average, 1 to 32, as the planner spreads them best.
 
         Raises RequestError or BudgetTooSmallError and then changes nothing.
         """
-        self._change_wish(self._request_for("auto", bits, self._latency_ms), f"set_bits({bits})")
+        self._change_request(self._request("auto", checked_bits(bits)), f"set_bits({bits})")
 
-    def _change_wish(self, request: Request, reason: str) -> None:
-        if self._pilot is not None:
+    @property
+    def on_switch(self) -> Callable[[Event], None] | None:
+        """Called with every Event of kind "switch", on the thread that switched; assignable."""
+        return self._on_switch
+
+    @on_switch.setter
+    def on_switch(self, listener: Callable[[Event], None] | None) -> None:
+        self._on_switch = checked_listener(listener)
+
+    def _change_request(self, request: Request, reason: str) -> None:
+        if self._runner is not None:
             raise RequestError(
                 "a policy decides about precision here: open a session without one, or write one"
             )
-        with self._changing():
+        with self._replanner.changing():
             self._check_open()
-            previous, self._request = self._request, request
-            try:
-                self._replan("request", reason)
-            except BaseException:
-                self._request = previous
-                raise
+            self._replanner.set_request(request, reason)
 
-    def _request_for(
-        self, level: Level | str, bits: float | None, latency_ms: float | None
-    ) -> Request:
-        held = self._bank.levels
-        chosen: Level | Literal["auto"] | None = "auto" if level == "auto" else None
-        for candidate in held:
-            if level == candidate or level == str(candidate):
-                chosen = candidate
-        if chosen is None:
-            raise UnknownLevelError(
-                f"level {level!r} is not in the bank, which holds {', '.join(map(str, held))}"
-            )
-        return Request(
-            level=chosen,
-            bits=bits,
-            latency_s=None if latency_ms is None else latency_ms / 1e3,
-            storage_bytes_s=self._profile.storage_read_mb_s * 1e6 if self._profile else None,
-        )
+    def _tell_switch(self, event: Event) -> None:
+        if self._on_switch is not None:
+            self._on_switch(event)
 
-    # ---- plans: with _planning held, except while opening ----
-
-    def _make_lean_plans(self, plans: Mapping[Wish | None, Plan]) -> dict[Wish | None, Plan]:
-        """Plans of the same precision that hold as little in memory as can be."""
-        request = self._request
-        if self._pilot is None and request.level == "auto" and request.bits is None:
-            # Left to itself the planner meets a small limit with low levels.
-            bits = plans[None].bits_per_weight * (1 + 1e-9)  # rounded up
-            request = replace(request, bits=bits)
-        return self._make_plans(frugal=True, request=request)
-
-    def _make_plans(
-        self, *, frugal: bool = False, request: Request | None = None
-    ) -> dict[Wish | None, Plan]:
-        """Plans for the session's request, or another, in what memory allows; frugal: the least."""
-        request, threads = request or self._request, self._threads
-        if self._watch is not None and (request.level == "auto" or self._pilot is not None):
-            cap = self._watch.envelope.highest_level
-            request = replace(request, highest_level=cap)  # type: ignore[arg-type]
-        smallest = self._plans.smallest_limit(request)
-        row_cache_bytes = self._store.stats().row_cache_limit_bytes
-        limit: int | None = smallest
-        if not frugal:
-            limit = self._ledger.weight_limit_bytes(smallest + row_cache_bytes)
-            limit = None if limit is None else limit - row_cache_bytes
-            if self._weight_budget_bytes is not None:
-                own = self._weight_budget_bytes - row_cache_bytes
-                limit = own if limit is None else min(limit, own)
-        if self._watch is not None:
-            envelope = self._watch.envelope
-            threads = envelope.threads
-            if envelope.weight_bytes_limit is not None:
-                allowed = envelope.weight_bytes_limit
-                limit = max(smallest, allowed if limit is None else min(limit, allowed))
-        made = self._plans.make(replace(request, weight_bytes_limit=limit))
-        self._frugal = frugal
-        self._threads_now = threads
-        return made
-
-    def _adopt(self, plans: dict[Wish | None, Plan]) -> None:
-        self._plans.adopt(plans, self._threads_now)
-
-    def _learn(self, wish: Wish) -> None:
-        """Plan for a wish that the policy did not announce."""
-        assert self._pilot is not None
-        with self._planning:
-            if wish in self._plans:
-                return
-            self._pilot.mix[wish] = 0.0
-            try:
-                plans = self._make_plans(frugal=self._frugal)
-            except BaseException:
-                del self._pilot.mix[wish]
-                raise
-            self._adopt(plans)
-
-    def _replan(self, kind: str, reason: str) -> None:
-        """Publish the plans that now fit, if they are others, and say so."""
-        previous, threads = self._plans.current, self._threads_now
-        new = self._make_plans()
-        assert previous is not None
-        levels_differ = self._plans.levels_differ(new)
-        if not (levels_differ or self._plans.places_differ(new) or self._threads_now != threads):
-            return
-        self._adopt(new)
-        if levels_differ:
-            self._unheard.append(self._record("switch", reason, previous.bits_per_weight))
-        else:
-            self._record(kind, reason)
-
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Holds _planning; the switches made meanwhile are told once it is free again."""
-        with self._planning:
-            try:
-                yield
-            finally:
-                heard, self._unheard = self._unheard, []
-        if self.on_switch is not None:
-            for event in heard:
-                self.on_switch(event)
-
-    def _make_watch(self, sensors: Sensors) -> Watch:
-        from .watch import Watch
-
-        return Watch(
-            sensors,
-            self._profile,
-            levels=self._bank.levels,
-            threads=self._threads,
-            budget_bytes=self._ledger.budget_bytes,
-            minimum_bytes=self._plans.smallest_limit(self._request),
-            follow=self._follow_watch,
-        )
-
-    def _follow_watch(self, step: Callable[[int], Decision]) -> None:
-        """Called by the watch after every reading; `step` decides on it, given the weights now."""
-        with self._changing():
-            if self._closed:
-                return
-            decision = step(self._weight_bytes())
-            for name in decision.lost:
-                self._record("sensor", f"{name} can no longer be read; its limits stay")
-            if decision.changed:
-                self._replan("controller", decision.cause or "controller")
+    def _record(self, kind: str, reason: str) -> Event:
+        return self._replanner.record(kind, reason)
 
     # ---- what the session tells ----
 
     def get_inputs(self) -> list[Any]:
         """The model's inputs, as `onnxruntime.NodeArg` (name, shape, type)."""
-        return list(self._graphs.inputs)
+        with self._lock:
+            self._check_open()
+            return list(self._graphs.inputs)
 
     def get_outputs(self) -> list[Any]:
         """The model's outputs, as `onnxruntime.NodeArg` (name, shape, type)."""
         with self._lock:
             self._check_open()
-        return list(self._graphs.outputs)
+            return list(self._graphs.outputs)
 
     def stats(self) -> SessionStats:
-        """Memory, precision and counts at this moment."""
-        with self._planning, self._lock:
+        """Memory, precision and counts of this moment."""
+        with self._replanner.lock, self._lock:
             self._check_open()
-            store = self._store.stats()
-            current, totals = self._plans.current, self._totals
-            assert current is not None
+            store, plan, totals = self._store.stats(), self._replanner.plans.main_plan, self._totals
             return SessionStats(
-                level=_uniform_level(current),
-                planned_bits_per_weight=current.bits_per_weight,
+                level=plan.uniform_level,
+                planned_bits_per_weight=plan.bits_per_weight,
                 resident_bytes=store.home_bytes + store.ring_bytes + store.row_cache_bytes,
                 peak_bytes=self._ledger.growth_bytes(),
                 streamed_bytes=store.read_bytes,
@@ -601,35 +394,34 @@ class Session:
             )
 
     def events(self) -> list[Event]:
-        """Everything that changed how the session answers, oldest first."""
+        """Everything that changed how the session answers, oldest first; of a closed one, too."""
         return self._log.events()
 
-    def _record(self, kind: str, reason: str, previous_bits: float | None = None) -> Event:
-        current = self._plans.current
-        return self._log.record(
-            kind,
-            reason,
-            bits_per_weight=current.bits_per_weight if current else 0.0,
-            previous_bits_per_weight=previous_bits,
-            weight_bytes=current.resident_bytes if current else 0,
+    @property
+    def internals(self) -> Internals:
+        """The parts inside, for the profiler, tests and benchmarks; see `bapq_edge.internals`."""
+        from .internals import Internals
+
+        return Internals(
+            self._bank, self._store, self._graphs, self._replanner, self._log, self._monitor
         )
 
     # ---- closing ----
 
     def close(self) -> None:
         """Wait for the runs in flight, then give all memory back. Closing twice is fine."""
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.stop()
-        with self._planning, self._lock:
+        monitor, self._monitor = self._monitor, None
+        if monitor is not None:
+            monitor.stop()
+        with self._replanner.lock, self._lock:
             if self._closed:
                 return
             self._closed = True
         with self._lock:
             while self._running:
                 self._idle.wait()
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
         self._graphs.close()
         self._store.close()
         trim_heap()
@@ -654,17 +446,5 @@ class Session:
 
     def __repr__(self) -> str:
         """Bank, plan and whether it is open."""
-        current = self._plans.current
-        state = current.reason if current and not self._closed else "closed"
+        state = "closed" if self._closed else self._replanner.plans.main_plan.reason
         return f"<bapq_edge.Session {Path(self._bank.path).name}: {state}>"
-
-
-_MEASURED = "measured what a run needs besides weights"
-
-_WARM_UP_RUNS = 2
-"""ONNX Runtime's arena takes its final size in the second."""
-
-
-def _uniform_level(current: Plan) -> int | None:
-    first = int(current.levels[0])
-    return first if bool((current.levels == first).all()) else None

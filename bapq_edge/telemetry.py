@@ -1,64 +1,113 @@
-"""What a session tells about itself: statistics, events, and the process's memory."""
+"""What a session tells about itself: statistics, events, log lines, and the process's memory.
+
+The logger "bapq_edge" has every event and every new plan at INFO, and what controller and policy
+decide at DEBUG. As libraries do, it has no handler that prints.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import logging
+import sys
 import time
+import warnings
 from collections import Counter, deque
 from dataclasses import dataclass
-from typing import Any
 
+from .errors import BapqWarning
 from .units import format_size
 
-__all__ = ["Event", "EventLog", "SessionStats", "peak_rss_bytes", "rss_bytes", "trim_heap"]
+__all__ = [
+    "Event",
+    "EventLog",
+    "RunTotals",
+    "SessionStats",
+    "logger",
+    "peak_rss_bytes",
+    "rss_bytes",
+    "trim_heap",
+    "warn_caller",
+]
+
+logger = logging.getLogger("bapq_edge")
+logger.addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
 class SessionStats:
-    """One moment of a session."""
+    """A session at one moment: what `Session.stats()` gives."""
 
     level: int | None
-    """level of all chunks in the next run, None when they differ"""
+    """Level of all chunks in the next run; None when they differ."""
     planned_bits_per_weight: float
-    """of the next run"""
+    """Bits per weight of the next run, as planned: a mean over all weights of the bank."""
     resident_bytes: int
-    """weight bytes in memory: pinned chunks, ring and row cache"""
+    """Weights in memory: pinned chunks, ring and row cache."""
     peak_bytes: int
-    """growth of the process's peak resident memory (VmHWM) since just before the session opened"""
+    """Growth of the process's peak resident memory (VmHWM) since just before the session opened."""
     streamed_bytes: int
-    """weight bytes read from storage since the session opened"""
+    """Weights read from storage since the session opened."""
     read_wait_s: float
-    """time that operators waited for reads, all runs together"""
+    """Time that operators waited for reads, all runs together."""
     bits_per_weight: float
-    """of the last run; 0 before the first"""
+    """Bits per weight of the last run, all its passes together; 0 before the first."""
     mean_bits_per_weight: float
-    """over all runs; 0 before the first"""
+    """Mean of the bits per weight over all runs; 0 before the first."""
     runs: int
+    """Number of finished runs."""
     switches: int
+    """Number of times that the plan changed levels."""
     escalated: int
-    """runs that were answered again, at a higher precision"""
+    """Number of runs that were answered again, at another precision."""
     late: int
-    """runs whose answer stands though in doubt, for want of time"""
+    """Number of runs whose answer stands though in doubt, for want of time."""
     region: int | None
-    """region of the last input, where the bank has a boundary model"""
+    """Region of the last input, where a boundary model found one."""
+
+
+@dataclass
+class RunTotals:
+    """What the finished runs of a session add up to."""
+
+    runs: int = 0
+    bits: float = 0.0
+    """Bits per weight, of all runs together."""
+    last_bits: float = 0.0
+    """Bits per weight of the last run."""
+    escalated: int = 0
+    late: int = 0
+    region: int | None = None
+
+    def count(self, bits: float) -> None:
+        """Add a run that read so many bits per weight."""
+        self.runs += 1
+        self.last_bits = bits
+        self.bits += bits
+
+    def count_answer(self, region: int | None, escalated: bool, late: bool) -> None:
+        """Add what a policy made of a run."""
+        self.region = region
+        self.escalated += escalated
+        self.late += late
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that changed how the session answers."""
+    """Something that changed how the session answers; `str()` gives it as one line."""
 
     time_s: float
-    """seconds since the session opened"""
+    """Time since the session opened."""
     kind: str
-    """open, switch (other levels), budget, memory, request, controller (other pinned chunks),
-    degraded, sensor, drift (other inputs than calibration saw), latency or close"""
+    """One of: open, switch (other levels), budget, memory, request, controller (other pinned
+    chunks), degraded, sensor, drift (other inputs than calibration saw), latency, close."""
     bits_per_weight: float
-    """planned, after the event"""
+    """Bits per weight that are planned after the event."""
     previous_bits_per_weight: float | None
-    """planned before a switch; None for other kinds"""
+    """Bits per weight that were planned before a switch; None for other kinds."""
     weight_bytes: int
-    """planned for pinned chunks and ring, after the event"""
+    """Bytes that are planned for pinned chunks and ring after the event."""
     reason: str
+    """What caused it, in one line."""
 
     def __str__(self) -> str:
         """One line for a log."""
@@ -76,18 +125,29 @@ _EVENTS_KEPT = 10_000
 class EventLog:
     """The events of one session, oldest first. Safe to use from several threads."""
 
-    def __init__(self) -> None:
-        """Empty; time counts from now."""
+    def __init__(self, source: str) -> None:
+        """Begin without events; `source`, the bank's name, begins every log line."""
+        self.source = source
         self.opened_s = time.monotonic()
+        """When time began to count, as time.monotonic()."""
         self._events: deque[Event] = deque(maxlen=_EVENTS_KEPT)
         self._counts: Counter[str] = Counter()
 
-    def record(self, kind: str, reason: str, **values: Any) -> Event:
-        """Append an event of this moment; `values` are the fields of Event that differ."""
+    def record(
+        self,
+        kind: str,
+        reason: str,
+        *,
+        bits_per_weight: float = 0.0,
+        previous_bits_per_weight: float | None = None,
+        weight_bytes: int = 0,
+    ) -> Event:
+        """Append an event of this moment, and log it."""
         time_s = time.monotonic() - self.opened_s
-        event = Event(time_s=time_s, kind=kind, reason=reason, **values)
+        event = Event(time_s, kind, bits_per_weight, previous_bits_per_weight, weight_bytes, reason)
         self._events.append(event)
         self._counts[kind] += 1
+        logger.info("%s: %s", self.source, event)
         return event
 
     def events(self) -> list[Event]:
@@ -97,6 +157,14 @@ class EventLog:
     def count(self, kind: str) -> int:
         """Number of events of a kind, those no longer kept included."""
         return self._counts[kind]
+
+
+def warn_caller(text: str, category: type[BapqWarning]) -> None:
+    """Warn at the line outside the package that led here."""
+    depth, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("bapq_edge."):
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(text, category, stacklevel=depth)
 
 
 def _status_bytes(field: str) -> int:

@@ -12,15 +12,25 @@ _UNITS = {"": 1, "B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):
     _UNITS[f"{_prefix}B"] = 1000**_power
     _UNITS[f"{_prefix}iB"] = 1024**_power
+_LEAST_WITHOUT_UNIT = 1 << 20
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of `64MiB` (binary), `64MB` (decimal) or a plain number. Raises SizeError."""
+    """Bytes of `64MiB` (binary), `64MB` (decimal) or a plain number. Raises SizeError.
+
+    An integer is bytes. A string without a unit is bytes from 1 MiB on; a smaller number has surely
+    lost its unit, and is refused.
+    """
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     if match and match[2] in _UNITS:
         value = int(float(match[1]) * _UNITS[match[2]])
+        if not match[2] and 0 < value < _LEAST_WITHOUT_UNIT:
+            raise SizeError(
+                f"{match[1]} what? A size this small needs its unit: write {match[1]}MiB, or "
+                f"{match[1]}B for bytes"
+            )
         if value > 0:
             return value
     raise SizeError(

@@ -6,7 +6,9 @@ import ctypes
 
 import pytest
 
-from bapq_edge.engine.native import library_path
+from bapq_edge.engine.library import library_path
+
+pytest.register_assert_rewrite("support")  # an assertion of a helper shows its values too
 
 
 def kernel_families() -> list[str]:

@@ -1,1 +1,1 @@
-"""The bank format: reader and writer side by side. Specification: docs/bank_format.md."""
+"""The bank format: reader and writer side by side. Specification: docs/reference/bank_format.md."""

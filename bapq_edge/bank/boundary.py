@@ -1,6 +1,6 @@
 """Boundary models: what the bank says of an input, from a few features of one tensor.
 
-tap ──pool──► values ──project──► features ──tree or k-means──► region ──operating point──► wish
+tap ──pool──► values ──project──► features ──tree or k-means──► region ──point──► precision
 
 Their parameters stand in the manifest, their arrays in boundary/<name>.<array>.npy.
 """
@@ -8,20 +8,27 @@ Their parameters stand in the manifest, their arrays in boundary/<name>.<array>.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .fields import integer, number
+from .layer import Layer
 from .layout import Level
-from .strict_json import Rule
+from .strict_json import KEY, Rule
 
-if TYPE_CHECKING:
-    from .manifest import Manifest
-
-__all__ = ["Arrays", "Boundary", "Stage", "Wish", "array_file"]
+__all__ = [
+    "MAX_PRECISIONS",
+    "MAX_VALUES",
+    "Boundary",
+    "BoundaryArrays",
+    "Precision",
+    "Stage",
+    "array_file",
+]
 
 Stage = Literal["start", "gate", "answer"]
 """When the region is found: from an input before the run, from the tensor that the split graph's
@@ -30,37 +37,29 @@ head ends in, or from an output. The first two gate, the last escalates."""
 Kind = Literal["tree", "kmeans"]
 Scores = Literal["none", "logits", "probabilities"]
 Agreement = Literal["argmax", "cosine", "tolerance"]
-Arrays = dict[str, NDArray[Any]]
+BoundaryArrays = dict[str, NDArray[Any]]
 
 MAX_VALUES = 1 << 16
 MAX_FEATURES = 256
 MAX_REGIONS = 256
-MAX_WISHES = 64
+MAX_PRECISIONS = 64
 MAX_POINTS = 256
 MAX_NODES = 2 * MAX_REGIONS - 1
 
 _F4, _F8, _I4, _U1 = (np.dtype(name) for name in ("<f4", "<f8", "<i4", "u1"))
 
 
-def _count(low: int, high: int) -> Rule:
-    return Rule(f"an integer from {low} to {high}", lambda n: low <= n <= high)
-
-
-def _number(low: float, high: float) -> Rule:
-    return Rule(f"a number from {low:g} to {high:g}", lambda x: low <= x <= high)
-
-
 @dataclass(frozen=True)
-class Wish:
+class Precision:
     """The precision of a run: one level for all chunks, or the planner's best plan of some bits."""
 
     level: Level | None = None
-    bits: Annotated[float, _number(1, 32)] | None = None
-    region: Annotated[int, _count(0, MAX_REGIONS - 1)] | None = None
+    bits: Annotated[float, number(1, 32)] | None = None
+    region: Annotated[int, integer(0, MAX_REGIONS - 1)] | None = None
     """Region whose rows of low contribution are skipped; None: no row is."""
 
     def __str__(self) -> str:
-        """For people."""
+        """The precision as a message names it."""
         precision = f"level {self.level}" if self.bits is None else f"{self.bits:g} bits"
         return precision if self.region is None else f"{precision}, rows of region {self.region}"
 
@@ -79,55 +78,55 @@ class Boundary:
     stage: Stage
     tap: Annotated[str, Rule("1 to 1024 characters", lambda s: 0 < len(s) <= 1024)]
     """Tensor that the features are taken from: an input, the head's output, or an output."""
-    base: Wish
-    """What the tap is computed at. Of an answer it is the first wish: the answer may stand."""
-    pool: tuple[Annotated[int, _count(1, MAX_VALUES)], ...]
+    base: Precision
+    """What the tap is computed at. Of an answer it is the first precision: the answer may stand."""
+    pool: tuple[Annotated[int, integer(1, MAX_VALUES)], ...]
     """Length that every axis of the tap but the first is averaged down to."""
     scores: Scores
     """What the projected values are: "logits" adds their margin and entropy to the features;
     "probabilities" takes their logarithm first."""
-    features: Annotated[int, _count(1, MAX_FEATURES)]
-    """Projected values; margin and entropy come on top."""
+    features: Annotated[int, integer(1, MAX_FEATURES)]
+    """Number of projected values; margin and entropy come on top."""
     kind: Kind
-    regions: Annotated[int, _count(1, MAX_REGIONS)]
-    """Numbered from the one whose answers are most in doubt."""
-    nodes: Annotated[int, _count(0, MAX_NODES)]
-    """Of the tree; 0 for k-means."""
-    wishes: tuple[Wish, ...]
-    """What a region can be run at."""
-    points: Annotated[int, _count(1, MAX_POINTS)]
-    """Operating points: each gives every region a wish."""
-    samples: Annotated[int, _count(1, 1 << 31)]
-    """Held-out samples that losses and bounds were measured on."""
-    confidence: Annotated[float, _number(0.5, 1)]
-    """Of the bounds."""
+    regions: Annotated[int, integer(1, MAX_REGIONS)]
+    """Number of regions; region 0 is the one whose answers are most in doubt."""
+    nodes: Annotated[int, integer(0, MAX_NODES)]
+    """Number of the tree's nodes; 0 for k-means."""
+    precisions: tuple[Precision, ...] = field(metadata={KEY: "wishes"})
+    """The precisions that a region can be run at; the format keeps an older word for them."""
+    points: Annotated[int, integer(1, MAX_POINTS)]
+    """Number of operating points: each gives every region a precision."""
+    samples: Annotated[int, integer(1, 1 << 31)]
+    """Number of held-out samples that losses and bounds were measured on."""
+    confidence: Annotated[float, number(0.5, 1)]
+    """Confidence level of the bounds."""
 
     @property
     def values(self) -> int:
-        """Values of the tap after pooling."""
+        """Number of values of the tap after pooling."""
         return math.prod(self.pool)
 
     @property
     def all_features(self) -> int:
-        """Features that regions are found from."""
+        """Number of features that regions are found from."""
         return self.features + (2 if self.scores != "none" else 0)
 
     @property
     def skips(self) -> bool:
-        """Whether some wish skips rows."""
-        return any(wish.region is not None for wish in self.wishes)
+        """Whether some precision skips rows."""
+        return any(precision.region is not None for precision in self.precisions)
 
-    def shapes(self, manifest: Manifest) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-        """Type and shape of every array."""
-        regions, wishes = self.regions, len(self.wishes)
+    def shapes(self, layers: Sequence[Layer]) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Type and shape of every array, in a bank of these layers."""
+        regions, precisions = self.regions, len(self.precisions)
         shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
             "center": (_F4, (self.values,)),  # features = (values - center) @ projection + offset
             "projection": (_F4, (self.values, self.features)),
             "offset": (_F4, (self.features,)),
-            "mix": (_F4, (regions,)),  # share of the samples
-            "loss": (_F4, (regions, wishes)),  # 1 - mean agreement with the reference
-            "loss_bound": (_F4, (regions, wishes)),
-            "assignment": (_U1, (self.points, regions)),  # wish of every region
+            "mix": (_F4, (regions,)),  # shares of the samples
+            "loss": (_F4, (regions, precisions)),  # 1 - mean agreement with the reference
+            "loss_bound": (_F4, (regions, precisions)),
+            "assignment": (_U1, (self.points, regions)),  # precision of every region
             "outlook": (_F4, (self.points, 3)),  # mean bits, mean agreement, its lower bound
         }
         if self.kind == "tree":
@@ -143,36 +142,15 @@ class Boundary:
                 "centers": (_F8, (regions, self.all_features)),
             }
         if self.skips:
-            rows = sum(layer.stored_rows for layer in manifest.layers)
+            chunks = sum(layer.chunk_count for layer in layers)
+            rows = sum(layer.stored_rows for layer in layers)
             shapes |= {
-                "skipped": (_U1, (regions, manifest.chunk_count)),  # 1: the chunk is skipped
+                "skipped": (_U1, (regions, chunks)),  # 1: the chunk is skipped
                 "row_values": (_F4, (regions, rows)),  # what stands in for skipped rows
             }
         return shapes
 
-    def check(self, manifest: Manifest, check: Callable[[bool, str, Any, Any], None]) -> None:
-        """Checks that span several fields; `check(good, key, found, expected)`."""
-        wishes = [(f"wishes[{i}]", wish) for i, wish in enumerate(self.wishes)]
-        for key, wish in [("base", self.base), *wishes]:
-            check((wish.level is None) != (wish.bits is None), key, wish, "a level or bits")
-            levels = manifest.levels
-            check(wish.level in (None, *levels), key, wish, f"of the levels {list(levels)}")
-            check((wish.region or 0) < self.regions, key, wish, f"of {self.regions} regions")
-        count = len(self.wishes)
-        check(1 <= count <= MAX_WISHES, "wishes", f"{count} wishes", f"1 to {MAX_WISHES}")
-        check(len(set(self.wishes)) == count, "wishes", "with one twice", "each once")
-        check(self.base.region is None, "base", self.base, "without skipped rows")
-        split = manifest.split is not None
-        check(split or self.stage != "gate", "stage", "gate", "start or answer without a split")
-        answers = self.stage == "answer"
-        check(not answers or self.wishes[0] == self.base, "wishes[0]", self.wishes[0], self.base)
-        fewest = 1 if self.scores == "none" else 2
-        check(self.features >= fewest, "features", self.features, f"at least {fewest}")
-        check(self.values <= MAX_VALUES, "pool", self.pool, f"at most {MAX_VALUES} values")
-        tree = self.kind == "tree"
-        check((self.nodes > 0) == tree, "nodes", self.nodes, "above 0 for a tree, else 0")
-
-    def check_arrays(self, arrays: Mapping[str, NDArray[Any]], manifest: Manifest) -> None:
+    def check_arrays(self, arrays: Mapping[str, NDArray[Any]], layers: Sequence[Layer]) -> None:
         """Raise ValueError where the arrays, of the right types and shapes, make no model."""
         for name, array in arrays.items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -180,12 +158,12 @@ class Boundary:
         _within("mix", arrays["mix"], 0, 1)
         if abs(float(arrays["mix"].sum()) - 1) > 1e-3:
             raise ValueError(f"mix adds up to {float(arrays['mix'].sum()):g}, must be 1")
-        _within("assignment", arrays["assignment"], 0, len(self.wishes) - 1)
+        _within("assignment", arrays["assignment"], 0, len(self.precisions) - 1)
         if self.kind == "tree":
             _check_tree(arrays, self.all_features, self.regions)
         if self.skips:
             _within("skipped", arrays["skipped"], 0, 1)
-            for layer in manifest.layers:
+            for layer in layers:
                 if "Gather" in layer.operators and arrays["skipped"][:, layer.chunk_range].any():
                     raise ValueError(f"skipped: layer {layer.name} is gathered, none may be")
 

@@ -39,13 +39,22 @@ class LayerCodes:
     """A quantized layer (or a run of its rows), before packing and after unpacking."""
 
     weight: NDArray[np.float32] | None = None
-    """(rows, columns): plane f32"""
+    """(rows, columns): the values of plane f32."""
     codes: dict[Plane, NDArray[np.uint8]] = field(default_factory=dict)
-    """(rows, columns) of p4, r8 (0..15), s1, m1 (0..1), as far as the bank holds the plane"""
+    """(rows, columns): codes of p4, r8 (0..15), s1, m1 (0..1), of the planes that are there."""
     scales: dict[Level, NDArray[np.float32]] = field(default_factory=dict)
-    """(rows, scale groups) of levels 4, 2, 1; each value exactly a bf16"""
+    """(rows, scale groups): scales of levels 4, 2, 1; each value is exactly a bf16."""
     bias: dict[Level, NDArray[np.float32]] = field(default_factory=dict)
-    """(rows,) of every level that a plane completes; empty when the layer has none"""
+    """(rows,): bias of every level that a plane completes; empty when the layer has none."""
+
+    def of_rows(self, rows: NDArray[Any] | slice) -> LayerCodes:
+        """Pick some of the rows, by their numbers."""
+        return LayerCodes(
+            None if self.weight is None else self.weight[rows],
+            {plane: values[rows] for plane, values in self.codes.items()},
+            {level: values[rows] for level, values in self.scales.items()},
+            {level: values[rows] for level, values in self.bias.items()},
+        )
 
 
 def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

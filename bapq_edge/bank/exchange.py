@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BankFormatError, BankIntegrityError, BankNotFoundError
-from .boundary import Arrays
+from .boundary import BoundaryArrays
 from .codes import LayerCodes, check_values, join_rows
 from .files import digest_of, file_size, inside, read_at
+from .layer import Layer
 from .layout import PLANES, Plane, TileGeometry
-from .manifest import MANIFEST_FILE, BoundaryEntry, FileEntry, Layer, Manifest
+from .manifest import MANIFEST_FILE, BoundaryEntry, FileEntry, Manifest
 from .npy import SENSITIVITY_DTYPE, check_sensitivity, from_npy, to_npy
 from .reader import Bank, read_manifest
 from .rows import DROPPED_BIAS, ROW_ORDER, ROW_TABLES
@@ -33,7 +34,7 @@ __all__ = ["pack", "unpack"]
 
 _AGAIN = "unpack the bank again"
 _HEADER_LIMIT = 1 << 16
-"""A .npy header of version 1.0 is never longer."""
+"""Most bytes of a .npy header of version 1.0."""
 
 
 def unpack(bank_path: str | os.PathLike[str], directory: str | os.PathLike[str]) -> Path:
@@ -81,19 +82,9 @@ def pack(directory: str | os.PathLike[str], bank_path: str | os.PathLike[str]) -
     ) as writer:
         for layer in manifest.layers:
             writer.add_layer(
-                layer.name,
-                layer.operators,
+                layer,
                 _read_layer(folder, layer),
-                rows=layer.rows,
-                columns=layer.columns,
-                chunk_rows=layer.chunk_rows,
-                residual_steps=layer.residual_steps,
-                scale_columns=layer.scale_columns,
-                has_bias=layer.has_bias,
-                method=layer.method,
-                relative_error=layer.relative_error,
-                sensitivity=sensitivity[layer.first_chunk :][: layer.chunk_count],
-                stored_rows=layer.stored_rows,
+                sensitivity=sensitivity[layer.chunk_range],
                 row_order=rows[ROW_ORDER.key].get(layer.name),
                 dropped_bias=rows[DROPPED_BIAS.key].get(layer.name),
             )
@@ -174,9 +165,9 @@ def _read_rows(folder: Path, manifest: Manifest) -> dict[str, dict[str, NDArray[
     return values
 
 
-def _read_boundary(folder: Path, manifest: Manifest, entry: BoundaryEntry) -> Arrays:
+def _read_boundary(folder: Path, manifest: Manifest, entry: BoundaryEntry) -> BoundaryArrays:
     arrays = {}
-    for name, (dtype, shape) in entry.model.shapes(manifest).items():
+    for name, (dtype, shape) in entry.model.shapes(manifest.layers).items():
         data = _read_entry(folder, entry.arrays[name])
         try:
             arrays[name] = from_npy(data, dtype, shape)
@@ -225,7 +216,7 @@ def _read_layer(folder: Path, layer: Layer) -> LayerCodes:
 
 
 def _read(folder: Path, file: str, limit: int) -> bytes:
-    """A whole file of at most `limit` bytes."""
+    """Read a whole file of at most `limit` bytes."""
     target = inside(os.path.realpath(folder), file)
     size = file_size(target)
     if size > limit:
@@ -254,7 +245,7 @@ def _find_model(directory: Path) -> Path:
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
-    """Exactly the files that the manifest implies must be there."""
+    """Raise BankFormatError unless exactly the files that the manifest implies are there."""
     tables = (manifest.sensitivity, *manifest.row_tables.values(), *manifest.boundary_files)
     expected = {MANIFEST_FILE, *(entry.file for entry in (*manifest.graphs, *tables))} | {
         _chunk_file(layer, index, plane)

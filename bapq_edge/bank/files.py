@@ -54,7 +54,7 @@ def file_size(path: str) -> int:
 
 
 def read_at(path: str, offset: int, size: int) -> bytes:
-    """Exactly `size` bytes from `offset`; BankTruncatedError when the file ends before."""
+    """Read exactly `size` bytes from `offset`; BankTruncatedError when the file ends before."""
     parts = []
     missing = size
     try:

@@ -37,7 +37,7 @@ from .writer import check_is_bank
 __all__ = ["InstallReport", "install"]
 
 _SYNC_BYTES = 8 << 20
-"""Written between two waits for the storage: progress is then true, and what is not written yet
+"""Bytes between two waits for the storage: progress is then true, and what is not written yet
 cannot fill the memory of a small board."""
 
 _FILE_SLACK_BYTES = 8 << 10
@@ -53,9 +53,9 @@ class InstallReport:
     levels: tuple[Level, ...]
     """Levels that can run, highest first."""
     bytes_copied: int
-    """Of the installed bank: read from the new one."""
+    """Bytes of the installed bank that were read from the new one."""
     bytes_reused: int
-    """Of the installed bank: taken from the old one."""
+    """Bytes of the installed bank that were taken from the old one."""
 
     def __str__(self) -> str:
         return (
@@ -71,7 +71,7 @@ class _Part:
     offset: int
     size: int
     read: Callable[[], bytes]
-    """From the new bank; checked."""
+    """Reads it from the new bank, and checks it."""
     check: Callable[[bytes], None]
     """Raises BankError unless these are its bytes."""
     old_offset: int | None
@@ -195,7 +195,7 @@ class _Copier:
         self._place(MANIFEST_FILE, lambda: [whole])
         for folder in folders:
             sync_directory(folder)
-        with warnings.catch_warnings():  # Bank.open(new) has told, and `levels` wished for it
+        with warnings.catch_warnings():  # Bank.open(new) has told, and `levels` asked for it
             warnings.simplefilter("ignore", MissingPlaneWarning)
             return Bank.open(self._directory)
 
@@ -321,7 +321,7 @@ def _checked_chunk(source: Bank, plane: Plane, chunk: int, check: Callable[[byte
 
 
 def _sync_file(path: Path) -> None:
-    """Whoever made the old bank may not have synced its files."""
+    """Sync a file of the old bank, which whoever made it may not have done."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

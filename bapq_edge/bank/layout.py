@@ -1,7 +1,7 @@
 """Levels, planes and tile geometry: the constants of the bank format.
 
 The same constants stand in native/src/kernels/kernels.h; a test holds the two together. Their
-reasons are in docs/bank_format.md.
+reasons are in docs/reference/bank_format.md.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ BLOCK_COLUMNS = 32
 """Columns that share one activation scale; a scale group is a whole number of blocks."""
 
 CHUNK_ALIGNMENT = 64
-"""Every chunk starts at a multiple of this: one cache line, one widest vector load."""
+"""Bytes that the start of every chunk is a multiple of: one cache line, one widest vector load."""
 
 _CODE_BYTES_PER_BLOCK: dict[Plane, int] = {"f32": 2048, "p4": 256, "r8": 256, "s1": 64, "m1": 64}
 
@@ -77,9 +77,9 @@ def scaled_levels(levels: tuple[Level, ...]) -> set[Level]:
 
 
 def level_within(own: tuple[Level, ...], level: Level) -> Level:
-    """What runs where `level` is asked for and only `own` are there, highest first.
+    """The level that runs where `level` is asked for and only `own` are there, highest first.
 
-    The next higher of them, or else the highest.
+    It is the next higher of them, or else the highest.
     """
     return min((candidate for candidate in own if candidate >= level), default=own[0])
 
@@ -117,7 +117,7 @@ class TileGeometry:
         scale_columns: Mapping[Level, int],
         has_bias: bool,
     ) -> TileGeometry:
-        """A plane that holds a layer of these levels: no scales or bias that none of them reads."""
+        """Geometry of a layer of these levels in a plane: only scales and bias that they read."""
         scaled = SCALED_PLANES.get(plane)
         group = scale_columns[scaled] if scaled in scaled_levels(levels) else 0
         return cls(plane, columns, group, has_bias and PLANES[plane] in levels)

@@ -41,7 +41,7 @@ BIAS_DTYPE = np.dtype("<f4")
 _MAGIC = b"\x93NUMPY\x01\x00"
 _ALIGNMENT = 64
 _TABLE_HEADER_BYTES = 128
-"""What the rule of `to_npy` gives for every table that the limits of the manifest allow."""
+"""Bytes of the header that `to_npy` gives every table which the limits of the manifest allow."""
 
 
 def chunk_table_bytes(chunk_count: int) -> int:

@@ -22,11 +22,13 @@ from ..errors import (
     InterruptedUpdateWarning,
     MissingPlaneWarning,
 )
-from .boundary import Arrays, Boundary
+from .boundary import Boundary, BoundaryArrays
 from .codes import LayerCodes, join_rows, unpack_chunk
+from .consistency import parse_manifest
 from .files import REPAIR, digest_of, file_size, inside, raw_digest_of, read_at
+from .layer import Layer
 from .layout import PLANES, PLANES_OF_LEVEL, Level, Plane, level_within
-from .manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Layer, Manifest
+from .manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Manifest
 from .npy import (
     CHUNK_DTYPE,
     DIGEST_BYTES,
@@ -46,7 +48,7 @@ def read_manifest(directory: Path) -> Manifest:
     target = inside(os.path.realpath(directory), MANIFEST_FILE)
     # One byte more than allowed, so that a larger file is seen to be larger.
     data = read_at(target, 0, min(file_size(target), MAX_MANIFEST_BYTES + 1))
-    return Manifest.from_json(data, str(directory / MANIFEST_FILE))
+    return parse_manifest(data, str(directory / MANIFEST_FILE))
 
 
 class Bank:
@@ -125,7 +127,7 @@ class Bank:
         return bank
 
     def level_of(self, layer: Layer, level: Level) -> Level:
-        """What the layer runs at where `level` is asked for, of its levels whose planes are there.
+        """Level that the layer runs at where `level` is asked for and some planes may be absent.
 
         See `level_within`.
         """
@@ -178,14 +180,13 @@ class Bank:
         """(dropped rows,): what they give before the clip; None where that is 0."""
         return self._rows[DROPPED_BIAS.key].get(layer.name)
 
-    def boundary_arrays(self, model: Boundary) -> Arrays:
+    def boundary_arrays(self, model: Boundary) -> BoundaryArrays:
         """Arrays of a boundary model of the manifest, by name; read and checked at every call."""
-        manifest = self.manifest
-        files = next(each.arrays for each in manifest.boundary if each.model is model)
-        shapes = model.shapes(manifest)
+        files = next(each.arrays for each in self.manifest.boundary if each.model is model)
+        shapes = model.shapes(self.manifest.layers)
         arrays = {name: self._array(files[name], *shapes[name]) for name in shapes}
         try:
-            model.check_arrays(arrays, manifest)
+            model.check_arrays(arrays, self.manifest.layers)
         except ValueError as error:
             where = self.path / "boundary" / model.name
             raise BankFormatError(f"{where}: {error}: {REPAIR}") from None
@@ -253,8 +254,9 @@ class Bank:
 
     def layer_codes(self, layer: Layer) -> LayerCodes:
         """All planes of a layer that are present, unpacked."""
-        chunks = range(layer.first_chunk, layer.first_chunk + layer.chunk_count)
-        return join_rows([self.chunk_codes(plane, c) for plane in self.planes for c in chunks])
+        return join_rows(
+            [self.chunk_codes(plane, chunk) for plane in self.planes for chunk in layer.chunks]
+        )
 
     def weight_bytes(self, level: Level) -> int:
         """Bytes of all chunks that a run at this level reads."""
@@ -269,7 +271,7 @@ class Bank:
         return 8 * self.weight_bytes(level) / self.weights
 
     def _runnable(self, levels: tuple[Level, ...]) -> tuple[Level, ...]:
-        """Those whose planes are there."""
+        """Those of the levels whose planes are there."""
         return tuple(level for level in levels if set(PLANES_OF_LEVEL[level]) <= set(self.planes))
 
     def _read_table(self, plane: Plane) -> NDArray[np.void]:

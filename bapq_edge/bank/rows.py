@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .layer import Layer
 from .npy import BIAS_DTYPE, ROW_DTYPE, from_npy, row_table_bytes, to_npy
-
-if TYPE_CHECKING:
-    from .manifest import Layer
 
 __all__ = ["DROPPED_BIAS", "ROW_ORDER", "ROW_TABLES", "RowTable"]
 
@@ -29,10 +27,10 @@ class RowTable:
     """
 
     key: str
-    """Its key in the manifest and the stem of its file."""
+    """Key of the table in the manifest, and the stem of its file."""
     dtype: np.dtype[Any]
     length: Callable[[Layer], int]
-    """How many values a layer has in it."""
+    """Gives the number of values that a layer has in the table."""
     check: Callable[[Layer, NDArray[Any]], None]
     """Raises ValueError when these cannot be the values of the layer."""
 
@@ -67,7 +65,7 @@ class RowTable:
         return values
 
     def encode(self, values: Mapping[str, NDArray[Any]], layers: Iterable[Layer]) -> bytes:
-        """Inverse of `parse`."""
+        """Bytes of the file with these values: the inverse of `parse`."""
         return to_npy(
             np.concatenate([values[layer.name] for layer in layers if self.length(layer)])
         )
@@ -109,7 +107,7 @@ def _check_dropped_bias(layer: Layer, bias: NDArray[np.float32]) -> None:
 ROW_ORDER = RowTable(
     "row_order", ROW_DTYPE, lambda layer: layer.rows if layer.reordered else 0, _check_row_order
 )
-"""(rows,) uint32 of every layer that is marked as reordered."""
+"""Output rows, (rows,) uint32, of every layer that is marked as reordered."""
 
 DROPPED_BIAS = RowTable(
     "dropped_bias",
@@ -117,6 +115,6 @@ DROPPED_BIAS = RowTable(
     lambda layer: layer.rows - layer.stored_rows if layer.has_bias else 0,
     _check_dropped_bias,
 )
-"""(dropped rows,) float32 of every layer with a bias."""
+"""Bias of the dropped rows, (dropped rows,) float32, of every layer with a bias."""
 
 ROW_TABLES = (ROW_ORDER, DROPPED_BIAS)

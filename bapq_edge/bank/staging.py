@@ -19,7 +19,7 @@ from ..errors import BapqError, StorageError
 __all__ = ["TEMPORARY_SUFFIXES", "Staging", "aside_of", "storage_errors", "sync_directory"]
 
 TEMPORARY_SUFFIXES = (".bapq-building", ".bapq-replaced")
-"""Appended to the final name: where a build works, and where the old directory waits if need be."""
+"""Endings of the final name: where a build works, and where the old directory waits if need be."""
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

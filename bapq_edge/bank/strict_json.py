@@ -1,7 +1,8 @@
 """JSON to frozen dataclasses and back, refusing everything that the types do not allow.
 
 The type of a field says what it holds, a `Rule` in `Annotated` what its value must satisfy beyond
-that. `X | None` means that the key may be absent; null is never allowed.
+that. `X | None` means that the key may be absent; null is never allowed. A field's key is its name,
+unless its metadata says another under `KEY`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from ..errors import BankError, BankFormatError
 
-__all__ = ["Place", "Rule", "decode", "encode", "parse_json", "shown"]
+__all__ = ["KEY", "Place", "Rule", "decode", "encode", "parse_json", "shown"]
+
+
+KEY = "key"
+"""Name under which a field's metadata gives its key in the document, if that is not its name."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Place:
     def wrong(
         self, value: Any, allowed: str, error: type[BankError] = BankFormatError
     ) -> BankError:
-        """The error that the value here is not what is allowed."""
+        """Make the error that the value here is not what is allowed."""
         return error(f"{self.where}: {self.key} is {shown(value)}, must be {allowed}")
 
 
@@ -109,6 +114,7 @@ def shown(value: Any) -> str:
 @dataclass(frozen=True)
 class _Field:
     name: str
+    key: str
     hint: Any
     required: bool
 
@@ -122,12 +128,13 @@ def _fields_of(cls: type) -> tuple[_Field, ...]:
         hint = hints[item.name]
         options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
         present = [option for option in options if option is not type(None)]
-        result.append(_Field(item.name, present[0], len(present) == len(options)))
+        key = item.metadata.get(KEY, item.name)
+        result.append(_Field(item.name, key, present[0], len(present) == len(options)))
     return tuple(result)
 
 
 def decode(hint: Any, value: Any, place: Place) -> Any:
-    """Value of the type `hint`, or BankFormatError."""
+    """Make a value of the type `hint` of parsed JSON, or raise BankFormatError."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         base, rule = arguments
@@ -155,13 +162,13 @@ def decode(hint: Any, value: Any, place: Place) -> Any:
         return {keys[k]: decode(arguments[1], v, place.key_of(k)) for k, v in value.items()}
     if is_dataclass(hint):
         members = _fields_of(hint)  # type: ignore[arg-type]
-        names = [member.name for member in members]
-        _check_keys(value, names, [m.name for m in members if m.required], place)
+        known_keys = [member.key for member in members]
+        _check_keys(value, known_keys, [m.key for m in members if m.required], place)
         return hint(  # type: ignore[operator]
             **{
-                m.name: decode(m.hint, value[m.name], place.key_of(m.name))
+                m.name: decode(m.hint, value[m.key], place.key_of(m.key))
                 for m in members
-                if m.name in value
+                if m.key in value
             }
         )
     if hint is float and type(value) is int:
@@ -187,8 +194,9 @@ def _check_keys(value: dict[str, Any], known: Any, required: Any, place: Place) 
 def encode(value: Any) -> Any:
     """JSON form of a value; None is left out."""
     if is_dataclass(value):
-        members = ((item.name, getattr(value, item.name)) for item in fields(value))
-        return {name: encode(member) for name, member in members if member is not None}
+        members = ((item.metadata.get(KEY, item.name), item.name) for item in fields(value))
+        values = ((key, getattr(value, name)) for key, name in members)
+        return {key: encode(member) for key, member in values if member is not None}
     if isinstance(value, Mapping):
         return {str(key): encode(member) for key, member in value.items()}
     if isinstance(value, tuple):

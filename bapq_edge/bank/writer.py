@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BankFormatError
-from .boundary import Arrays, Boundary, array_file
+from .boundary import Boundary, BoundaryArrays, array_file
 from .codes import LayerCodes, pack_chunk
+from .fields import printable, safe_name
 from .files import digest_of, raw_digest_of
+from .layer import Layer
 from .layout import TILE_ROWS, Level, Plane, blocks_of, planes_for, tiles_of
 from .manifest import (
     BODY_FILE,
@@ -30,18 +32,13 @@ from .manifest import (
     Calibration,
     FileEntry,
     KeptNode,
-    Layer,
     Manifest,
-    Method,
-    Operator,
     PlaneEntry,
     SourceModel,
     SplitGraph,
     chunks_file,
     digests_file,
     plane_file,
-    printable,
-    safe_name,
 )
 from .npy import CHUNK_DTYPE, DIGEST_BYTES, SENSITIVITY_DTYPE, check_sensitivity, to_npy
 from .reader import Bank
@@ -54,11 +51,12 @@ _FOLDERS = ("graph", "planes", "tables")
 _BOUNDARY_FOLDER = "boundary"
 
 _CHUNK_BYTES = 128 << 10
-"""Of plane p4: large enough that an SD card or NVMe reads near its full speed, small enough that
-a ring of a few chunks fits any budget."""
+"""Bytes of a chunk of plane p4: large enough that an SD card or NVMe reads near its full speed,
+small enough that a ring of a few chunks fits any budget."""
 
 _STREAMED_TILES = 4
-"""One for every core of a small board, even if the chunk then has twice `_CHUNK_BYTES`."""
+"""Fewest tiles of a chunk: one for every core of a small board, even if the chunk then has twice
+`_CHUNK_BYTES`."""
 
 
 def chunk_rows_for(rows: int, columns: int, operators: Iterable[str]) -> int:
@@ -132,7 +130,10 @@ class BankWriter:
         self._cleanup = contextlib.ExitStack()
 
     def __enter__(self) -> BankWriter:
-        """Raises BankFormatError when `path` is something else than a bank, StorageError."""
+        """Begin the bank.
+
+        Raises BankFormatError when `path` is something else than a bank, StorageError.
+        """
         with contextlib.ExitStack() as stack, storage_errors(self.path):
             directory = stack.enter_context(self._staging).path
             for folder in _FOLDERS:
@@ -148,59 +149,42 @@ class BankWriter:
 
     def add_layer(
         self,
-        name: str,
-        operators: tuple[Operator, ...],
+        layer: Layer,
         codes: LayerCodes,
         *,
-        rows: int,
-        columns: int,
-        chunk_rows: int,
-        residual_steps: int,
-        scale_columns: Mapping[Level, int],
-        has_bias: bool,
-        method: Mapping[Level, Method],
-        relative_error: Mapping[Level, float],
         sensitivity: NDArray[np.float32],
-        stored_rows: int | None = None,
         row_order: NDArray[np.uint32] | None = None,
         dropped_bias: NDArray[np.float32] | None = None,
     ) -> Layer:
-        """Write the chunks of one layer.
+        """Write the chunks of one layer; returns the layer as this bank holds it.
 
-        `relative_error` is given for the levels that the layer has: those of the bank or some.
-        `method` says for those below 32 how the codes were chosen.
-        `sensitivity` is (chunks of the layer, levels of the bank) float32: what each chunk adds to
-        the square of `relative_error`, 0 for a level that the layer lacks. Of its `rows` a layer
-        may store only some; the weights of the others must all be zero. `codes` then hold
-        `stored_rows` rows (None: all), in stored order; `row_order` is (rows,), the output row of
-        every stored row, then of every dropped one in ascending order (None: in order);
-        `dropped_bias` is (dropped rows,), where the layer has a bias. A row of zeros that must be
+        `first_chunk` and `reordered` of the layer are the writer's to set. A layer may store only
+        some of its rows; the weights of the others must all be zero. A row of zeros that must be
         stored, since at least one is, has the scale 0.
 
-        Raises ValueError when codes, sensitivity or tables do not fit the description, StorageError
-        when the disk does not.
+        Args:
+            layer: what the manifest is to tell; its `relative_error` names its levels, those of
+                the bank or some of them.
+            codes: the stored rows, in stored order.
+            sensitivity: (chunks of the layer, levels of the bank): what each chunk adds to the
+                square of `relative_error`, 0 for a level that the layer lacks.
+            row_order: (rows,): the output row of every stored row, then of every dropped one in
+                ascending order; None is in order.
+            dropped_bias: (dropped rows,), where the layer has a bias.
+
+        Raises:
+            ValueError: codes, sensitivity or tables do not fit the description.
+            StorageError: the disk is full, or the like.
         """
-        stored_rows = int(rows if stored_rows is None else stored_rows)
-        if not 1 <= stored_rows <= rows:
+        name, rows = layer.name, layer.rows
+        if not 1 <= layer.stored_rows <= rows:
             raise ValueError(
-                f"layer {name}: {stored_rows} of {rows} rows are stored, must be 1 to {rows}"
+                f"layer {name}: {layer.stored_rows} of {rows} rows are stored, must be 1 to {rows}"
             )
         if row_order is not None and np.array_equal(row_order, np.arange(rows)):
             row_order = None
-        layer = Layer(
-            name=name,
-            operators=operators,
-            rows=int(rows),
-            stored_rows=stored_rows,
-            reordered=row_order is not None,
-            columns=int(columns),
-            chunk_rows=int(chunk_rows),
-            first_chunk=self._first_chunk,
-            has_bias=bool(has_bias),
-            residual_steps=int(residual_steps),
-            scale_columns={level: int(value) for level, value in scale_columns.items()},
-            method=dict(method),
-            relative_error={level: float(value) for level, value in relative_error.items()},
+        layer = dataclasses.replace(
+            layer, first_chunk=self._first_chunk, reordered=row_order is not None
         )
         layer.check(f"layer {name}")
         if sensitivity.shape != (layer.chunk_count, len(self._levels)):
@@ -222,12 +206,12 @@ class BankWriter:
                     continue
                 geometry = layer.geometry(plane)
                 source = codes.weight if plane == "f32" else codes.codes.get(plane)
-                if source is None or len(source) != stored_rows:
+                if source is None or len(source) != layer.stored_rows:
                     found = "absent" if source is None else f"of {len(source)} rows"
                     raise ValueError(
-                        f"layer {name}: plane {plane} is {found}, expected {stored_rows}"
+                        f"layer {name}: plane {plane} is {found}, expected {layer.stored_rows}"
                     )
-                for chunk in range(layer.first_chunk, layer.first_chunk + layer.chunk_count):
+                for chunk in layer.chunks:
                     output.append(pack_chunk(geometry, codes, layer.chunk_slice(chunk)))
         self._layers.append(layer)
         self._sensitivity.append(sensitivity)
@@ -238,7 +222,7 @@ class BankWriter:
         self,
         graph: bytes,
         kept_in_float: Iterable[KeptNode] = (),
-        boundary: Sequence[tuple[Boundary, Arrays]] = (),
+        boundary: Sequence[tuple[Boundary, BoundaryArrays]] = (),
         split: tuple[bytes, bytes, int] | None = None,
     ) -> Manifest:
         """Write graph, tables and manifest, then put the bank at its name in one step.

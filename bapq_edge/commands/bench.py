@@ -7,20 +7,18 @@ run in turns, so that whatever else the machine does hits all of them alike.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import statistics
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..bank.reader import Bank
-from ..errors import BapqError, RequestError, UnknownLevelError
-from ..units import format_size
+from ..errors import BapqError, RequestError, StorageError, UnknownLevelError
 from .bench_row import Row, Subject
+from .bench_table import FIELDS, FORMATS, to_text
 from .feeds import add_feed, parse_shapes
+from .options import add_session, session_options
+from .paths import check_writable
 
 __all__ = ["add_bench"]
 
@@ -42,37 +40,81 @@ def add_bench(commands: Any) -> None:
         metavar="MODEL.onnx",
         help="models to run in ONNX Runtime as it comes; times are given over the first one's",
     )
-    command.add_argument("--levels", help="such as 8,4 (default: all but 32), or auto")
     command.add_argument(
-        "--budget", metavar="SIZE", help="what a process may grow by, such as 64MiB, or auto"
+        "--levels", "--level", help="a row for each, such as 8,4 or auto (default: all but 32)"
+    )
+    command.add_argument(
+        "--bits", type=float, metavar="B", help="a row at so many bits per weight, such as 3.5"
+    )
+    command.add_argument(
+        "-r", "--runs", type=int, default=20, metavar="N", help="of each row (default: 20)"
+    )
+    command.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the table there")
+    command.add_argument(
+        "--format", choices=FORMATS, help="of the table (default: as FILE ends, or else md)"
+    )
+    command.add_argument(
+        "--json", action="store_const", const="json", dest="format", help="short for --format json"
     )
     add_feed(command)
-    command.add_argument("-r", "--runs", type=int, default=20, help="of each row (default: 20)")
-    command.add_argument("--threads", type=int, help="of each row (default: one per core)")
-    command.add_argument("-o", "--output", choices=_PRINTERS, default="md", help="(default: md)")
+    add_session(command)
     command.set_defaults(command=_bench)
 
 
 def _bench(arguments: argparse.Namespace) -> None:
     if arguments.runs < 1:
         raise RequestError(f"--runs is {arguments.runs}, it must be at least 1")
-    common = {
+    if arguments.output:
+        check_writable(arguments.output)
+    common: dict[str, Any] = {
         "threads": arguments.threads,
         "input_path": arguments.input,
         "shapes": parse_shapes(arguments.shape),
     }
     subjects = [
-        *(Subject(path=path, level=None, budget=None, **common) for path in arguments.against),
+        *(Subject(path=path, session=None, **common) for path in arguments.against),
         *(
-            Subject(path=arguments.bank, level=level, budget=arguments.budget, **common)
-            for level in _levels(arguments.bank, arguments.levels)
+            Subject(path=arguments.bank, session=options, **common)
+            for options in _rows_of_bank(arguments)
         ),
     ]
     failures: list[BapqError] = []
     results = _measure(subjects, arguments.runs, failures)
-    _PRINTERS[arguments.output](results)
+    _put(to_text(results, _format(arguments)), arguments.output)
     if failures:
         raise failures[0]
+
+
+def _format(arguments: argparse.Namespace) -> str:
+    if arguments.format is not None:
+        return str(arguments.format)
+    suffix = arguments.output.suffix[1:] if arguments.output else ""
+    return suffix if suffix in FORMATS else "md"
+
+
+def _put(text: str, path: Path | None) -> None:
+    if path is None:
+        print(text, end="")
+        return
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error}") from error
+
+
+def _rows_of_bank(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the session of each row is opened with."""
+    options = session_options(arguments)
+    if arguments.policy not in (None, "static") or arguments.target_agreement is not None:
+        if arguments.levels is not None:
+            raise RequestError("--levels and a policy are both asked for: choose one")
+        return [options]
+    bits = options.pop("bits")
+    rows = [] if bits is None else [{**options, "bits": bits}]
+    if bits is None or arguments.levels is not None:
+        levels = _levels(arguments.bank, arguments.levels)
+        rows = [*({**options, "level": level} for level in levels), *rows]
+    return rows
 
 
 def _levels(path: Path, wanted: str | None) -> list[str]:
@@ -95,7 +137,7 @@ def _measure(subjects: list[Subject], runs: int, failures: list[BapqError]) -> l
     for subject in subjects:
         times_ms: list[float] = []
         reference_ms: list[float] = []
-        result: dict[str, Any] = dict.fromkeys(_FIELDS)
+        result: dict[str, Any] = dict.fromkeys(FIELDS)
         result["name"] = subject.name
         results.append(result)
         row = Row(subject)
@@ -118,7 +160,7 @@ def _measure(subjects: list[Subject], runs: int, failures: list[BapqError]) -> l
             continue
         result["run_ms"] = statistics.median(times_ms)
         result["run_sd_ms"] = statistics.stdev(times_ms) if runs > 1 else 0.0
-        if subject.level is None and len(results) == 1:
+        if subject.session is None and len(results) == 1:
             reference = row
             result["ratio"] = 1.0
             continue
@@ -128,76 +170,3 @@ def _measure(subjects: list[Subject], runs: int, failures: list[BapqError]) -> l
     if reference is not None:
         reference.close()
     return results
-
-
-# ---- tables ----
-
-_FIELDS = (
-    "name",
-    "load_ms",
-    "run_ms",
-    "run_sd_ms",
-    "ratio",
-    "peak_growth_bytes",
-    "weight_bytes",
-    "streamed_bytes_per_run",
-    "bits_per_weight",
-    "error",
-)
-
-
-def _size(value: float | None) -> str:
-    return "" if value is None else format_size(value)
-
-
-def _number(digits: int) -> Callable[[float | None], str]:
-    return lambda value: "" if value is None else f"{value:.{digits}f}"
-
-
-def _time(result: dict[str, Any]) -> str:
-    if result["run_ms"] is None:
-        return ""
-    return f"{result['run_ms']:.2f} ± {result['run_sd_ms']:.2f}"
-
-
-def _print_md(results: list[dict[str, Any]]) -> None:
-    heads = ("", "load ms", "run ms", "ratio", "peak growth", "weights", "read per run", "bits")
-    rows = [
-        (
-            result["name"],
-            _number(1)(result["load_ms"]),
-            _time(result),
-            _number(2)(result["ratio"]),
-            _size(result["peak_growth_bytes"]),
-            _size(result["weight_bytes"]),
-            _size(result["streamed_bytes_per_run"]),
-            _number(2)(result["bits_per_weight"]) if result["error"] is None else "failed",
-        )
-        for result in results
-    ]
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    marks = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    for row in (heads, marks, *rows):
-        cells = [
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print(f"| {' | '.join(cells)} |")
-
-
-def _print_csv(results: list[dict[str, Any]]) -> None:
-    writer = csv.DictWriter(sys.stdout, _FIELDS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(results)
-
-
-def _print_json(results: list[dict[str, Any]]) -> None:
-    print(json.dumps(results, indent=1))
-
-
-def _print_jsonl(results: list[dict[str, Any]]) -> None:
-    for result in results:
-        print(json.dumps(result))
-
-
-_PRINTERS = {"md": _print_md, "csv": _print_csv, "json": _print_json, "jsonl": _print_jsonl}

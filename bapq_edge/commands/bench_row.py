@@ -15,19 +15,19 @@ from typing import Any
 
 from ..errors import BapqError, ExecutionError, ModelFormatError, PlatformError
 from ..telemetry import peak_rss_bytes, rss_bytes
-from .feeds import load_feed, zero_feed
+from .feeds import FeedSource
+from .warning_lines import warning_lines
 
 __all__ = ["Row", "Subject"]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a row measures: a bank at a level, or an ONNX model."""
+    """What a row measures: a bank, or an ONNX model."""
 
     path: Path
-    level: str | None
-    """None: the path is an ONNX model"""
-    budget: str | None
+    session: Mapping[str, Any] | None
+    """What `Session` is opened with; None: the path is an ONNX model"""
     threads: int | None
     input_path: Path | None
     shapes: Mapping[str, tuple[int, ...]]
@@ -35,10 +35,22 @@ class Subject:
     @property
     def name(self) -> str:
         """For the first column."""
-        if self.level is None:
+        if self.session is None:
             return self.path.name
-        level = self.level if self.level == "auto" else f"level {self.level}"
-        return level if self.budget is None else f"{level} in {self.budget}"
+        budget = self.session["memory_budget"]
+        return _precision(self.session) + ("" if budget is None else f" in {budget}")
+
+
+def _precision(session: Mapping[str, Any]) -> str:
+    level, bits = session.get("level"), session.get("bits")
+    if level is not None:
+        return "auto" if level == "auto" else f"level {level}"
+    parts = [] if session["policy"] is None else [session["policy"]]
+    if session["target_agreement"] is not None:
+        parts.append(f"agreement {session['target_agreement']:g}")
+    if bits is not None:
+        parts.append(f"{bits:g} bits")
+    return " ".join(parts)
 
 
 class Row:
@@ -97,7 +109,7 @@ def _serve(pipe: Connection, subject: Subject) -> None:
     """The process's side: answer questions until the parent hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hangs up, then this ends
     runner = _Runner(subject)
-    with contextlib.suppress(EOFError, OSError):
+    with contextlib.suppress(EOFError, OSError), warning_lines():
         while True:
             answer: Any
             try:
@@ -124,14 +136,13 @@ class _Runner:
                 "'pip install onnxruntime'"
             ) from error
         subject = self._subject
-        feed = load_feed(subject.input_path) if subject.input_path else None
+        source = FeedSource(subject.input_path, subject.shapes)
         gc.collect()
         self._before_bytes = rss_bytes()
         started_s = time.perf_counter()
-        self._session = _open_model(subject) if subject.level is None else _open_bank(subject)
+        self._session = _open_model(subject) if subject.session is None else _open_bank(subject)
         load_ms = (time.perf_counter() - started_s) * 1e3
-        inputs = self._session.get_inputs()
-        self._feed = zero_feed(inputs, subject.shapes) if feed is None else feed
+        self._feed = source.feed(self._session.get_inputs())
         return load_ms
 
     def run(self) -> float:
@@ -148,12 +159,12 @@ class _Runner:
 
     def forget_reads(self) -> None:
         self._runs = 0
-        if self._subject.level is not None:
+        if self._subject.session is not None:
             self._read_before_bytes = self._session.stats().streamed_bytes
 
     def report(self) -> dict[str, Any]:
         growth_bytes = peak_rss_bytes() - self._before_bytes
-        if self._subject.level is None:
+        if self._subject.session is None:
             return {
                 "peak_growth_bytes": growth_bytes,
                 "weight_bytes": self._subject.path.stat().st_size,
@@ -170,10 +181,8 @@ class _Runner:
 def _open_bank(subject: Subject) -> Any:
     from ..session import Session
 
-    assert subject.level is not None
-    return Session(
-        subject.path, level=subject.level, memory_budget=subject.budget, threads=subject.threads
-    )
+    assert subject.session is not None
+    return Session(subject.path, **subject.session)
 
 
 def _open_model(subject: Subject) -> Any:

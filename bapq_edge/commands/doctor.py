@@ -10,6 +10,7 @@ from typing import Any
 
 from ..doctor import examine
 from ..errors import PlatformError
+from .options import add_json
 
 __all__ = ["add_doctor"]
 
@@ -18,7 +19,7 @@ def add_doctor(commands: Any) -> None:
     """Add `doctor`."""
     command = commands.add_parser("doctor", help="say what works on this board, and how to fix it")
     command.add_argument("bank", type=Path, nargs="?", help="checks its storage as well")
-    command.add_argument("--json", action="store_true", help="print the findings as JSON")
+    add_json(command, "the findings")
     command.set_defaults(command=_doctor)
 
 

@@ -7,16 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ..array_files import read_arrays
 from ..engine.feeds import zeros
 from ..errors import RunInputError
 
-__all__ = ["add_feed", "load_feed", "parse_shapes", "zero_feed"]
+__all__ = ["FeedSource", "add_feed", "add_input", "parse_shapes"]
+
+
+def add_input(command: Any, *, default: str = "") -> None:
+    """Add --input; without a default it must be given."""
+    command.add_argument(
+        "--input",
+        type=Path,
+        required=not default,
+        metavar="FILE",
+        help=".npz with an array per model input, or .npy where there is one input"
+        + (f" (default: {default})" if default else ""),
+    )
 
 
 def add_feed(command: Any) -> None:
-    """The options --input and --shape."""
-    command.add_argument("--input", type=Path, help=".npz, one array per input (default: zeros)")
+    """Add --input, by default zeros, and --shape."""
+    add_input(command, default="zeros")
     command.add_argument(
         "--shape",
         action="append",
@@ -26,25 +40,44 @@ def add_feed(command: Any) -> None:
     )
 
 
-def load_feed(path: Path) -> dict[str, Any]:
-    """The arrays of an .npz, one per model input. Raises RunInputError."""
+class FeedSource:
+    """What --input and --shape say, read before the model is there that it will be fed to."""
+
+    def __init__(
+        self, path: Path | None, shapes: Mapping[str, Sequence[int]] | None = None
+    ) -> None:
+        """Read the file, None for zeros. Raises RunInputError."""
+        self._path = path
+        self._shapes = shapes or {}
+        self._read = {} if path is None else _read(path)
+
+    def feed(self, inputs: Sequence[Any]) -> dict[str, Any]:
+        """The feed for these `onnxruntime.NodeArg` inputs. Raises RunInputError."""
+        if self._path is None:
+            return _zero_feed(inputs, self._shapes)
+        if isinstance(self._read, dict):
+            return self._read
+        if len(inputs) != 1:
+            names = ", ".join(value.name for value in inputs)
+            raise RunInputError(
+                f"{self._path} holds one array, the model has {len(inputs)} inputs, {names}: "
+                "write an .npz with an array for each"
+            )
+        return {inputs[0].name: self._read}
+
+
+def _read(path: Path) -> dict[str, NDArray[Any]] | NDArray[Any]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+        return read_arrays(path)
     except OSError as error:
-        raise RunInputError(f"{path} cannot be read: {error}") from error
-    except (ValueError, AttributeError) as error:
-        raise RunInputError(
-            f"{path} is not an .npz of plain arrays: write it with numpy.savez"
-        ) from error
+        reason = error.strerror or str(error)
+        raise RunInputError(f"{path} cannot be read: {reason}") from error
+    except ValueError as error:
+        raise RunInputError(str(error)) from error
 
 
-def zero_feed(inputs: Sequence[Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """Zeros for every `onnxruntime.NodeArg`, in the shape of that name or else as the model says.
-
-    Raises RunInputError for a name that the model lacks, and for a model that wants more than
-    tensors of numbers.
-    """
+def _zero_feed(inputs: Sequence[Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Zeros for every input, in the shape of that name or else as the model says."""
     feed = zeros(inputs)
     if feed is None:
         types = ", ".join(f"{value.name} ({value.type})" for value in inputs)

@@ -13,8 +13,9 @@ from ..errors import RequestError, StorageError
 from ..profiling.trace import Recorder, Summary
 from ..session import Session
 from ..units import format_size
-from .feeds import add_feed, load_feed, parse_shapes, zero_feed
-from .run import add_precision
+from .feeds import FeedSource, add_feed, parse_shapes
+from .options import add_json, add_precision, add_session, session_options
+from .paths import check_writable
 
 __all__ = ["add_profile"]
 
@@ -25,42 +26,23 @@ def add_profile(commands: Any) -> None:
     """Add `profile`."""
     command = commands.add_parser("profile", help="write a trace of reads, waits and runs")
     command.add_argument("bank", type=Path)
-    command.add_argument("-o", "--output", required=True, type=Path, help="trace.json to write")
+    command.add_argument("-o", "--output", required=True, type=Path, metavar="TRACE.json")
     command.add_argument("--seconds", type=float, default=5.0, help="to run for (default: 5)")
-    command.add_argument(
-        "--budget", metavar="SIZE", help="what the process may grow by, such as 64MiB, or auto"
-    )
     add_precision(command)
+    add_session(command)
     add_feed(command)
-    command.add_argument("--threads", type=int)
-    command.add_argument(
-        "--controller", action="store_true", help="let memory, power and heat change the plan"
-    )
-    command.add_argument("--direct", action="store_true", help="read around the page cache")
-    command.add_argument("--json", action="store_true", help="print the summary as JSON")
+    add_json(command, "the summary")
     command.set_defaults(command=_profile)
 
 
 def _profile(arguments: argparse.Namespace) -> None:
     if not arguments.seconds > 0:
         raise RequestError(f"--seconds is {arguments.seconds}, it must be more than 0")
-    shapes = parse_shapes(arguments.shape)
-    feed = load_feed(arguments.input) if arguments.input else None
-    try:
-        arguments.output.write_text("")  # a place that cannot be written is known at once
-    except OSError as error:
-        raise StorageError(f"{arguments.output} cannot be written: {error}") from error
-    with Session(
-        arguments.bank,
-        memory_budget=arguments.budget,
-        level=arguments.level,
-        bits=arguments.bits,
-        threads=arguments.threads,
-        controller="auto" if arguments.controller else None,
-        direct_io=arguments.direct,
-    ) as session:
-        if feed is None:
-            feed = zero_feed(session.get_inputs(), shapes)
+    options = session_options(arguments)
+    source = FeedSource(arguments.input, parse_shapes(arguments.shape))
+    check_writable(arguments.output)
+    with Session(arguments.bank, **options) as session:
+        feed = source.feed(session.get_inputs())
         session.run(None, feed)  # the first run brings in what is pinned
         with Recorder(session) as recorder:
             end_s = time.monotonic() + arguments.seconds

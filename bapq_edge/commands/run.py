@@ -1,75 +1,122 @@
-"""`bapq run`: one run on inputs from a file."""
+"""`bapq run`: answer inputs from a file."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import StorageError
+from ..errors import RequestError, StorageError
 from ..session import Session
+from ..telemetry import SessionStats
 from ..units import format_size
-from .feeds import load_feed
+from .feeds import FeedSource, add_input
+from .options import add_json, add_precision, add_session, session_options
+from .paths import check_writable
 
-__all__ = ["add_precision", "add_run"]
+__all__ = ["add_run"]
 
 
 def add_run(commands: Any) -> None:
     """Add `run`."""
     run = commands.add_parser("run", help="run a bank on inputs from a file")
     run.add_argument("bank", type=Path)
-    run.add_argument("--input", required=True, type=Path, help=".npz, one array per model input")
-    run.add_argument("--output", type=Path, help=".npz to write, one array per model output")
+    add_input(run)
     run.add_argument(
-        "--budget", metavar="SIZE", help="what the process may grow by, such as 64MiB, or auto"
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=".npz to write, an array per model output, or .npy where there is one output",
+    )
+    run.add_argument(
+        "--repeat",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run N times, and tell the first, cold run from the others (default: 1)",
     )
     add_precision(run)
-    run.add_argument("--policy", choices=("static", "gate", "escalate"), help="who chooses bits")
-    run.add_argument(
-        "--target-agreement",
-        type=float,
-        metavar="A",
-        help="share of inputs, 0 to 1, to be answered as the float model does",
-    )
-    run.add_argument("--threads", type=int)
-    run.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_session(run)
+    add_json(run, "the report")
     run.set_defaults(command=_run)
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    feed = load_feed(arguments.input)
+    if arguments.repeat < 1:
+        raise RequestError(f"--repeat is {arguments.repeat}, it must be at least 1")
+    _check_output(arguments.output)
+    options = session_options(arguments)
+    source = FeedSource(arguments.input)
+    times_ms = []
     started_s = time.perf_counter()
-    with Session(
-        arguments.bank,
-        memory_budget=arguments.budget,
-        level=arguments.level,
-        bits=arguments.bits,
-        policy=arguments.policy,
-        target_agreement=arguments.target_agreement,
-        threads=arguments.threads,
-    ) as session:
-        load_s = time.perf_counter() - started_s
-        started_s = time.perf_counter()
-        outputs = session.run(None, feed)
-        run_s = time.perf_counter() - started_s
+    with Session(arguments.bank, **options) as session:
+        load_ms = (time.perf_counter() - started_s) * 1e3
         names = [value.name for value in session.get_outputs()]
+        _check_output(arguments.output, names)
+        feed = source.feed(session.get_inputs())
+        for _ in range(arguments.repeat):
+            started_s = time.perf_counter()
+            outputs = session.run(None, feed)
+            times_ms.append((time.perf_counter() - started_s) * 1e3)
         stats = session.stats()
+    answers = dict(zip(names, outputs, strict=True))
     if arguments.output:
-        try:
-            np.savez(arguments.output, **dict(zip(names, outputs, strict=True)))
-        except OSError as error:
-            raise StorageError(f"{arguments.output} cannot be written: {error}") from error
-    report = {"load_ms": load_s * 1e3, "run_ms": run_s * 1e3, **dataclasses.asdict(stats)}
+        _write(arguments.output, answers)
+    cold_ms = times_ms[0]
+    warm_ms = statistics.median(times_ms[1:]) if arguments.repeat > 1 else None
     if arguments.json:
-        print(json.dumps(report))
+        report = {"load_ms": load_ms, "run_ms": cold_ms, "warm_run_ms": warm_ms}
+        print(json.dumps({**report, **dataclasses.asdict(stats)}))
+    else:
+        _print_times(load_ms, cold_ms, warm_ms, stats)
+        _print_stats(stats)
+        for name, value in answers.items():
+            array = np.asarray(value)
+            print(f"{name}: {array.dtype} {list(array.shape)}")
+
+
+def _check_output(path: Path | None, names: list[str] | None = None) -> None:
+    """Refuse early a file that the outputs, once their names are known, cannot be written to."""
+    if path is None:
         return
-    precision = f"{stats.bits_per_weight:.2f} bits per weight"
-    print(f"load {load_s * 1e3:.1f} ms, run {run_s * 1e3:.1f} ms at {precision}")
+    if path.suffix not in (".npz", ".npy"):
+        raise RequestError(f"--output {path} must end in .npz, or in .npy for a single output")
+    if path.suffix == ".npy" and names is not None and len(names) != 1:
+        raise RequestError(
+            f"--output {path} has room for one array, the model has {len(names)} outputs, "
+            f"{', '.join(names)}: name an .npz"
+        )
+    check_writable(path)
+
+
+def _write(path: Path, outputs: dict[str, Any]) -> None:
+    try:
+        if path.suffix == ".npy":
+            (output,) = outputs.values()
+            np.save(path, output)
+        else:
+            np.savez(path, **outputs)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error}") from error
+
+
+def _print_times(
+    load_ms: float, cold_ms: float, warm_ms: float | None, stats: SessionStats
+) -> None:
+    run = f"run {cold_ms:.1f} ms"
+    if warm_ms is not None:
+        run = f"first run {cold_ms:.1f} ms, then {warm_ms:.1f} ms (median of {stats.runs - 1})"
+    print(f"load {load_ms:.1f} ms, {run} at {stats.bits_per_weight:.2f} bits per weight")
+
+
+def _print_stats(stats: SessionStats) -> None:
     print(
         f"weights in memory {format_size(stats.resident_bytes)}, "
         f"read {format_size(stats.streamed_bytes)}, "
@@ -78,13 +125,3 @@ def _run(arguments: argparse.Namespace) -> None:
     if stats.region is not None:
         again = ", answered again" if stats.escalated else ""
         print(f"region {stats.region} of the boundary model{again}")
-    for name, value in zip(names, outputs, strict=True):
-        array = np.asarray(value)
-        print(f"{name}: {array.dtype} {list(array.shape)}")
-
-
-def add_precision(command: Any) -> None:
-    """The options --level and --bits."""
-    precision = command.add_mutually_exclusive_group()
-    precision.add_argument("--level", default="auto", help="auto, 32, 8, 4, 2 or 1 (default: auto)")
-    precision.add_argument("--bits", type=float, help="bits per weight on average, such as 3.5")

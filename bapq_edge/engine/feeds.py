@@ -1,4 +1,4 @@
-"""Feeds: what a run is given."""
+"""Feeds and output names: what a run is given, and what it is asked for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["element_count", "zeros"]
+from ..errors import RunInputError
+
+__all__ = ["check_feed", "checked_names", "element_count", "zeros"]
 
 _NUMPY_TYPES = {
     "tensor(float)": np.float32,
@@ -19,6 +21,28 @@ _NUMPY_TYPES = {
     "tensor(int8)": np.int8,
     "tensor(bool)": np.bool_,
 }
+
+
+def check_feed(inputs: Sequence[Any], feed: Mapping[str, Any]) -> None:
+    """Raise RunInputError where the feed has not the names of these `onnxruntime.NodeArg`."""
+    needed = {value.name for value in inputs}
+    if set(feed) != needed:
+        raise RunInputError(f"the feed has {sorted(feed)}, the model needs {sorted(needed)}")
+
+
+def checked_names(outputs: Sequence[Any], names: Sequence[str] | None) -> list[str]:
+    """The names of the outputs to return: all of these `onnxruntime.NodeArg`, or those asked for.
+
+    Raises RunInputError for a name that is none of theirs.
+    """
+    there = [value.name for value in outputs]
+    if isinstance(names, str):
+        raise RunInputError(f"output_names is {names!r}: give a list of names, [{names!r}]")
+    asked = there if names is None or not len(names) else list(names)
+    for name in asked:
+        if name not in there:
+            raise RunInputError(f"the model has no output {name!r}, it has {there}")
+    return asked
 
 
 def zeros(inputs: Sequence[Any]) -> dict[str, Any] | None:

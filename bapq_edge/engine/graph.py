@@ -1,4 +1,4 @@
-"""Assembles the ONNX Runtime session that runs a bank's graph with libbapq's operators."""
+"""ONNX Runtime's sessions of a bank's graphs, with libbapq's operators in them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, Literal
 
-from bapq_edge.bank.manifest import FileEntry
-from bapq_edge.bank.reader import Bank
-from bapq_edge.errors import (
+from ..bank.manifest import FileEntry
+from ..bank.reader import Bank
+from ..errors import (
     BankFormatError,
     ExecutionError,
     PlatformError,
     RequestError,
     RunInputError,
 )
+from .library import library_path
 
-from .native import library_path
-
-__all__ = ["RUN_INPUT", "Graphs", "Part", "open_graph"]
+__all__ = ["RUN_INPUT", "Graph", "Graphs", "Part", "open_graph"]
 
 Part = Literal["whole", "head", "body"]
+"""The whole graph, or one of the two halves that a gate looks between."""
 
 RUN_INPUT = "bapq.run"
 """Graph input that carries the ticket of a run (int64, no axes) to every operator of ours."""
@@ -42,15 +42,48 @@ def _import_onnxruntime() -> ModuleType | ImportError:
 _onnxruntime = _import_onnxruntime()
 
 
+class Graph:
+    """One graph of a bank, open in ONNX Runtime. Safe to use from several threads."""
+
+    def __init__(self, session: Any, where: str) -> None:
+        """Take an onnxruntime.InferenceSession; `where`, the bank's path, begins its errors."""
+        self._session = session
+        self._where = where
+        inputs = list(session.get_inputs())
+        self.inputs: list[Any] = [value for value in inputs if value.name != RUN_INPUT]
+        """The graph's inputs but the ticket, as onnxruntime.NodeArg."""
+        self.outputs: list[Any] = list(session.get_outputs())
+        """The graph's outputs, as onnxruntime.NodeArg."""
+        self.takes_ticket = len(self.inputs) < len(inputs)
+        """Whether operators of ours are in the graph."""
+        self._names = [value.name for value in inputs]
+
+    def call(
+        self, names: Sequence[str] | None, feed: Mapping[str, Any], run_options: Any = None
+    ) -> dict[str, Any]:
+        """Run the graph once; its outputs by name, all or those of `names`.
+
+        The feed may hold more than the graph takes. Raises RunInputError or ExecutionError.
+        """
+        names = [value.name for value in self.outputs] if names is None else list(names)
+        own = {name: feed[name] for name in self._names if name in feed}
+        try:
+            outputs = self._session.run(names, own, run_options)
+        except Exception as error:  # ONNX Runtime raises classes of its own, without a common base
+            kind = RunInputError if _is_input_error(error) else ExecutionError
+            raise kind(f"{self._where}: ONNX Runtime: {_one_line(error)}") from error
+        return dict(zip(names, outputs, strict=True))
+
+
 class Graphs:
-    """ONNX Runtime's sessions of a bank: of its whole graph, or of the two halves of it."""
+    """The graphs that a session of a bank runs: the whole one, or the two halves of it."""
 
     def __init__(self, bank: Bank, threads: int, *, split: bool) -> None:
-        """An operator runs on up to `threads` threads.
+        """Open them; an operator runs on up to `threads` threads.
 
         Raises RequestError when the bank has no halves, and what `open_graph` raises.
         """
-        manifest, self._path = bank.manifest, bank.path
+        manifest = bank.manifest
         files: dict[Part, FileEntry] = {"whole": manifest.graph}
         if split and manifest.split is None:
             raise RequestError(
@@ -59,59 +92,30 @@ class Graphs:
             )
         if split and manifest.split is not None:
             files = {"head": manifest.split.head, "body": manifest.split.body}
-        self.parts: tuple[Part, ...] = tuple(files)
         self._graphs = {
-            part: open_graph(bank.file_bytes(file), threads) for part, file in files.items()
+            part: Graph(open_graph(bank.file_bytes(file), threads), str(bank.path))
+            for part, file in files.items()
         }
-        self._inputs = {part: graph.get_inputs() for part, graph in self._graphs.items()}
-        self.outputs: list[Any] = list(self._graphs[self.parts[-1]].get_outputs())
-        """as onnxruntime.NodeArg"""
-        made = {value.name for part in self.parts[:-1] for value in self._outputs_of(part)}
-        fed = {value.name: value for values in self._inputs.values() for value in values}
-        if RUN_INPUT not in fed:
+        self.parts: tuple[Part, ...] = tuple(files)
+        """The parts in the order in which they run."""
+        if not any(graph.takes_ticket for graph in self._graphs.values()):
             raise BankFormatError(
                 f"the bank's graph has no input {RUN_INPUT!r}: build the bank again"
             )
-        self.inputs: list[Any] = [
-            value for name, value in fed.items() if name not in made and name != RUN_INPUT
-        ]
-        """as onnxruntime.NodeArg, without our own"""
+        made = {value.name for part in self.parts[:-1] for value in self._graphs[part].outputs}
+        fed = {value.name: value for graph in self._graphs.values() for value in graph.inputs}
+        self.inputs: list[Any] = [value for name, value in fed.items() if name not in made]
+        """What a run is fed with, as onnxruntime.NodeArg."""
+        self.outputs: list[Any] = self._graphs[self.parts[-1]].outputs
+        """What a run gives, as onnxruntime.NodeArg."""
 
-    def takes_ticket(self, part: Part) -> bool:
-        """Whether operators of ours are in it."""
-        return any(value.name == RUN_INPUT for value in self._inputs[part])
-
-    def call(
-        self,
-        part: Part,
-        names: Sequence[str] | None,
-        feed: Mapping[str, Any],
-        run_options: Any = None,
-    ) -> dict[str, Any]:
-        """Outputs of a part by name, all or those of `names`; of the feed it takes what it needs.
-
-        Raises RunInputError or ExecutionError.
-        """
-        names = [value.name for value in self._outputs_of(part)] if names is None else list(names)
-        own = {v.name: feed[v.name] for v in self._inputs[part] if v.name in feed}
-        try:
-            outputs = self._graphs[part].run(names, own, run_options)
-        except Exception as error:  # ONNX Runtime raises classes of its own, without a common base
-            reason = str(error).splitlines()[0]
-            kind = RunInputError if _is_input_error(error) else ExecutionError
-            raise kind(f"{self._path}: ONNX Runtime: {reason}") from error
-        return dict(zip(names, outputs, strict=True))
+    def __getitem__(self, part: Part) -> Graph:
+        """The graph of that part."""
+        return self._graphs[part]
 
     def close(self) -> None:
         """Let go of the memory."""
         self._graphs.clear()
-
-    def _outputs_of(self, part: Part) -> list[Any]:
-        return list(self._graphs[part].get_outputs())
-
-
-def _is_input_error(error: Exception) -> bool:
-    return type(error).__name__ == "InvalidArgument" or isinstance(error, ValueError | RuntimeError)
 
 
 def open_graph(model: bytes, threads: int) -> Any:
@@ -130,7 +134,7 @@ def open_graph(model: bytes, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Measured: the arena without memory patterns has the lowest peak, and it does not grow from run
-    # to run (docs/design.md).
+    # to run (docs/explanation/design.md).
     options.enable_mem_pattern = False
     options.log_severity_level = 4  # what fails is raised, with its own words, not logged as well
     # Idle threads that spin would take the core that a prefetch thread or another program needs.
@@ -141,6 +145,16 @@ def open_graph(model: bytes, threads: int) -> Any:
             model, sess_options=options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # ONNX Runtime raises classes of its own, without a common base
-        reason = str(error).splitlines()[0]
-        raise BankFormatError(f"ONNX Runtime refuses the bank's graph: {reason}") from error
+        raise BankFormatError(
+            f"ONNX Runtime refuses the bank's graph: {_one_line(error)}"
+        ) from error
     return session
+
+
+def _is_input_error(error: Exception) -> bool:
+    return type(error).__name__ == "InvalidArgument" or isinstance(error, ValueError | RuntimeError)
+
+
+def _one_line(error: Exception) -> str:
+    """All that ONNX Runtime says; which axis of a shape is wrong stands in its second line."""
+    return " ".join(str(error).split())

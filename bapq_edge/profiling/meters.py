@@ -33,22 +33,24 @@ class Window:
     """What one named piece of code took."""
 
     name: str
+    """The name that the caller gave."""
     wall_s: float
+    """Time that it took."""
     peak_growth_bytes: int | None
-    """peak of the process's resident memory (VmHWM) in the window, less what was resident when it
-    began; None when the peak was before the window, for then nothing tells what it was in it"""
+    """Peak of the process's resident memory (VmHWM) in the window, less what was resident when it
+    began; None when the peak was before the window, for then nothing tells what it was in it."""
     rss_growth_bytes: int
-    """of the resident memory from the window's begin to its end"""
+    """Growth of the resident memory from the window's begin to its end."""
     rss_anon_bytes: int
-    """at the end: resident memory of the process's own"""
+    """Resident memory of the process's own, at the end."""
     rss_file_bytes: int
-    """at the end: resident pages of mapped files, such as libraries"""
+    """Resident pages of mapped files, such as libraries, at the end."""
     energy_j: float | None
-    """integral of the meter's power, of the whole board; None without two samples in the window"""
+    """Energy of the whole board, by its meter; None without two samples in the window."""
     power_source: str | None
-    """meter and rail; None where there is no meter"""
+    """Meter and rail; None where there is no meter."""
     power_hz: float | None
-    """samples per second that the meter really gave in the window"""
+    """Samples per second that the meter really gave in the window."""
 
     def __str__(self) -> str:
         """One line."""
@@ -102,12 +104,12 @@ class Meter:
     @contextlib.contextmanager
     def window(self, name: str) -> Iterator[None]:
         """Measure what is inside; it joins `windows` when it ends without an exception."""
-        before = _Memory.now()
+        before = _ProcessMemory.now()
         first, failures = self._sample()
         start_s = time.monotonic()
         yield
         end_s = time.monotonic()
-        after = _Memory.now()
+        after = _ProcessMemory.now()
         self._sample()
         peaked = after.peak_bytes > before.peak_bytes or before.peak_bytes == before.rss_bytes
         energy_j, power_hz = self._energy(first, failures, start_s, end_s)
@@ -181,7 +183,7 @@ _SAME_SAMPLE_S = 0.02
 
 
 @dataclass(frozen=True)
-class _Memory:
+class _ProcessMemory:
     """The process's memory, all of one moment."""
 
     rss_bytes: int
@@ -190,7 +192,7 @@ class _Memory:
     peak_bytes: int
 
     @classmethod
-    def now(cls) -> _Memory:
+    def now(cls) -> _ProcessMemory:
         fields = {}
         with open("/proc/self/status", encoding="ascii") as status:
             for line in status:

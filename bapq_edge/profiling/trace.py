@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bank.layout import PLANES
-from ..engine.native import TRACE_EVENT, TRACE_KINDS
+from ..engine.library import TRACE_EVENT, TRACE_KINDS
 from ..sensors import Sensors, open_sensors
 from ..session import Session
 from ..telemetry import rss_bytes
@@ -41,18 +41,23 @@ class Summary:
     """What a trace adds up to."""
 
     runs: int
+    """Number of runs."""
     median_run_ms: float
+    """Median time of a run."""
     wait_share: float
-    """of the time in runs: operators waited for chunks, or read rows themselves"""
+    """Share of the time in runs in which operators waited for chunks, or read rows themselves."""
     read_bytes: int
+    """Bytes read from storage."""
     read_bytes_per_run: float
+    """Bytes read from storage per run."""
     read_bytes_s: float
-    """over the whole recording"""
+    """Bytes read per second, over the whole recording."""
     read_bytes_s_while_reading: float
+    """Bytes read per second of reading."""
     waits_by_layer_ms: dict[str, float]
-    """in all runs, the longest first"""
+    """Time that all runs waited for each layer, the longest first."""
     lost_events: int
-    """that the buffer had no room for: 0, or the trace has holes and the sums are too small"""
+    """Events that found no room in the buffer; above 0 the trace has holes, sums are too small."""
 
 
 class Recorder:
@@ -69,8 +74,8 @@ class Recorder:
     def __init__(self, session: Session, *, sensors: Sensors | None = None) -> None:
         """`sensors` are the board's unless given; they are closed at the end of the recording."""
         self._session = session
-        self._store = session._store
-        self._layers = session._bank.manifest.layers
+        internals = session.internals
+        self._store, self._bank, self._log = internals.store, internals.bank, internals.log
         self._sensors = open_sensors() if sensors is None else sensors
         self._spill = tempfile.TemporaryFile()  # noqa: SIM115  (closed by write)
         self._run_ns = array("q")  # start, end, ...
@@ -159,7 +164,7 @@ class Recorder:
             yield self._slice(_RUNS, f"run {number // 2 + 1}", start_ns, end_ns, {})
         for event in events:
             kind, chunk = int(event["kind"]), int(event["chunk"])
-            layer = self._session._bank.layer_of(chunk)
+            layer = self._bank.layer_of(chunk)
             name = f"{layer.name} #{chunk - layer.first_chunk}"
             track = _READER if kind == _READ else _RUNS
             details: dict[str, Any] = {"chunk": chunk}
@@ -170,8 +175,8 @@ class Recorder:
                 details["failed"] = True
             title = {_READ: name, _ROWS: f"read rows of {name}", _WAIT: f"wait for {name}"}[kind]
             yield self._slice(track, title, int(event["start_ns"]), int(event["end_ns"]), details)
-        opened_ns = int(self._session._log.opened_s * 1e9)
-        for change in self._session.events():
+        opened_ns = int(self._log.opened_s * 1e9)
+        for change in self._log.events():
             happened_ns = opened_ns + int(change.time_s * 1e9)
             if self._start_ns <= happened_ns <= self._end_ns:
                 common = {"ph": "i", "s": "p", "pid": 1, "tid": _PLANS}
@@ -210,7 +215,7 @@ class Recorder:
         took_ns = events["end_ns"] - events["start_ns"]
         waits = events["kind"] != _READ
         by_layer: dict[str, float] = {}
-        for layer in self._layers:
+        for layer in self._bank.manifest.layers:
             chunks = range(layer.first_chunk, layer.first_chunk + layer.chunk_count)
             mine = waits & (events["chunk"] >= chunks.start) & (events["chunk"] < chunks.stop)
             if mine.any():

@@ -2,7 +2,8 @@
 
     open_sensors() ──► Sensors.read() ──► Readings ──► controller.py
 
-Everything may be absent, and what is absent reads None. docs/controller.md says what is read where.
+Everything may be absent, and what is absent reads None. docs/explanation/controller.md says what is
+read where.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ def open_sensors(
     BAPQ_SENSORS=mock:trace.csv plays a trace in real time, mock-step:trace.csv one row per read.
     Below another root than "/" there is no vcgencmd. Raises SensorError.
     """
-    wish = environment.get("BAPQ_SENSORS", "")
-    kind, _, path = wish.partition(":")
+    setting = environment.get("BAPQ_SENSORS", "")
+    kind, _, path = setting.partition(":")
     if kind in ("mock", "mock-step") and path:
         return MockSensors(path, step=kind == "mock-step")
-    if wish:
+    if setting:
         raise SensorError(
-            f"BAPQ_SENSORS is {wish!r}; "
+            f"BAPQ_SENSORS is {setting!r}; "
             "it can be mock:trace.csv or mock-step:trace.csv, or not be set"
         )
     return SystemSensors(root, vcgencmd=system_vcgencmd() if os.fspath(root) == "/" else None)

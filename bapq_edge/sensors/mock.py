@@ -1,4 +1,4 @@
-"""A mock that plays a CSV of readings: the way to develop off the board (docs/controller.md)."""
+"""The mock plays a CSV of readings, to develop off the board (docs/explanation/controller.md)."""
 
 from __future__ import annotations
 

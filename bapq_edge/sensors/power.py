@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from .files import list_directory, read_integer, read_text
 
 __all__ = [
-    "Meter",
+    "PowerMeter",
     "Supplies",
     "battery_draw_w",
     "battery_percent",
-    "find_meters",
+    "find_meter",
     "find_supplies",
     "meter_w",
     "on_battery",
@@ -112,17 +112,17 @@ _TOTAL_RAILS = ("VDD_IN", "POM_5V_IN")
 
 
 @dataclass(frozen=True)
-class Meter:
+class PowerMeter:
     """One channel of a current meter that measures the whole board."""
 
     directory: str
     channel: int
     source: str
     total: bool
-    """its label names the board's input; otherwise it is the board's only meter"""
+    """Whether its label names the board's input; otherwise it is the board's only meter."""
 
 
-def find_meters(root: str) -> Meter | None:
+def find_meter(root: str) -> PowerMeter | None:
     """The channel that measures the board: its total rail, or its one single-channel meter.
 
     Found by name, for the numbers of hwmon move between boots. Of several meters without a label
@@ -136,13 +136,13 @@ def find_meters(root: str) -> Meter | None:
         for channel in (1, 2, 3):
             label = read_text(os.path.join(directory, f"in{channel}_label"))
             if label in _TOTAL_RAILS:
-                return Meter(directory, channel, f"hwmon {name} {label}", True)
+                return PowerMeter(directory, channel, f"hwmon {name} {label}", True)
         if name != "ina3221":
-            single.append(Meter(directory, 1, f"hwmon {name}", False))
+            single.append(PowerMeter(directory, 1, f"hwmon {name}", False))
     return single[0] if len(single) == 1 else None
 
 
-def meter_w(meter: Meter) -> float | None:
+def meter_w(meter: PowerMeter) -> float | None:
     """Watts on the meter's channel, without a sign: which way is positive depends on the wiring."""
     prefix = os.path.join(meter.directory, "")
     power_uw = read_integer(f"{prefix}power{meter.channel}_input")

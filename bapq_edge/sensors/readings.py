@@ -15,7 +15,7 @@ _THROTTLE_BITS = {
 }
 _SINCE_BOOT_SHIFT = 16
 CAPPED_BITS = 0b0110
-"""bits of `throttled`: the firmware slows the CPU right now, for heat or a weak supply"""
+"""Bits of `throttled`: the firmware slows the CPU right now, for heat or a weak supply."""
 
 
 @dataclass(frozen=True)
@@ -23,30 +23,33 @@ class Readings:
     """One moment of the device. None means that this device does not tell; nothing is estimated."""
 
     time_s: float
-    """monotonic; of a mock, the time of its trace"""
+    """Monotonic time; of a mock, the time of its trace."""
     available_bytes: int | None = None
-    """MemAvailable: what the system can hand out without swapping"""
+    """MemAvailable: what the system can hand out without swapping."""
     rss_bytes: int | None = None
-    """resident memory of this process"""
+    """Resident memory of this process."""
     cgroup_limit_bytes: int | None = None
-    """limit of the cgroup, our own or one above it, that leaves least free; None is no limit"""
+    """Limit of the cgroup, our own or one above it, that leaves least free; None is no limit."""
     cgroup_used_bytes: int | None = None
-    """in use in that cgroup, file cache that the kernel can drop at once not counted"""
+    """Memory in use in that cgroup, file cache that the kernel can drop at once not counted."""
     memory_pressure_percent: float | None = None
-    """PSI: share of the last 10 s in which some task waited for memory"""
+    """PSI: share of the last 10 s in which some task waited for memory."""
     battery_percent: float | None = None
+    """Charge of the battery."""
     on_battery: bool | None = None
+    """Whether the board lives on its battery."""
     power_w: float | None = None
+    """What the board draws."""
     power_source: str | None = None
-    """meter and rail that power_w stands for"""
+    """Meter and rail that power_w stands for."""
     temperature_c: float | None = None
-    """hottest of the zones of CPU and SoC"""
+    """Temperature of the hottest zone of CPU and SoC."""
     temperature_source: str | None = None
-    """type of that zone"""
+    """Type of that zone."""
     throttled: int | None = None
-    """bits of `vcgencmd get_throttled`: 0 to 3 are now, 16 to 19 since boot"""
+    """Bits of `vcgencmd get_throttled`: 0 to 3 are now, 16 to 19 since boot."""
     vcgencmd_age_s: float | None = None
-    """age of what vcgencmd told: throttled, and power_w where power_source is the PMIC"""
+    """Age of what vcgencmd told: throttled, and power_w where power_source is the PMIC."""
 
     @property
     def throttled_now(self) -> tuple[str, ...] | None:

@@ -35,7 +35,7 @@ class SystemSensors:
     def _find(self, time_s: float) -> None:
         self._found_s = time_s
         self._supplies = power.find_supplies(self._root)
-        self._meter = power.find_meters(self._root)
+        self._meter = power.find_meter(self._root)
         self._zones = thermal.find_zones(self._root)
 
     def read(self) -> Readings:

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bapq_tools.zoo.digits import digits_cnn_path, load_digits_split
+from benchmarks.zoo.digits import digits_cnn_path, load_digits_split
 
 SEED = 0
 EPOCHS = 120

@@ -17,7 +17,7 @@ from skl2onnx.common.data_types import FloatTensorType
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
-from bapq_tools.zoo.digits import INPUT_NAMES, digits_mlp_path, load_digits_split
+from benchmarks.zoo.digits import INPUT_NAMES, digits_mlp_path, load_digits_split
 
 SEED = 0
 HIDDEN = (128, 64)

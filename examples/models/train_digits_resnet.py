@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bapq_tools.zoo.digits import split_of
-from bapq_tools.zoo.digits_resnet import (
+from benchmarks.zoo.digits import split_of
+from benchmarks.zoo.digits_resnet import (
     BLOCKS,
     CLASSES,
     HEAD,
@@ -28,7 +28,7 @@ from bapq_tools.zoo.digits_resnet import (
     make_digits_resnet,
     weight_shapes,
 )
-from bapq_tools.zoo.packed_weights import read_packed, write_packed
+from benchmarks.zoo.packed_weights import read_packed, write_packed
 
 SEED = 0
 EPOCHS = 60

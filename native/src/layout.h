@@ -1,4 +1,4 @@
-/* Byte layout of tile records (docs/bank_format.md, bapq_edge/bank/layout.py). */
+/* Byte layout of tile records (docs/reference/bank_format.md, bapq_edge/bank/layout.py). */
 #ifndef BAPQ_LAYOUT_H
 #define BAPQ_LAYOUT_H
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +14,17 @@ import pytest
 from onnx import TensorProto, helper
 
 from bapq_edge import errors
-from bapq_tools.zoo import make_model
-from bapq_tools.zoo.digits import calibration_npz, load_digits_split
+from benchmarks.zoo import make_model
+from benchmarks.zoo.digits import calibration_npz, load_digits_split
+from support import command_line
 
-BAPQ = Path(sys.executable).with_name("bapq")
+BAPQ = command_line.BAPQ
 
 
 def bapq(*arguments: object, code: int = 0, **environment: str) -> str:
     """Run the command; its stdout, or after a failure its stderr."""
-    result = subprocess.run(
-        [BAPQ, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
-    assert result.returncode == code, result.stderr
-    return result.stderr if code else result.stdout
+    out, err = command_line.bapq(*arguments, code=code, **environment)
+    return err if code else out
 
 
 def refused(error: type[errors.BapqError], *arguments: object, **environment: str) -> str:

@@ -6,30 +6,15 @@ import csv
 import itertools
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bapq_edge import errors
-from bapq_tools.build import build
-from bapq_tools.zoo import make_model
-from bapq_tools.zoo.digits import calibration_npz, load_digits_split
-
-BAPQ = Path(sys.executable).with_name("bapq")
-
-
-def bapq(*arguments: object, code: int = 0, **environment: str) -> tuple[str, str]:
-    result = subprocess.run(
-        [BAPQ, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
-    assert result.returncode == code, result.stderr
-    return result.stdout, result.stderr
+from bapq_tools import build_bank
+from benchmarks.zoo import make_model
+from benchmarks.zoo.digits import calibration_npz, load_digits_split
+from support.command_line import bapq
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +24,11 @@ def place(tmp_path_factory):
     make_model("digits_cnn", folder / "digits.onnx")
     calibration_npz(folder / "calibration.npz", "cnn")
     np.savez(folder / "input.npz", image=load_digits_split().x_test[:1])
-    build(
+    build_bank(
         folder / "digits.onnx",
         folder / "digits.bank",
-        folder / "calibration.npz",
-        (32, 8, 4),
+        calibration=folder / "calibration.npz",
+        levels=(32, 8, 4),
         progress=False,
     )
     return folder
@@ -52,7 +37,7 @@ def place(tmp_path_factory):
 def test_bench_measures_every_level_beside_the_models(place):
     out, err = bapq(
         *("bench", place / "digits.bank", "--against", place / "digits.onnx", "-r", 3),
-        *("--input", place / "input.npz", "--threads", 1, "-o", "json"),
+        *("--input", place / "input.npz", "--threads", 1, "--format", "json"),
     )
     rows = json.loads(out)
     assert err == "" and [row["name"] for row in rows] == ["digits.onnx", "level 8", "level 4"]
@@ -70,13 +55,13 @@ def test_bench_measures_every_level_beside_the_models(place):
 
 def test_bench_tables(place):
     bench = ("bench", place / "digits.bank", "-r", 2, "--levels", "32,auto", "--shape")
-    markdown, _ = bapq(*bench, "image=2,1,8,8", "-o", "md")
+    markdown, _ = bapq(*bench, "image=2,1,8,8", "--format", "md")
     lines = markdown.splitlines()
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
     assert "level 32" in lines[2] and "auto" in lines[3]
-    table, _ = bapq(*bench, "image=2,1,8,8", "-o", "csv")
+    table, _ = bapq(*bench, "image=2,1,8,8", "--format", "csv")
     assert [row["name"] for row in csv.DictReader(table.splitlines())] == ["level 32", "auto"]
-    lines, _ = bapq(*bench, "image=2,1,8,8", "-o", "jsonl")
+    lines, _ = bapq(*bench, "image=2,1,8,8", "--format", "jsonl")
     assert [json.loads(line)["ratio"] for line in lines.splitlines()] == [None, None]
 
 
@@ -84,7 +69,7 @@ def test_a_row_that_fails_leaves_the_others_and_its_error(place):
     (place / "text.onnx").write_text("this is no model\n")
     out, err = bapq(
         *("bench", place / "digits.bank", "--against", place / "text.onnx", "-r", 2),
-        *("--levels", "8", "-o", "json"),
+        *("--levels", "8", "--format", "json"),
         code=errors.ModelFormatError.exit_code,
     )
     broken, level = json.loads(out)
@@ -98,7 +83,7 @@ def test_a_row_that_fails_leaves_the_others_and_its_error(place):
     assert "failed" in out and "smallest that works" in err
 
 
-def test_wishes_that_cannot_be_are_refused_in_a_line(place):
+def test_precisions_that_cannot_be_are_refused_in_a_line(place):
     bench = ("bench", place / "digits.bank")
     for arguments, error in [
         (("--levels", "2"), errors.UnknownLevelError),
@@ -134,7 +119,7 @@ def test_profile_writes_a_trace_and_its_summary(place, tmp_path):
 def test_a_controller_s_decision_is_in_the_trace_with_its_reading(place, tmp_path):
     (tmp_path / "hot.csv").write_text("time_s,temperature_c\n0,40\n0.5,95\n")
     bapq(
-        *("profile", place / "digits.bank", "--seconds", 2, "--controller"),
+        *("profile", place / "digits.bank", "--seconds", 2, "--controller", "auto"),
         *("-o", tmp_path / "a.json"),
         BAPQ_SENSORS=f"mock:{tmp_path / 'hot.csv'}",
     )

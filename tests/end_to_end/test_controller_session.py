@@ -10,9 +10,10 @@ import pytest
 
 from bapq_edge import Session
 from bapq_edge.bank.layout import LEVELS
+from bapq_edge.control.monitor import Monitor
 from bapq_edge.errors import SensorError
-from bapq_edge.planner import Request, smallest_limit
-from bapq_edge.watch import Watch
+from bapq_edge.planning.planner import Request, smallest_limit
+from support.internals import adopt, bank_of, costs_of, monitor_of, plan_of, plans_of, store_of
 from support.streaming import (
     all_resident,
     chain_bank,
@@ -36,8 +37,8 @@ def bank(tmp_path_factory):
 
 @pytest.fixture
 def by_hand(monkeypatch):
-    """The watch's thread does not start: the test takes its steps."""
-    monkeypatch.setattr(Watch, "start", lambda self: None)
+    """The monitor's thread does not start: the test takes its steps."""
+    monkeypatch.setattr(Monitor, "start", lambda self: None)
 
 
 @pytest.fixture
@@ -60,10 +61,10 @@ def steps(session, count, x):
     """[(second, level, bits, threads)] after each step that changed one of them; runs go on."""
     seen = []
     for second in range(count):
-        session._watch.step()
+        monitor_of(session).step()
         run(session, x)
         stats = session.stats()
-        state = (stats.level, round(stats.planned_bits_per_weight, 2), session._threads_now)
+        state = (stats.level, round(stats.planned_bits_per_weight, 2), plans_of(session).threads)
         if not seen or seen[-1][1:] != state:
             seen.append((second, *state))
     return seen
@@ -115,15 +116,15 @@ def test_heat_halves_the_threads_of_a_session_whose_level_is_fixed(
     count = play({"temperature_c": value} for value in [70, 78, 78] + [60] * 12)
     published = []
     with Session(bank, controller="auto", threads=2, level=4) as session:
-        publish = session._store.publish
+        publish = store_of(session).publish
 
         def spy(levels, pinned, ring_bytes, home_limit_bytes, threads, **rest):
             published.append(threads)
             publish(levels, pinned, ring_bytes, home_limit_bytes, threads, **rest)
 
-        monkeypatch.setattr(session._store, "publish", spy)
+        monkeypatch.setattr(store_of(session), "publish", spy)
         (level,) = {entry[1] for entry in steps(session, count, X)}
-    assert level == 4  # the caller's own wish stays
+    assert level == 4  # the caller's own precision stays
     assert published == [1, 2]
 
 
@@ -134,14 +135,14 @@ def test_memory_that_others_take_is_given_at_once_and_comes_back_slowly(by_hand,
     count = play({"available_bytes": int(value * MIB)} for value in free)
     outputs = resident_outputs(bank, [X], [{"level": level} for level in LEVELS])
     with Session(bank, controller="auto", threads=2) as session:
-        smallest = smallest_limit(session._plans.problem, Request())
+        smallest = smallest_limit(costs_of(session), Request())
         full = settled(session)
         run(session, X)
         full = settled(session).home_bytes
-        assert full == session._bank.weight_bytes(32)
+        assert full == bank_of(session).weight_bytes(32)
         resident = []
         for _ in range(count):
-            session._watch.step()
+            monitor_of(session).step()
             y = run(session, X)
             stats = settled(session)
             resident.append(stats.home_bytes + stats.ring_bytes)
@@ -149,10 +150,10 @@ def test_memory_that_others_take_is_given_at_once_and_comes_back_slowly(by_hand,
                 level = session.stats().level
                 np.testing.assert_array_equal(y, outputs[LEVELS.index(level)][0])
             else:
-                planned = session._plans.current
-                session._adopt({None: all_resident(session._plans.problem, planned)})
+                planned = plan_of(session)
+                adopt(session, all_resident(costs_of(session), planned))
                 np.testing.assert_array_equal(run(session, X), y)
-                session._adopt({None: planned})
+                adopt(session, planned)
                 run(session, X)
         assert resident[:2] == [full] * 2
         assert all(size <= smallest for size in resident[2:5])
@@ -180,7 +181,7 @@ def test_a_day_of_trouble_gives_few_switches_and_ends_where_it_began(by_hand, pl
     with Session(bank, controller="auto", threads=2, on_switch=heard.append) as session:
         steps(session, count, X)
         stats = session.stats()
-        assert stats.level == 32 and session._threads_now == 2
+        assert stats.level == 32 and plans_of(session).threads == 2
         assert heard == switches(session) and 4 <= len(heard) <= 14
         causes = [event.reason.split()[0] for event in heard]
         order = [cause for i, cause in enumerate(causes) if i == 0 or causes[i - 1] != cause]
@@ -204,12 +205,12 @@ def test_a_sensor_that_goes_is_told_once_and_its_limit_stays(by_hand, play, bank
 def test_a_budget_changed_under_the_controller_holds(by_hand, play, bank):
     count = play([{}] * 3 + [{"available_bytes": 100 * MIB}] * 3 + [{}] * 100)
     with Session(bank, controller="auto", memory_budget="1GiB", level=8) as session:
-        whole = session._bank.weight_bytes(8)
+        whole = bank_of(session).weight_bytes(8)
         expected = run(session, X)
         for second in range(count):
             if second == 4:
                 session.set_memory_budget("512MiB")
-            session._watch.step()
+            monitor_of(session).step()
             np.testing.assert_array_equal(run(session, X), expected)
             if second in (3, 4, 5):
                 stats = settled(session)
@@ -223,7 +224,7 @@ def test_an_automatic_budget_is_half_of_what_is_free(by_hand, play, bank):
         (told,) = (event.reason for event in session.events() if event.kind == "budget")
         assert told == "400.0 MiB: 50% of available_bytes 800.0 MiB"
         run(session, X)
-        assert session._watch is None
+        assert monitor_of(session) is None
     play([{"available_bytes": ""}])
     with pytest.raises(SensorError, match="give it as a size"):
         Session(bank, memory_budget="auto")
@@ -247,5 +248,5 @@ def test_the_thread_switches_by_itself_and_ends_with_the_session(play, bank):
         while session.stats().level != 2 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert session.stats().level == 2
-        thread = session._watch._thread
+        thread = monitor_of(session)._thread
     assert not thread.is_alive()

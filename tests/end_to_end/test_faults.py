@@ -24,11 +24,12 @@ from bapq_edge.errors import (
     DegradedWarning,
     RunInputError,
 )
-from bapq_edge.planner import Request, plan
+from bapq_edge.planning.planner import Request, plan
 from support.banks import graph_bytes, node, write_bank
+from support.internals import adopt, bank_of, costs_of
 from support.streaming import (
     LINEAR,
-    WISHES,
+    PRECISIONS,
     all_resident,
     chain_bank,
     inputs,
@@ -88,7 +89,11 @@ def original(tmp_path_factory):
     path = chain_bank(tmp_path_factory.mktemp("original") / "m.bank")
     x, _ = inputs("chain")
     outputs = resident_outputs(path, [x])
-    return path, x, {wish.get("level"): y for wish, (y,) in zip(WISHES, outputs, strict=True)}
+    return (
+        path,
+        x,
+        {precision.get("level"): y for precision, (y,) in zip(PRECISIONS, outputs, strict=True)},
+    )
 
 
 @pytest.fixture
@@ -110,9 +115,10 @@ def flip(bank, plane, position):
 
 def place_of(session, plane, chunk):
     """A byte inside the chunk, and the name of its layer."""
-    offset, size = (int(session._bank.chunks(plane)[chunk][name]) for name in ("offset", "bytes"))
-    first = [entry.first_chunk for entry in session._bank.manifest.layers]
-    name = session._bank.manifest.layers[np.searchsorted(first, chunk, side="right") - 1].name
+    extent = bank_of(session).chunks(plane)[chunk]
+    offset, size = (int(extent[name]) for name in ("offset", "bytes"))
+    first = [entry.first_chunk for entry in bank_of(session).manifest.layers]
+    name = bank_of(session).manifest.layers[np.searchsorted(first, chunk, side="right") - 1].name
     return offset + size * 2 // 3, name
 
 
@@ -129,7 +135,7 @@ def test_a_flipped_bit_is_named_while_streaming(original, bank, level, plane, ch
     _, x, outputs = original
     with Session(bank, threads=2) as session:
         request = Request(level=level)
-        request = replace(request, weight_bytes_limit=limits(session._plans.problem, request)[0])
+        request = replace(request, weight_bytes_limit=limits(costs_of(session), request)[0])
         position, name = place_of(session, plane, chunk)
         message = rf"m.bank: layer {name}: plane {plane}, chunk {chunk}: CRC-32 is"
         for _ in range(2):
@@ -155,9 +161,7 @@ def test_a_flipped_bit_is_named_or_a_lower_level_stands_in(original, bank, level
         flip(bank, plane, position)
         session.set_level(level)
         if plane in LOWER:
-            base = all_resident(
-                session._plans.problem, plan(session._plans.problem, Request(level=level))
-            )
+            base = all_resident(costs_of(session), plan(costs_of(session), Request(level=level)))
             levels = base.levels.copy()
             levels[chunk] = LOWER[plane]
             for _ in range(2):
@@ -165,7 +169,7 @@ def test_a_flipped_bit_is_named_or_a_lower_level_stands_in(original, bank, level
                     y = run(session, x)
                 assert session.events()[-1].kind == "degraded"
                 with Session(original[0]) as sound:
-                    sound._adopt({None: replace(base, levels=levels)})
+                    adopt(sound, replace(base, levels=levels))
                     np.testing.assert_array_equal(run(sound, x), y)
         else:
             for _ in range(2):
@@ -185,9 +189,7 @@ def test_a_file_cut_short_while_running_is_named(original, bank, streamed):
         data = plane_file(bank, "p4").read_bytes()
         request = Request(level=4)
         if streamed:
-            request = replace(
-                request, weight_bytes_limit=limits(session._plans.problem, request)[0]
-            )
+            request = replace(request, weight_bytes_limit=limits(costs_of(session), request)[0])
         for size in (len(data) - 1, len(data) // 2, 0):
             session.set_level(1)
             os.truncate(plane_file(bank, "p4"), size)
@@ -207,9 +209,7 @@ def test_a_file_overwritten_while_running_is_refused(original, bank, streamed):
         data = plane_file(bank, "p4").read_bytes()
         request = Request(level=4)
         if streamed:
-            request = replace(
-                request, weight_bytes_limit=limits(session._plans.problem, request)[0]
-            )
+            request = replace(request, weight_bytes_limit=limits(costs_of(session), request)[0])
         plane_file(bank, "p4").write_bytes(data[::-1])
         publish(session, request)
         with pytest.raises(BankIntegrityError, match="layer fc0: plane p4, chunk 0: CRC-32"):
@@ -235,12 +235,12 @@ def test_a_bank_that_is_replaced_or_removed_serves_on(original, bank, change, tm
                 other.rename(file)
         for level in (8, 32, 2, 4):
             request = Request(level=level)
-            for limit in (limits(session._plans.problem, request)[0], None):
+            for limit in (limits(costs_of(session), request)[0], None):
                 publish(session, replace(request, weight_bytes_limit=limit))
                 np.testing.assert_array_equal(run(session, x), outputs[level])
     if change == "updated":
         with Session(bank) as session:
-            assert session._bank.manifest.layers[1].name == "positions"
+            assert bank_of(session).manifest.layers[1].name == "positions"
 
 
 @pytest.mark.parametrize("plane", ["p4", "r8"])
@@ -249,7 +249,7 @@ def test_a_flipped_bit_in_an_embedding_row_is_named(tmp_path, plane):
     xs = inputs("tied")
     ((expected,),) = resident_outputs(path, xs[:1], [{"level": 8}])
     with Session(path, level=8) as session:
-        chunk = session._bank.manifest.layers[1].first_chunk + int(xs[0].flat[0]) // 16
+        chunk = bank_of(session).manifest.layers[1].first_chunk + int(xs[0].flat[0]) // 16
         position, name = place_of(session, plane, chunk)
         assert name == "positions"
         flip(path, plane, position)

@@ -16,16 +16,16 @@ import pytest
 
 import bapq_tools
 from bapq_edge import Session, errors
-from bapq_edge.bank.boundary import Wish
+from bapq_edge.adaptive.boundary_model import BoundaryModel
+from bapq_edge.adaptive.policies import Escalate, Gate
+from bapq_edge.bank.boundary import Precision
 from bapq_edge.bank.reader import Bank
-from bapq_edge.boundary import BoundaryModel
-from bapq_edge.policies import Escalate, Gate
 from bapq_tools.boundary.agreement import Judge
 from bapq_tools.boundary.fit import fit_models
 from bapq_tools.boundary.folds import held_out
 from bapq_tools.boundary.study import Study
-from bapq_tools.zoo import make_model
-from bapq_tools.zoo.digits import INPUT_NAMES, split_of
+from benchmarks.zoo import make_model
+from benchmarks.zoo.digits import INPUT_NAMES, split_of
 
 OUTPUTS = {"cnn": "logits", "mlp": "probabilities"}
 IMAGES = {kind: split_of(kind).x_test for kind in OUTPUTS}
@@ -41,7 +41,7 @@ def place(tmp_path_factory):
         bapq_tools.build_bank(
             folder / f"{kind}.onnx",
             folder / f"{kind}.bank",
-            {INPUT_NAMES[kind]: split.x_calibration},
+            calibration={INPUT_NAMES[kind]: split.x_calibration},
             progress=False,
         )
         np.savez(folder / f"{kind}.npz", **{INPUT_NAMES[kind]: IMAGES[kind]})
@@ -128,7 +128,7 @@ def test_the_device_does_with_held_out_samples_what_the_fit_states(
 
 def test_escalation_saves_most_of_the_bits_and_keeps_the_agreement(place, tmp_path):
     report = fit(place, tmp_path / "m.bank", escalate=["1:8"], target_agreement=0.97)
-    static = {each.wish: each.agreement for each in report.static}
+    static = {each.precision: each.agreement for each in report.static}
     assert static["level 1"] < 0.985
     (answer,) = (model for model in report.models if model.stage == "answer")
     chosen = answer.points[answer.chosen]
@@ -174,13 +174,13 @@ def test_the_reference_may_be_level_32_of_the_bank(place, tmp_path):
     bapq_tools.build_bank(
         place / "mlp.onnx",
         tmp_path / "mlp.bank",
-        {"pixels": split_of("mlp").x_calibration},
+        calibration={"pixels": split_of("mlp").x_calibration},
         levels=(32, 4, 1),
         progress=False,
     )
     report = fit(tmp_path, tmp_path / "m.bank", model=False, calibration=images)
     assert [model.name for model in report.models] == ["gate", "answer-4-32", "answer-1-4"]
-    assert [each.wish for each in report.static] == ["level 1", "2.5 bits", "level 4"]
+    assert [each.precision for each in report.static] == ["level 1", "2.5 bits", "level 4"]
 
 
 def test_one_study_serves_many_fits_of_some_samples(place):
@@ -279,7 +279,7 @@ def test_a_bank_of_one_level_leaves_nothing_to_choose(place, tmp_path):
     bapq_tools.build_bank(
         place / "mlp.onnx",
         tmp_path / "mlp.bank",
-        {"pixels": split_of("mlp").x_calibration},
+        calibration={"pixels": split_of("mlp").x_calibration},
         levels=(4,),
         progress=False,
     )
@@ -303,7 +303,7 @@ def test_the_command_fits_reports_and_refuses(place, tmp_path):
     command += ["--calibration", place / "mlp.npz", "--model", place / "mlp.onnx"]
     command += ["-o", tmp_path / "m.bank", "--escalate", "1:8", "2:8"]
     done = subprocess.run(
-        [*command, "--report-json", "--target-agreement", "0.97"], capture_output=True, text=True
+        [*command, "--json", "--target-agreement", "0.97"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -311,7 +311,7 @@ def test_the_command_fits_reports_and_refuses(place, tmp_path):
     assert [model["name"] for model in report["models"]] == ["gate", "answer-1-8", "answer-2-8"]
     assert "reference: " in done.stderr and "at level 1: " in done.stderr  # its progress
     entry = Bank.open(tmp_path / "m.bank").manifest.boundary[1].model
-    assert (entry.base, entry.wishes) == (Wish(1), (Wish(1), Wish(8)))
+    assert (entry.base, entry.precisions) == (Precision(1), (Precision(1), Precision(8)))
     done = subprocess.run(
         [*command, "--quiet", "--target-agreement", "0.9999"], capture_output=True, text=True
     )

@@ -12,8 +12,6 @@ import numpy as np
 import psutil
 import pytest
 from onnx import helper
-from unit import models
-from unit.models import FLOAT, weights
 
 from bapq_edge.bank.verify import verify
 from bapq_edge.cli import main
@@ -25,9 +23,13 @@ from bapq_edge.errors import (
     WorkerError,
 )
 from bapq_tools import build as driver
-from bapq_tools import build_bank, workers
-from bapq_tools.passes import partial, sequential
-from bapq_tools.workers import Workers
+from bapq_tools import build_bank
+from bapq_tools.build import BuildReport
+from bapq_tools.build_support import workers
+from bapq_tools.build_support.workers import Workers
+from bapq_tools.quantize import checkpoint, sequential
+from support import onnx_models as models
+from support.onnx_models import FLOAT, weights
 
 LAYERS = 6
 
@@ -53,7 +55,8 @@ def chain(width: int = 64):
     return models.model(nodes, *ends, constants)
 
 
-def content(path: Path) -> dict[str, bytes]:
+def content(bank: Path | BuildReport) -> dict[str, bytes]:
+    path = Path(bank)
     return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
@@ -129,7 +132,7 @@ def test_bank_does_not_depend_on_the_number_of_workers(samples, tmp_path):
     banks = []
     for count in (1, 2, 3):
         path = tmp_path / f"{count}.bank"
-        build_bank(chain(), path, samples, workers=count, progress=False)
+        build_bank(chain(), path, calibration=samples, workers=count, progress=False)
         banks.append(content(path))
     assert banks[0] == banks[1] == banks[2]
     assert not list(tmp_path.glob("*partial*"))
@@ -150,8 +153,8 @@ def cluster():
 
 @pytest.mark.usefixtures("everything_is_worth_a_process")
 def test_cluster_gives_the_same_bank(cluster, samples, tmp_path):
-    build_bank(chain(), tmp_path / "here.bank", samples, workers=1, progress=False)
-    build_bank(chain(), tmp_path / "there.bank", samples, dask=cluster, progress=False)
+    build_bank(chain(), tmp_path / "here.bank", calibration=samples, workers=1, progress=False)
+    build_bank(chain(), tmp_path / "there.bank", calibration=samples, dask=cluster, progress=False)
     assert content(tmp_path / "there.bank") == content(tmp_path / "here.bank")
 
 
@@ -207,7 +210,9 @@ def test_cluster_of_another_version(cluster, monkeypatch):
 def test_without_distributed(samples, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'bapq-edge\[dask\]'"):
-        build_bank(chain(), tmp_path / "a.bank", samples, dask="tcp://x:1", progress=False)
+        build_bank(
+            chain(), tmp_path / "a.bank", calibration=samples, dask="tcp://x:1", progress=False
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -216,20 +221,21 @@ def test_without_distributed(samples, tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 import numpy as np
-from bapq_tools import build_bank, workers
-from bapq_tools.passes import partial
+from bapq_tools.build_support import workers
+from bapq_tools import build_bank
+from bapq_tools.quantize import checkpoint
 
 workers._WORTH_PROCESSES_S = 0
-put = partial.PartialBank.put
+put = checkpoint.Checkpoint.put
 
 def put_and_die(self, index, layer):
     put(self, index, layer)
     if len(self) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 
-partial.PartialBank.put = put_and_die
+checkpoint.Checkpoint.put = put_and_die
 model, out, data = sys.argv[1:]
-build_bank(model, out, data, workers=2)
+build_bank(model, out, calibration=data, workers=2)
 """
 
 
@@ -263,7 +269,9 @@ def quantized(monkeypatch):
 def whole(killed) -> dict[str, bytes]:
     """The bank of a build that nobody disturbs."""
     model, bank, data = killed
-    return content(build_bank(model, bank.with_name("whole.bank"), data, progress=False))
+    return content(
+        build_bank(model, bank.with_name("whole.bank"), calibration=data, progress=False)
+    )
 
 
 def names_beside(bank: Path) -> list[str]:
@@ -272,7 +280,7 @@ def names_beside(bank: Path) -> list[str]:
 
 def test_killed_build_goes_on_where_it_was(killed, quantized, capfd):
     model, bank, data = killed
-    build_bank(model, bank, data, workers=1)
+    build_bank(model, bank, calibration=data, workers=1)
     assert quantized == ["layer3", "layer4", "layer5"]
     said = capfd.readouterr().err
     assert "going on from 3 quantized layers" in said and said.count("bapq: ") == 1
@@ -292,7 +300,7 @@ def test_damaged_layer_is_quantized_again(killed, quantized, damage):
     else:
         del found[len(found) // 2 if damage == "truncated" else 0 :]
     second.write_bytes(found)
-    build_bank(model, bank, data, progress=False)
+    build_bank(model, bank, calibration=data, progress=False)
     assert quantized == ["layer1", "layer3", "layer4", "layer5"]
     assert content(bank) == whole(killed)
 
@@ -316,7 +324,7 @@ def test_another_build_does_not_go_on_from_it(killed, quantized, other, monkeypa
         options["recipe"] = {"layers": {"layer5": {"scale_columns": {2: 32}}}}
     else:
         monkeypatch.setattr(driver, "__version__", "9.9")
-    build_bank(model, bank, data, progress=False, **options)
+    build_bank(model, bank, calibration=data, progress=False, **options)
     assert quantized == [f"layer{i}" for i in range(LAYERS)]
     assert names_beside(bank) == ["a.bank", "data.npz", "m.onnx"]
     assert verify(bank).ok
@@ -326,7 +334,7 @@ def test_weights_beside_the_model_count_too(samples, tmp_path, quantized, monkey
     """Two models whose .onnx files are the same bytes."""
     stopped = KeyboardInterrupt()
 
-    def interrupt(self, index, layer, put=partial.PartialBank.put):
+    def interrupt(self, index, layer, put=checkpoint.Checkpoint.put):
         put(self, index, layer)
         raise stopped
 
@@ -338,11 +346,11 @@ def test_weights_beside_the_model_count_too(samples, tmp_path, quantized, monkey
         models.onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="w.bin")
         with monkeypatch.context() as patch:
             if seed == 0:
-                patch.setattr(partial.PartialBank, "put", interrupt)
+                patch.setattr(checkpoint.Checkpoint, "put", interrupt)
                 with pytest.raises(KeyboardInterrupt):
-                    build_bank(tmp_path / "m.onnx", out, samples, progress=False)
+                    build_bank(tmp_path / "m.onnx", out, calibration=samples, progress=False)
             else:
-                build_bank(tmp_path / "m.onnx", out, samples, progress=False)
+                build_bank(tmp_path / "m.onnx", out, calibration=samples, progress=False)
         (tmp_path / "w.bin").unlink()
     assert quantized == ["layer0", *(f"layer{i}" for i in range(LAYERS))]
 
@@ -354,29 +362,29 @@ def test_weights_beside_the_model_count_too(samples, tmp_path, quantized, monkey
 def test_what_an_error_leaves(samples, tmp_path, quantized, monkeypatch, capfd, error, stays):
     """Layers stay where another try may get further, and only there."""
 
-    def fail(self, index, layer, put=partial.PartialBank.put):
+    def fail(self, index, layer, put=checkpoint.Checkpoint.put):
         if len(self) == 2:
             raise error
         put(self, index, layer)
 
     with monkeypatch.context() as patch, pytest.raises(type(error)):
-        patch.setattr(partial.PartialBank, "put", fail)
-        build_bank(chain(), tmp_path / "a.bank", samples)
+        patch.setattr(checkpoint.Checkpoint, "put", fail)
+        build_bank(chain(), tmp_path / "a.bank", calibration=samples)
     folder = tmp_path / "a.bank.bapq-partial"
     said = capfd.readouterr().err
     assert (f"2 quantized layers stay in {folder}" in said) == stays
     files = sorted(path.name.partition(".")[0] for path in tmp_path.glob("*/*"))
     assert files == (["key", "layer_0", "layer_1"] if stays else [])
     quantized.clear()
-    build_bank(chain(), tmp_path / "a.bank", samples, progress=False)
+    build_bank(chain(), tmp_path / "a.bank", calibration=samples, progress=False)
     assert quantized == [f"layer{i}" for i in range(2 if stays else 0, LAYERS)]
     assert names_beside(tmp_path / "a.bank") == ["a.bank"]
 
 
 def test_two_builds_of_one_name_do_not_mix(samples, tmp_path):
-    with partial.PartialBank(tmp_path / "a.bank", {}):
+    with checkpoint.Checkpoint(tmp_path / "a.bank", {}):
         with pytest.raises(StorageError, match="another program is building there"):
-            build_bank(chain(), tmp_path / "a.bank", samples, progress=False)
+            build_bank(chain(), tmp_path / "a.bank", calibration=samples, progress=False)
         assert (tmp_path / "a.bank.bapq-partial" / "scratch").is_dir()
 
 

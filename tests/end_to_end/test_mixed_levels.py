@@ -10,10 +10,11 @@ import pytest
 from bapq_edge import Session
 from bapq_edge.bank.layout import LEVELS
 from bapq_edge.bank.reader import Bank
-from bapq_edge.engine.native import Store
+from bapq_edge.engine.store import Store
 from bapq_edge.errors import BankIntegrityError, DegradedWarning, UnknownLevelError
-from bapq_edge.planner import Request, plan, problem_of
+from bapq_edge.planning.planner import Request, chunk_costs, plan
 from support.banks import graph_bytes, node, random_codes, write_bank
+from support.internals import adopt, bank_of, costs_of, plan_of
 from support.streaming import LINEAR, RELU, SCALE_COLUMNS
 
 OWN = {"first": (8, 4), "second": LEVELS, "third": (32, 2)}
@@ -63,11 +64,11 @@ def x():
 def _run(path, levels_of_layers, x, threads=1):
     """The outputs of a plan that says the level of every layer."""
     with Session(path, threads=threads) as session:
-        base = plan(problem_of(session._bank), Request())
+        base = plan(chunk_costs(bank_of(session)), Request())
         levels = np.empty_like(base.levels)
-        for layer, level in zip(session._bank.manifest.layers, levels_of_layers, strict=True):
+        for layer, level in zip(bank_of(session).manifest.layers, levels_of_layers, strict=True):
             levels[layer.chunk_range] = level
-        session._adopt({None: replace(base, levels=levels)})
+        adopt(session, replace(base, levels=levels))
         return session.run(None, {"x": x})[0]
 
 
@@ -82,15 +83,15 @@ def test_each_layer_runs_at_its_own_level_to_the_last_bit(banks, x, level, expec
     for streamed in (False, True):
         with Session(some, level=level, threads=1, direct_io=direct) as session:
             if streamed:
-                limit = session._make_plans()[None].resident_bytes - 64
+                limit = plan_of(session).resident_bytes - 64
                 request = Request(level=level, weight_bytes_limit=limit)
-                session._adopt({None: plan(session._plans.problem, request)})
+                adopt(session, plan(costs_of(session), request))
             np.testing.assert_array_equal(session.run(None, {"x": x})[0], reference)
 
 
 def test_the_store_refuses_a_level_whose_planes_lack_the_layer(banks):
     bank = Bank.open(banks[0])
-    good = plan(problem_of(bank), Request(level=2))
+    good = plan(chunk_costs(bank), Request(level=2))
     store = Store(bank)
     try:
         levels = good.levels.copy()
@@ -130,7 +131,7 @@ def test_only_a_level_of_the_layer_stands_in_for_a_damaged_plane(
 def test_planes_alone_do_not_make_a_level(tmp_path, own, level):
     path = _bank(tmp_path / "m.bank", {**dict.fromkeys(OWN, LEVELS), "first": own})
     bank = Bank.open(path)
-    good = plan(problem_of(bank), Request(level=8))
+    good = plan(chunk_costs(bank), Request(level=8))
     store = Store(bank)
     try:
         levels = good.levels.copy()

@@ -16,11 +16,11 @@ from bapq_edge.bank.exchange import pack, unpack
 from bapq_edge.bank.layout import LEVELS
 from bapq_edge.bank.verify import verify
 from bapq_edge.errors import UncalibratedWarning
-from bapq_tools.zoo import make_model
-from bapq_tools.zoo.digits import INPUT_NAMES, calibration_npz, split_of
-from bapq_tools.zoo.light_cnns import LIGHT_CNNS
-from bapq_tools.zoo.minilm import encode, minilm_dir
-from bapq_tools.zoo.sentences import load_sentences
+from benchmarks.zoo import make_model
+from benchmarks.zoo.digits import INPUT_NAMES, calibration_npz, split_of
+from benchmarks.zoo.light_cnns import LIGHT_CNNS
+from benchmarks.zoo.minilm import encode, minilm_dir
+from benchmarks.zoo.sentences import load_sentences
 
 SCORES = {"cnn": 0, "mlp": 1, "resnet": 0}  # which output of each digits model
 MOST_LOST = {  # right answers of 600 that a level may lose
@@ -70,12 +70,14 @@ def digits(request, tmp_path_factory):
     model = folder / "model.onnx"
     make_model(request.param, model)
     calibration_npz(folder / "calibration.npz", kind)
-    bank = bapq_tools.build_bank(
-        model,
-        folder / "digits.bank",
-        calibration=folder / "calibration.npz",
-        levels=LEVELS,
-        progress=False,
+    bank = Path(
+        bapq_tools.build_bank(
+            model,
+            folder / "digits.bank",
+            calibration=folder / "calibration.npz",
+            levels=LEVELS,
+            progress=False,
+        )
     )
     return kind, model, bank, split_of(kind)
 
@@ -113,13 +115,15 @@ def test_unpack_then_pack_gives_back_the_same_bank(digits, tmp_path):
 def test_two_builds_give_the_same_bank(digits, tmp_path):
     kind, model, bank, _ = digits
     calibration_npz(tmp_path / "calibration.npz", kind)
-    again = bapq_tools.build_bank(
-        model,
-        tmp_path / "again.bank",
-        calibration=tmp_path / "calibration.npz",
-        levels=LEVELS,
-        workers=1,
-        progress=False,
+    again = Path(
+        bapq_tools.build_bank(
+            model,
+            tmp_path / "again.bank",
+            calibration=tmp_path / "calibration.npz",
+            levels=LEVELS,
+            workers=1,
+            progress=False,
+        )
     )
     assert file_digests(again) == file_digests(bank)
 
@@ -128,12 +132,14 @@ def test_minilm_keeps_its_embeddings(tmp_path):
     model = tmp_path / "minilm.onnx"
     make_model("minilm", model)
     calibration, held_out = load_sentences()
-    bank = bapq_tools.build_bank(
-        model,
-        tmp_path / "minilm.bank",
-        calibration=encode(calibration[:96], minilm_dir()),
-        levels=LEVELS,
-        progress=False,
+    bank = Path(
+        bapq_tools.build_bank(
+            model,
+            tmp_path / "minilm.bank",
+            calibration=encode(calibration[:96], minilm_dir()),
+            levels=LEVELS,
+            progress=False,
+        )
     )
     feed = encode(held_out[:100], minilm_dir())
     names = [value.name for value in float32_session(model).get_outputs()]
@@ -165,12 +171,14 @@ def test_cnn_architectures_run_at_every_level(name, tmp_path):
     calibration = {x.name: rng.standard_normal(x.shape).astype(np.float32)}
     quick = name in QUICK_TO_CALIBRATE
     with contextlib.nullcontext() if quick else pytest.warns(UncalibratedWarning):
-        bank = bapq_tools.build_bank(
-            model,
-            tmp_path / "model.bank",
-            calibration=calibration if quick else None,
-            levels=LEVELS,
-            progress=False,
+        bank = Path(
+            bapq_tools.build_bank(
+                model,
+                tmp_path / "model.bank",
+                calibration=calibration if quick else None,
+                levels=LEVELS,
+                progress=False,
+            )
         )
     model.unlink()
     outputs = outputs_by_level(bank, feed)

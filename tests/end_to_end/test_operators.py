@@ -13,6 +13,7 @@ from bapq_edge.bank.codes import LayerCodes, dequantize
 from bapq_edge.bank.layout import LEVELS
 from bapq_edge.errors import RunInputError
 from support.banks import NO_CLIP, graph_bytes, node, random_codes, write_bank
+from support.internals import adopt, plan_of
 from support.operators import (
     SCALE_COLUMNS,
     Conv,
@@ -193,8 +194,8 @@ def test_levels_can_differ_from_chunk_to_chunk(tmp_path):
         for level in LEVELS:
             session.set_level(level)
             (uniform[level],) = session.run(None, {"x": x})
-        mixed_plan = replace(session._plans.current, levels=np.array(LEVELS, np.uint8))
-        session._adopt({None: mixed_plan})
+        mixed_plan = replace(plan_of(session), levels=np.array(LEVELS, np.uint8))
+        adopt(session, mixed_plan)
         (mixed,) = session.run(None, {"x": x})
     for chunk, level in enumerate(LEVELS):
         rows = slice(chunk * 16, chunk * 16 + 16)

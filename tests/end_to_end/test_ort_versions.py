@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 
 import bapq_tools
-from bapq_tools.zoo.digits import calibration_npz, digits_cnn_path, load_digits_split
+from benchmarks.zoo.digits import calibration_npz, digits_cnn_path, load_digits_split
 
 
 def oldest_python() -> str:

@@ -1,5 +1,5 @@
-"""Runs steered by policies: every answer is that of the wish it was made at, whatever is in memory,
-and the session says what it did."""
+"""Runs steered by policies: every answer is that of the precision it was made at, whatever is in
+memory, and the session says what it did."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import pytest
 from onnx import TensorProto, helper
 
 from bapq_edge import Session
-from bapq_edge.bank.boundary import Wish
+from bapq_edge.bank.boundary import Precision
 from bapq_edge.bank.reader import Bank
 from bapq_edge.engine.graph import RUN_INPUT
 from bapq_edge.errors import BapqError, BudgetTooSmallError, RequestError, UnknownLevelError
 from bapq_edge.policy import Choice
 from support.boundaries import HIGH, LOW, model, with_boundary
+from support.internals import bank_of, plans_of, smallest_limit_of
 from support.streaming import chain_bank, run
 
-WISHES = (LOW, HIGH, Wish(level=4), Wish(level=32), Wish(bits=3.5))
+PRECISIONS = (LOW, HIGH, Precision(level=4), Precision(level=32), Precision(bits=3.5))
 PLUS = np.abs(np.random.default_rng(1).standard_normal((1, 96))).astype(np.float32)
 MINUS = -PLUS
 
@@ -32,26 +33,26 @@ def bank(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(bank):
-    """By wish and input, what a session that knows nothing else answers."""
+    """By precision and input, what a session that knows nothing else answers."""
     answers = {}
-    for wish in WISHES:
-        choice = {"bits": wish.bits} if wish.level is None else {"level": wish.level}
+    for precision in PRECISIONS:
+        choice = {"bits": precision.bits} if precision.level is None else {"level": precision.level}
         with Session(bank, threads=1, **choice) as session:
-            answers[wish] = {sign: run(session, sign * PLUS) for sign in (1, -1)}
+            answers[precision] = {sign: run(session, sign * PLUS) for sign in (1, -1)}
     return answers
 
 
 class Script:
     """Each tuple is one run: what it starts at, then what it is answered at again."""
 
-    def __init__(self, *runs, mix=None):
+    def __init__(self, *runs, shares=None):
         self.runs = list(runs)
-        if mix is not None:
-            self.mix = mix
+        if shares is not None:
+            self.shares = shares
         self.left = []
 
-    def choose(self, moment):
-        if moment.stage == "start":
+    def choose(self, context):
+        if context.stage == "start":
             self.left = list(self.runs.pop(0))
         return Choice(self.left.pop(0)) if self.left else None
 
@@ -75,25 +76,30 @@ def halves(bank):
 
 
 @pytest.mark.parametrize("share", [None, 1.0, 0.5, 0.1, 0.0])
-def test_every_answer_is_that_of_its_wish_whatever_is_in_memory(bank, expected, share):
+def test_every_answer_is_that_of_its_precision_whatever_is_in_memory(bank, expected, share):
     rng = np.random.default_rng(3)
-    runs = [tuple(WISHES[i] for i in rng.permutation(5)[: rng.integers(1, 4)]) for _ in range(60)]
-    mix = {LOW: 1.0, HIGH: 0.2, WISHES[2]: 0.1}  # the others are met unannounced
-    with Session(bank, policy=Script(mix=mix), threads=2) as session:
-        whole = sum(session._plans._mix_problem.plane_bytes.sum(1))
-        least = session._plans.smallest_limit(session._request)
-    # Level 32 is not in the mix and needs the largest ring.
+    runs = [
+        tuple(PRECISIONS[i] for i in rng.permutation(5)[: rng.integers(1, 4)]) for _ in range(60)
+    ]
+    shares = {LOW: 1.0, HIGH: 0.2, PRECISIONS[2]: 0.1}  # the others are met unannounced
+    with Session(bank, policy=Script(shares=shares), threads=2) as session:
+        opened = bank_of(session)
+        whole = sum(int(opened.chunks(plane)["bytes"].sum()) for plane in opened.planes)
+        least = smallest_limit_of(session)
+    # Level 32 is not in the shares and needs the largest ring.
     least32 = 2 * 16 * 400 * 4 + (1 << 13)
     budget = None if share is None else max(int(share * whole), least, least32)
-    with Session(bank, policy=Script(*runs, mix=mix), threads=2, weight_budget=budget) as session:
-        for i, wishes in enumerate(runs):
+    with Session(
+        bank, policy=Script(*runs, shares=shares), threads=2, weight_budget=budget
+    ) as session:
+        for i, precisions in enumerate(runs):
             sign = (1, -1)[i % 2]
-            np.testing.assert_array_equal(run(session, sign * PLUS), expected[wishes[-1]][sign])
+            np.testing.assert_array_equal(run(session, sign * PLUS), expected[precisions[-1]][sign])
             if budget is not None:
                 assert session.stats().resident_bytes <= budget
         stats = session.stats()
         assert stats.runs == len(runs)
-        assert stats.escalated == sum(len(wishes) > 1 for wishes in runs)
+        assert stats.escalated == sum(len(precisions) > 1 for precisions in runs)
 
 
 def test_bits_of_all_passes_count(bank):
@@ -107,8 +113,8 @@ def test_bits_of_all_passes_count(bank):
 
 
 def test_escalation_from_4_to_8_reads_the_residual_only(bank):
-    four, residual = Wish(level=4), Bank.open(bank).chunks("r8")["bytes"].sum()
-    policy = Script((four,), (four, HIGH), (four,), mix={four: 1.0, HIGH: 0.1})
+    four, residual = Precision(level=4), Bank.open(bank).chunks("r8")["bytes"].sum()
+    policy = Script((four,), (four, HIGH), (four,), shares={four: 1.0, HIGH: 0.1})
     base = Bank.open(bank).chunks("p4")["bytes"].sum()
     with Session(bank, policy=policy, threads=1, weight_budget=int(base) + (64 << 10)) as session:
         run(session, PLUS)
@@ -126,11 +132,11 @@ def test_escalation_from_4_to_8_reads_the_residual_only(bank):
 def test_two_threads_do_not_get_each_others_plan(bank, expected):
     class BySign:
         def __init__(self):
-            self.mix = {LOW: 0.5, HIGH: 0.5}
+            self.shares = {LOW: 0.5, HIGH: 0.5}
 
-        def choose(self, moment):
-            if moment.stage == "start":
-                return Choice(HIGH if moment.values["x"][0, 0] > 0 else LOW)
+        def choose(self, context):
+            if context.stage == "start":
+                return Choice(HIGH if context.values["x"][0, 0] > 0 else LOW)
             return None
 
     budget = 96 << 10
@@ -178,7 +184,7 @@ def test_the_gate_behind_the_first_half_of_the_graph(bank, expected, tmp_path):
     fitted = with_boundary(bank, tmp_path / "l.bank", gate, split=halves(bank))
     with Session(fitted, policy="gate", target_agreement=0.97, threads=1) as session:
         y = run(session, PLUS)
-        weights = np.array([layer.weights for layer in session._bank.manifest.layers])
+        weights = np.array([layer.weights for layer in bank_of(session).manifest.layers])
         bits = (8 * weights[0] + 2 * weights[1:].sum()) / weights.sum()
         assert session.stats().bits_per_weight == pytest.approx(bits)
         assert not np.array_equal(y, expected[LOW][1])
@@ -196,12 +202,13 @@ def test_escalation_answers_again_where_in_doubt(bank, expected, tmp_path):
     fitted = escalating(bank, tmp_path / "e.bank", sum(means.values()) / 2)
     with Session(fitted, target_agreement=0.97, threads=1) as session:
         for sign in (1, -1):
-            wish = HIGH if sign == doubted else LOW
-            np.testing.assert_array_equal(run(session, sign * PLUS), expected[wish][sign])
+            precision = HIGH if sign == doubted else LOW
+            np.testing.assert_array_equal(run(session, sign * PLUS), expected[precision][sign])
         stats = session.stats()
         assert (stats.runs, stats.escalated, stats.mean_bits_per_weight) == (2, 1, 6)
-        # Only some outputs asked for, in any order: the policy sees what it needs all the same.
-        assert session.run([], {"x": PLUS}) == []
+        # An empty list asks for all outputs, as in ONNX Runtime.
+        (y,) = session.run([], {"x": PLUS})
+        np.testing.assert_array_equal(y, expected[HIGH if doubted == 1 else LOW][1])
 
 
 def test_an_answer_too_late_stands_and_is_flagged(bank, expected, tmp_path):
@@ -216,7 +223,7 @@ def test_an_answer_too_late_stands_and_is_flagged(bank, expected, tmp_path):
 def test_other_inputs_than_calibration_saw_are_an_event(bank, tmp_path):
     fitted = with_boundary(bank, tmp_path / "d.bank", model(bank, samples=2000))
     with Session(fitted, policy="gate", threads=1) as session:
-        signs = np.random.default_rng(0).random(700) < 0.25  # as the model's mix says
+        signs = np.random.default_rng(0).random(700) < 0.25  # as the model's region shares say
         for plus in signs:
             run(session, PLUS if plus else MINUS)
         assert "drift" not in [event.kind for event in session.events()]
@@ -227,7 +234,7 @@ def test_other_inputs_than_calibration_saw_are_an_event(bank, tmp_path):
 
 
 def test_rows_of_a_region_are_skipped(bank, expected, tmp_path):
-    skipping = Wish(level=8, region=1)
+    skipping = Precision(level=8, region=1)
     manifest = Bank.open(bank).manifest
     rows = sum(layer.stored_rows for layer in manifest.layers)
     skipped = np.zeros((2, manifest.chunk_count))
@@ -236,7 +243,7 @@ def test_rows_of_a_region_are_skipped(bank, expected, tmp_path):
     values[1] = np.random.default_rng(5).random(rows)
     gate = model(
         bank,
-        wishes=(HIGH, skipping),
+        precisions=(HIGH, skipping),
         assignment=np.array([[0, 0], [0, 1]]),
         outlook=np.array([[8.0, 1.0, 0.98], [7.0, 1.0, 0.99]]),
         skipped=skipped,
@@ -248,7 +255,7 @@ def test_rows_of_a_region_are_skipped(bank, expected, tmp_path):
         full = session.stats().bits_per_weight
         y = run(session, MINUS)
         assert session.stats().bits_per_weight < full
-        h1 = session._plans._by_wish[skipping]
+        h1 = plans_of(session).by_precision[skipping]
         assert (h1.levels[:5] == 0).all() and (h1.levels[5:] == 8).all()
         assert not np.array_equal(y, expected[HIGH][-1])
 
@@ -274,14 +281,18 @@ def test_what_a_policy_may_not_ask_for(bank, tmp_path):
         def __init__(self, answer):
             self.answer = answer
 
-        def choose(self, moment):
-            return self.answer(moment)
+        def choose(self, context):
+            return self.answer(context)
 
     for answer, error, message in (
-        (lambda moment: HIGH, RequestError, "gave Wish, expected Choice or None"),
-        (lambda moment: Choice(Wish(level=3)), UnknownLevelError, "level 3 is not in the bank"),
+        (lambda context: HIGH, RequestError, "gave Precision, expected Choice or None"),
         (
-            lambda moment: Choice(LOW if moment.wish == HIGH else HIGH),
+            lambda context: Choice(Precision(level=3)),
+            UnknownLevelError,
+            "level 3 is not in the bank",
+        ),
+        (
+            lambda context: Choice(LOW if context.precision == HIGH else HIGH),
             RequestError,
             "more than 8 answers",
         ),
@@ -307,6 +318,6 @@ def test_a_target_beyond_the_bank_says_what_can_be_stated(bank, tmp_path):
 
 def test_a_weight_budget_too_small_names_the_smallest(bank):
     with pytest.raises(BudgetTooSmallError, match="allow more"):
-        Session(bank, policy=Script(mix={HIGH: 1.0}), weight_budget=1000)
+        Session(bank, policy=Script(shares={HIGH: 1.0}), weight_budget=1000)
     with pytest.raises(BapqError):
         Session(bank, level=8, weight_budget=1000)

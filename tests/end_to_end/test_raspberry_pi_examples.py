@@ -24,7 +24,7 @@ import pytest
 import bapq_tools
 from bapq_edge import Session
 from bapq_edge.errors import BankNotFoundError
-from bapq_tools.zoo.digits import calibration_npz, digits_cnn_path, load_digits_split
+from benchmarks.zoo.digits import calibration_npz, digits_cnn_path, load_digits_split
 from support.documents import board_page, board_section, fenced
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "raspberry_pi"

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from onnx import helper, numpy_helper, parser
 
 from bapq_edge import Session
-from bapq_edge.bank.boundary import Wish
+from bapq_edge.bank.boundary import Precision
 from bapq_edge.bank.codes import dequantize
 from bapq_edge.bank.reader import Bank
 from bapq_edge.errors import BoundaryWarning, RequestError
-from bapq_tools.boundary.pruning import Samples, prune_rows
+from bapq_tools import build_bank
 from bapq_tools.boundary.rewrite import output_rows, rewrite
-from bapq_tools.boundary.row_gate import fit_row_gate
 from bapq_tools.boundary.study import Study
-from bapq_tools.build import build_bank
+from bapq_tools.row_skipping.pruning import Samples, prune_rows
+from bapq_tools.row_skipping.row_gate import fit_row_gate
 
 CLASSES, OWN_ROWS, INPUTS = 4, 32, 48
 
@@ -56,7 +58,9 @@ def inputs():
 @pytest.fixture(scope="module")
 def bank(model, inputs, tmp_path_factory):
     path = tmp_path_factory.mktemp("bank") / "m.bank"
-    return build_bank(model, path, {"x": inputs[::3]}, levels=(8, 2), progress=False)
+    return Path(
+        build_bank(model, path, calibration={"x": inputs[::3]}, levels=(8, 2), progress=False)
+    )
 
 
 def agreement(found, wanted):
@@ -70,7 +74,7 @@ def request(bank, inputs, groups, **changes):
     feeds = [{"x": x[None]} for x in inputs]
     return {
         "bank": bank,
-        "wish": Wish(level=8),
+        "precision": Precision(level=8),
         "fitted": Samples(feeds[::2], groups[::2]),
         "held_out": Samples(feeds[1::2], groups[1::2]),
         "reference": answers,

@@ -25,6 +25,7 @@ from bapq_edge.errors import (
     UnknownLevelError,
 )
 from support.banks import NO_CLIP, graph_bytes, node, random_codes, write_bank
+from support.internals import bank_of, graphs_of, store_of
 
 SCALE_COLUMNS = {4: 32, 2: 64, 1: 128}
 
@@ -74,12 +75,12 @@ def fresh_outputs(bank, x, levels=LEVELS):
 def test_set_level_gives_bit_for_bit_what_a_fresh_session_gives(bank, x):
     expected = fresh_outputs(bank, x)
     with Session(bank, level=8) as session:
-        graph = session._graphs
+        graph = graphs_of(session)
         for level in (8, 1, 32, 2, 4, 8, 32, 1):
             session.set_level(level)
             (y,) = session.run(None, {"x": x})
             np.testing.assert_array_equal(y, expected[level])
-        assert session._graphs is graph
+        assert graphs_of(session) is graph
 
 
 def test_going_down_reads_nothing_and_going_up_only_the_missing_plane(bank, x):
@@ -121,11 +122,11 @@ def test_runs_in_flight_finish_on_the_level_they_began(bank, x):
         for worker in workers:
             worker.join()
         stats = session.stats()
-        assert session._store.stats().live_plans == 1
+        assert store_of(session).stats().live_plans == 1
         assert stats.runs > 0
         session.set_level(1)
         session.run(None, {"x": x})
-        assert session.stats().resident_bytes == session._bank.weight_bytes(1)
+        assert session.stats().resident_bytes == bank_of(session).weight_bytes(1)
     assert not wrong
 
 
@@ -153,7 +154,7 @@ def test_stats_count_runs_and_bits(bank, x):
         stats = session.stats()
     assert (stats.runs, stats.switches, stats.level) == (2, 1, 2)
     assert (stats.bits_per_weight, stats.mean_bits_per_weight) == (2.0, 5.0)
-    assert stats.resident_bytes == session._bank.weight_bytes(2)
+    assert stats.resident_bytes == bank_of(session).weight_bytes(2)
     with pytest.raises(AttributeError):
         stats.runs = 0
 
@@ -198,13 +199,13 @@ def test_a_budget_too_small_is_refused_with_the_smallest_that_works(bank, x):
         np.testing.assert_array_equal(y, expected)
 
 
-@pytest.mark.parametrize("wish", [{}, {"bits": 6}, {"level": 4}])
-def test_a_first_larger_input_is_answered_at_the_same_precision(bank, wish):
+@pytest.mark.parametrize("precision", [{}, {"bits": 6}, {"level": 4}])
+def test_a_first_larger_input_is_answered_at_the_same_precision(bank, precision):
     xs = np.random.default_rng(3).standard_normal((64, 96), np.float32)
-    with Session(bank, **wish) as session:
+    with Session(bank, **precision) as session:
         (expected,) = session.run(None, {"x": xs})
         bits = session.stats().bits_per_weight
-    with Session(bank, memory_budget="64MiB", **wish) as session:
+    with Session(bank, memory_budget="64MiB", **precision) as session:
         (y,) = session.run(None, {"x": xs})  # its memory was not measured when it opened
         assert session.stats().bits_per_weight == bits
         np.testing.assert_array_equal(y, expected)

@@ -19,12 +19,13 @@ import bapq_tools
 from bapq_edge import Session
 from bapq_edge.bank.layout import LEVELS
 from bapq_edge.errors import BudgetTooSmallError, StorageError
-from bapq_edge.planner import Request
-from bapq_tools.zoo import make_model
-from bapq_tools.zoo.digits import INPUT_NAMES, calibration_npz, load_digits_split
+from bapq_edge.planning.planner import Request
+from benchmarks.zoo import make_model
+from benchmarks.zoo.digits import INPUT_NAMES, calibration_npz, load_digits_split
+from support.internals import adopt, bank_of, costs_of, graphs_of, store_of
 from support.streaming import (
     BANKS,
-    WISHES,
+    PRECISIONS,
     all_resident,
     chain_bank,
     inputs,
@@ -49,7 +50,7 @@ def watchdog():
 
 @pytest.fixture(scope="module", params=BANKS)
 def bank(request, tmp_path_factory):
-    """(kind, bank, inputs, [wish][input] of outputs)"""
+    """(kind, bank, inputs, [precision][input] of outputs)"""
     kind = request.param
     path = BANKS[kind](tmp_path_factory.mktemp(kind) / "m.bank")
     return kind, path, inputs(kind), resident_outputs(path, inputs(kind))
@@ -58,7 +59,7 @@ def bank(request, tmp_path_factory):
 def assert_streams_right(session, request, limit, xs, expected):
     planned = publish(session, replace(request, weight_bytes_limit=limit))
     assert planned.streamed_bytes > 0 and planned.resident_bytes <= limit
-    before = session._store.stats().read_bytes
+    before = store_of(session).stats().read_bytes
     for _ in range(2):
         for x, y in zip(xs, expected, strict=True):
             np.testing.assert_array_equal(run(session, x), y)
@@ -71,28 +72,28 @@ def assert_streams_right(session, request, limit, xs, expected):
 def test_a_streamed_run_equals_the_resident_one(bank, threads):
     _, path, xs, outputs = bank
     with Session(path, threads=threads) as session:
-        for wish, expected in zip(WISHES, outputs, strict=True):
-            request = Request(**{"level": "auto", **wish})
-            for limit in limits(session._plans.problem, request):
+        for precision, expected in zip(PRECISIONS, outputs, strict=True):
+            request = Request(**{"level": "auto", **precision})
+            for limit in limits(costs_of(session), request):
                 assert_streams_right(session, request, limit, xs, expected)
 
 
 def test_levels_chosen_for_a_limit_give_what_they_give_in_memory(bank):
     _, path, xs, _ = bank
     with Session(path) as session:
-        whole = session._plans.problem.level_bytes[:, 0].sum()
+        whole = costs_of(session).level_bytes[:, 0].sum()
         seen = set()
         for share in (0.03, 0.06, 0.12, 0.2, 0.5):
             request = Request(
                 weight_bytes_limit=max(
-                    int(whole * share), *limits(session._plans.problem, Request())[:1]
+                    int(whole * share), *limits(costs_of(session), Request())[:1]
                 ),
                 latency_s=0.001,
                 storage_bytes_s=whole * 500,
             )
             planned = publish(session, request)
             streamed = [run(session, x) for x in xs]
-            session._adopt({None: all_resident(session._plans.problem, planned)})
+            adopt(session, all_resident(costs_of(session), planned))
             for x, y in zip(xs, streamed, strict=True):
                 np.testing.assert_array_equal(run(session, x), y)
             seen.add(planned.bits_per_weight)
@@ -114,9 +115,9 @@ def test_the_digits_cnn_streams_right(tmp_path):
     outputs = resident_outputs(path, xs)
     with Session(path, threads=2) as session:
         assert session.get_inputs()[0].name == INPUT_NAMES["cnn"]
-        for wish, expected in zip(WISHES, outputs, strict=True):
-            request = Request(**{"level": "auto", **wish})
-            limit = limits(session._plans.problem, request)[0]
+        for precision, expected in zip(PRECISIONS, outputs, strict=True):
+            request = Request(**{"level": "auto", **precision})
+            limit = limits(costs_of(session), request)[0]
             assert_streams_right(session, request, limit, xs, expected)
 
 
@@ -126,16 +127,16 @@ def test_direct_reads_give_the_same_bits_or_are_refused_by_name(request):
     with tempfile.TemporaryDirectory(dir=place) as folder:
         for kind, make in BANKS.items():
             path = make(Path(folder) / f"{kind}.bank")
-            outputs = resident_outputs(path, inputs(kind), WISHES[1:3])
+            outputs = resident_outputs(path, inputs(kind), PRECISIONS[1:3])
             try:
                 session = Session(path, direct_io=True)
             except StorageError as error:
                 assert "for direct reads" in str(error)
                 continue
             with session:
-                for wish, expected in zip(WISHES[1:3], outputs, strict=True):
-                    wanted = Request(**wish)
-                    for limit in limits(session._plans.problem, wanted):
+                for precision, expected in zip(PRECISIONS[1:3], outputs, strict=True):
+                    wanted = Request(**precision)
+                    for limit in limits(costs_of(session), wanted):
                         assert_streams_right(session, wanted, limit, inputs(kind), expected)
 
 
@@ -145,9 +146,7 @@ def test_more_runs_at_once_than_the_ring_can_serve(bank):
     wrong = []
     with Session(path, threads=2) as session:
         request = Request(level=8)
-        publish(
-            session, replace(request, weight_bytes_limit=limits(session._plans.problem, request)[0])
-        )
+        publish(session, replace(request, weight_bytes_limit=limits(costs_of(session), request)[0]))
 
         def work():
             for _ in range(10):
@@ -189,17 +188,17 @@ def test_a_thousand_random_changes_under_two_running_threads(bank, seed):
             worker.start()
         budgets = [None, 1024 * MIB, 2048 * MIB]
         for _ in range(1000):
-            wish = WISHES[rng.integers(len(WISHES))]
+            precision = PRECISIONS[rng.integers(len(PRECISIONS))]
             match rng.integers(5):
-                case 0 if "level" in wish:
-                    session.set_level(wish["level"])
+                case 0 if "level" in precision:
+                    session.set_level(precision["level"])
                 case 0 | 1:
-                    session.set_bits(wish.get("bits", 3.5))
+                    session.set_bits(precision.get("bits", 3.5))
                 case 2:
                     session.set_memory_budget(budgets[rng.integers(len(budgets))])
                 case _:
-                    request = Request(**{"level": "auto", **wish})
-                    low, _, high = limits(session._plans.problem, request)
+                    request = Request(**{"level": "auto", **precision})
+                    low, _, high = limits(costs_of(session), request)
                     limit = int(rng.integers(low, 2 * high))
                     publish(session, replace(request, weight_bytes_limit=limit))
             if rng.random() < 0.3:
@@ -215,7 +214,7 @@ def test_a_thousand_random_changes_under_two_running_threads(bank, seed):
             for x in xs:
                 run(session, x)
             stats = settled(session)
-            in_memory = session._plans.problem.level_bytes[~session._plans.problem.row_read]
+            in_memory = costs_of(session).level_bytes[~costs_of(session).row_read]
             assert stats.live_plans == 1
             assert stats.home_bytes == in_memory[:, LEVELS.index(level)].sum()
 
@@ -224,14 +223,15 @@ def test_a_run_outlives_any_number_of_changes(tmp_path, monkeypatch):
     (x, _) = inputs("chain")
     with Session(chain_bank(tmp_path / "m.bank"), level=8, threads=1) as session:
         expected = run(session, x)
-        call = session._graphs.call
+        graph = graphs_of(session)["whole"]
+        call = graph.call
 
         def switching(*arguments):
             for i in range(2000):
                 session.set_level((4, 8)[i % 2])
             return call(*arguments)
 
-        monkeypatch.setattr(session._graphs, "call", switching)
+        monkeypatch.setattr(graph, "call", switching)
         np.testing.assert_array_equal(run(session, x), expected)
         assert session.stats().bits_per_weight == 8
         assert settled(session).live_plans == 1
@@ -255,20 +255,20 @@ def anonymous_bytes():
 def test_going_down_a_level_gives_its_memory_back_without_a_read(large):
     x = np.ones((1, 4096), np.float32)
     with Session(large, level=8) as session:
-        r8_bytes = int(session._bank.chunks("r8")["bytes"].sum())
+        r8_bytes = int(bank_of(session).chunks("r8")["bytes"].sum())
         assert r8_bytes > 25 * MIB
         expected = run(session, x)
         settled(session)
-        before, at_8 = anonymous_bytes(), session._store.stats()
+        before, at_8 = anonymous_bytes(), store_of(session).stats()
         session.set_level(4)
-        after, at_4 = anonymous_bytes(), session._store.stats()
+        after, at_4 = anonymous_bytes(), store_of(session).stats()
         assert before - after > 0.98 * r8_bytes
         assert at_8.home_bytes - at_4.home_bytes == r8_bytes
         run(session, x)
-        assert session._store.stats().read_bytes == at_8.read_bytes
+        assert store_of(session).stats().read_bytes == at_8.read_bytes
         session.set_level(8)
         np.testing.assert_array_equal(run(session, x), expected)
-        assert session._store.stats().read_bytes - at_8.read_bytes == r8_bytes
+        assert store_of(session).stats().read_bytes - at_8.read_bytes == r8_bytes
 
 
 def python(script, *arguments):
@@ -293,7 +293,7 @@ MIB = 1 << 20
 x = np.linspace(-1, 1, 4096, dtype=np.float32)[None]
 
 def forget_peak():
-    while session._store.stats().live_plans > 1:  # a read under way holds the plan before
+    while session.internals.store.stats().live_plans > 1:  # a read under way holds the plan before
         time.sleep(0.001)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
@@ -348,7 +348,7 @@ def cycle():
         session.set_memory_budget("48MiB")
         session.set_level(4)
         session.run(None, {"x": x})
-        return session._store.stats().read_bytes
+        return session.internals.store.stats().read_bytes
 
 cycle()
 before = rss_bytes()

@@ -8,7 +8,9 @@ import os
 import shutil
 
 import pytest
-from victims import GOLDEN, Victim
+
+from support.golden_bank import GOLDEN
+from support.hostile import Victim
 
 
 @pytest.fixture

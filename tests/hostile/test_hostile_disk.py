@@ -9,13 +9,14 @@ import resource
 import shutil
 
 import pytest
-from victims import GOLDEN, snapshot
 
 from bapq_edge.bank import writer
 from bapq_edge.bank.exchange import pack, unpack
 from bapq_edge.bank.reader import Bank
 from bapq_edge.bank.verify import verify
 from bapq_edge.errors import StorageError
+from support.golden_bank import GOLDEN
+from support.hostile import snapshot
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_left")
 

@@ -1,160 +1,16 @@
-"""The kernel families of libbapq, called through ctypes."""
+"""The kernel families that this CPU runs."""
 
 from __future__ import annotations
 
-import ctypes
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from bapq_edge.engine.native import library_path
-
-from .reference import BLOCK, TILE_ROWS, Panel, Tile
-
-LEVEL_INDEX = {32: 0, 8: 1, 4: 2, 2: 3, 1: 4}
-
-
-class _CTile(ctypes.Structure):
-    _fields_ = (
-        ("code", ctypes.c_void_p * 2),
-        ("scale", ctypes.c_void_p),
-        ("blocks", ctypes.c_int32),
-        ("scale_blocks", ctypes.c_int32),
-        ("residual_steps", ctypes.c_int32),
-        ("padding", ctypes.c_int32),
-    )
-
-
-class _CPanel(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "scale", "sum", "x")),
-        ("uniform", ctypes.c_int32),
-        ("zero_point", ctypes.c_int32),
-    )
-
-
-_TileFn = ctypes.CFUNCTYPE(
-    None,
-    ctypes.POINTER(_CTile),
-    ctypes.POINTER(_CPanel),
-    ctypes.c_int32,
-    ctypes.c_void_p,
-)
-_QuantizeFn = ctypes.CFUNCTYPE(
-    None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p
-)
-_SumsFn = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
-
-
-class _CKernels(ctypes.Structure):
-    _fields_ = (
-        ("name", ctypes.c_char_p),
-        ("tile", _TileFn * 5),
-        ("quantize_row", _QuantizeFn),
-        ("block_sums", _SumsFn),
-    )
-
-
-def _guarded(shape: tuple[int, ...], dtype: Any) -> tuple[NDArray[Any], NDArray[np.uint8]]:
-    """An output array followed by 64 bytes that nobody may write."""
-    count = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.full(count + 64, 0xA5, np.uint8)
-    return raw[:count].view(dtype).reshape(shape), raw[count:]
-
-
-@dataclass(frozen=True)
-class Family:
-    """One kernel family."""
-
-    name: str
-    table: _CKernels
-
-    def tile(self, tile: Tile, panel: Panel) -> NDArray[np.float32]:
-        """Return out (m, 16) of one tile."""
-        planes = [np.ascontiguousarray(plane) for plane in tile.packed()]
-        arrays = [np.ascontiguousarray(a) for a in (panel.q, panel.scale, panel.sum, panel.x)]
-        m = panel.x.shape[0]
-        codes = [plane.ctypes.data for plane in planes] + [None] * (2 - len(planes))
-        c_tile = _CTile(
-            (ctypes.c_void_p * 2)(*codes),
-            tile.scale.ctypes.data if tile.level != 32 else None,
-            tile.blocks,
-            tile.scale_blocks,
-            tile.residual_steps,
-            tile.padding,
-        )
-        c_panel = _CPanel(*(array.ctypes.data for array in arrays), panel.uniform, panel.zero_point)
-        out, guard = _guarded((m, TILE_ROWS), np.float32)
-        run = self.table.tile[LEVEL_INDEX[tile.level]]
-        run(ctypes.byref(c_tile), ctypes.byref(c_panel), m, out.ctypes.data)
-        assert (guard == 0xA5).all()
-        return out
-
-    def quantize_row(
-        self, x: NDArray[np.float32]
-    ) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.float32]]:
-        """Return q (blocks*32,), scale (blocks,), sum (blocks,) of x (n,)."""
-        x = np.ascontiguousarray(x, np.float32)
-        blocks = -(-len(x) // BLOCK)
-        q, q_guard = _guarded((blocks * BLOCK,), np.int8)
-        scale, scale_guard = _guarded((blocks,), np.float32)
-        total, total_guard = _guarded((blocks,), np.float32)
-        self.table.quantize_row(
-            x.ctypes.data, len(x), q.ctypes.data, scale.ctypes.data, total.ctypes.data
-        )
-        assert all((guard == 0xA5).all() for guard in (q_guard, scale_guard, total_guard))
-        return q, scale, total
-
-    def block_sums(self, q: NDArray[np.int8]) -> NDArray[np.float32]:
-        """Return (m, blocks) of q (m, blocks*32)."""
-        q = np.ascontiguousarray(q)
-        rows, blocks = q.shape[0], q.shape[1] // BLOCK
-        out, guard = _guarded((rows, blocks), np.float32)
-        self.table.block_sums(q.ctypes.data, rows, blocks, out.ctypes.data)
-        assert (guard == 0xA5).all()
-        return out
-
-
-@dataclass(frozen=True)
-class Library:
-    """libbapq's kernel dispatch."""
-
-    handle: ctypes.CDLL
-
-    def by_name(self, name: str) -> Family | None:
-        """Return the family, or None where the library answers NULL."""
-        found = self.handle.bapq_kernels_by_name(name.encode())
-        return Family(found.contents.name.decode(), found.contents) if found else None
-
-    def available(self) -> list[Family]:
-        """Return every family this CPU runs, best first."""
-        pointers = (ctypes.POINTER(_CKernels) * 8)()
-        count = self.handle.bapq_kernels_available(pointers, 8)
-        return [Family(p.contents.name.decode(), p.contents) for p in pointers[:count]]
-
-    def best(self) -> Family | None:
-        """Return the family that BAPQ_ISA or the CPU chooses."""
-        found = self.handle.bapq_kernels_best()
-        return Family(found.contents.name.decode(), found.contents) if found else None
+from support.kernel_library import Family, Library, open_library
 
 
 @pytest.fixture(scope="session")
 def library() -> Library:
     """The installed package's library."""
-    handle = ctypes.CDLL(str(library_path()))
-    handle.bapq_kernels_by_name.restype = ctypes.POINTER(_CKernels)
-    handle.bapq_kernels_by_name.argtypes = (ctypes.c_char_p,)
-    handle.bapq_kernels_best.restype = ctypes.POINTER(_CKernels)
-    handle.bapq_kernels_best.argtypes = ()
-    handle.bapq_kernels_available.restype = ctypes.c_int32
-    handle.bapq_kernels_available.argtypes = (
-        ctypes.POINTER(ctypes.POINTER(_CKernels)),
-        ctypes.c_int32,
-    )
-    return Library(handle)
+    return open_library()
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from . import reference
-from .conftest import Family
+from support import kernel_reference as reference
+from support.kernel_library import Family
 
 RNG_ROWS = {
     "normal": lambda rng, n: rng.normal(0, 1, n),

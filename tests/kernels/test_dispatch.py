@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Library
+from support.kernel_library import Library
 
 OF_MACHINE = {
     "x86_64": ("avx512vnni", "avx2", "scalar"),

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from .reference import fma
+from support.kernel_reference import fma
 
 
 def nearest_float32(value: Fraction) -> np.float32:

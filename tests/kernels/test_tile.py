@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .conftest import Family
-from .reference import BLOCK, TILE_ROWS, Panel, Tile, bf16
+from support.kernel_library import Family
+from support.kernel_reference import BLOCK, TILE_ROWS, Panel, Tile, bf16
 
 LEVELS = (32, 8, 4, 2, 1)
 PLANE_TOPS = {32: (), 8: (15, 15), 4: (15,), 2: (1, 1), 1: (1,)}

@@ -9,6 +9,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from bapq_edge.bank.codes import LayerCodes, from_bf16, to_bf16
+from bapq_edge.bank.layer import Layer
 from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, Level, planes_for, scaled_levels
 from bapq_edge.bank.manifest import SourceModel
 from bapq_edge.bank.writer import BankWriter
@@ -84,21 +85,21 @@ def write_bank(
     with BankWriter(path, levels=levels, source=SOURCE) as writer:
         for name, operators, codes, description in layers:
             own = description.get("levels", levels)
-            rows = description.get("stored_rows", description["rows"])
-            chunks = -(-rows // description["chunk_rows"])
-            heard = np.where(np.isin(levels, own), shares, 0)
-            writer.add_layer(
-                name,
-                (operators,) if isinstance(operators, str) else operators,
-                codes,
+            tables = {key: description.get(key) for key in ("row_order", "dropped_bias")}
+            layer = Layer(
+                name=name,
+                operators=(operators,) if isinstance(operators, str) else operators,
                 method={level: "nearest" for level in own if level != 32},
                 relative_error={
                     level: float(np.sqrt(share))
                     for level, share in zip(levels, shares, strict=True)
                     if level in own
                 },
-                sensitivity=np.tile(heard / chunks, (chunks, 1)).astype(np.float32),
-                **{key: value for key, value in description.items() if key != "levels"},
+                **{"stored_rows": description["rows"]}
+                | {k: v for k, v in description.items() if k not in ("levels", *tables)},
             )
+            heard = np.where(np.isin(levels, own), shares, 0)
+            sensitivity = np.tile(heard / layer.chunk_count, (layer.chunk_count, 1))
+            writer.add_layer(layer, codes, sensitivity=sensitivity.astype(np.float32), **tables)
         writer.finish(graph)
     return path

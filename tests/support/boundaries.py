@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from bapq_edge.bank.boundary import Arrays, Boundary, Wish
+from bapq_edge.bank.boundary import Boundary, BoundaryArrays, Precision
 from bapq_edge.bank.reader import Bank
 from bapq_tools.boundary.rewrite import rewrite
 
-LOW, HIGH = Wish(level=2), Wish(level=8)
+LOW, HIGH = Precision(level=2), Precision(level=8)
 
 
-def model(bank: Path, **changes: Any) -> tuple[Boundary, Arrays]:
+def model(bank: Path, **changes: Any) -> tuple[Boundary, BoundaryArrays]:
     """A tree on the first of two values: region 0 where it is above 0, else region 1.
 
     Region 0 is run at HIGH in the second point, and region 1 at LOW in both.
@@ -30,7 +30,7 @@ def model(bank: Path, **changes: Any) -> tuple[Boundary, Arrays]:
         "kind": "tree",
         "regions": 2,
         "nodes": 3,
-        "wishes": (LOW, HIGH),
+        "precisions": (LOW, HIGH),
         "points": 2,
         "samples": 100,
         "confidence": 0.9,
@@ -38,7 +38,7 @@ def model(bank: Path, **changes: Any) -> tuple[Boundary, Arrays]:
     arrays = {key: changes.pop(key) for key in list(changes) if key not in fields}
     description = Boundary(**{**fields, **changes})
     values = description.values
-    made: Arrays = {
+    made: BoundaryArrays = {
         "center": np.zeros(values),
         "projection": np.eye(values, description.features),
         "offset": np.zeros(description.features),
@@ -53,7 +53,7 @@ def model(bank: Path, **changes: Any) -> tuple[Boundary, Arrays]:
         "node_region": np.array([0, 1, 0]),
         **arrays,
     }
-    shapes = description.shapes(Bank.open(bank).manifest)
+    shapes = description.shapes(Bank.open(bank).manifest.layers)
     return description, {
         name: np.ascontiguousarray(array, shapes[name][0])
         for name, array in made.items()
@@ -62,7 +62,7 @@ def model(bank: Path, **changes: Any) -> tuple[Boundary, Arrays]:
 
 
 def with_boundary(
-    bank: Path, out: Path, *models: tuple[Boundary, Arrays], split: Any = None
+    bank: Path, out: Path, *models: tuple[Boundary, BoundaryArrays], split: Any = None
 ) -> Path:
     """The bank again, with boundary models."""
     return rewrite(bank, out, boundary=models, split=split)

@@ -24,9 +24,10 @@ import numpy as np
 from bapq_edge import Session
 from bapq_edge.bank.layout import LEVELS
 from bapq_edge.errors import BankTruncatedError, DegradedWarning, StorageError
-from bapq_edge.planner import Request, plan
+from bapq_edge.planning.planner import Request, plan
+from support.internals import adopt, costs_of
 from support.streaming import (
-    WISHES,
+    PRECISIONS,
     all_resident,
     branches_bank,
     chain_bank,
@@ -101,9 +102,9 @@ def interrupted(directory: Path) -> None:
             disk.answer(**faults)
             before = disk.reads
             with Session(bank, threads=2) as session:
-                for wish, expected in zip(WISHES, outputs, strict=True):
-                    request = Request(**{"level": "auto", **wish})
-                    for limit in (limits(session._plans.problem, request)[0], None):
+                for precision, expected in zip(PRECISIONS, outputs, strict=True):
+                    request = Request(**{"level": "auto", **precision})
+                    for limit in (limits(costs_of(session), request)[0], None):
                         publish(session, replace(request, weight_bytes_limit=limit))
                         for x, y in zip(xs, expected, strict=True):
                             np.testing.assert_array_equal(run(session, x), y)
@@ -120,7 +121,7 @@ def slow(directory: Path) -> None:
     with Session(bank, threads=1) as session:
         request = Request(level=8)
         disk.answer(microseconds=300)
-        limit = limits(session._plans.problem, request)[0]
+        limit = limits(costs_of(session), request)[0]
         publish(session, replace(request, weight_bytes_limit=limit))
 
         def work() -> None:
@@ -145,7 +146,7 @@ def in_another_order(directory: Path) -> None:
     for _ in range(10):
         with Session(bank, level=1, threads=1) as session:
             request = Request(level=8)
-            limit = limits(session._plans.problem, request)[0]
+            limit = limits(costs_of(session), request)[0]
             planned = publish(session, replace(request, weight_bytes_limit=limit))
             run(session, x)  # tells the order
             run(session, x)  # begins with what was read ahead in the old one
@@ -157,14 +158,14 @@ def in_another_order(directory: Path) -> None:
 
 def mixtures(session: Session, x: np.ndarray) -> set[bytes]:
     """What level 8 gives, and level 8 with any one chunk at level 4."""
-    problem = session._plans.problem
-    base = all_resident(problem, plan(problem, Request(level=8)))
+    costs = costs_of(session)
+    base = all_resident(costs, plan(costs, Request(level=8)))
     found = set()
     for chunk in range(-1, len(base.levels)):
         levels = base.levels.copy()
         if chunk >= 0:
             levels[chunk] = 4
-        session._adopt({None: replace(base, levels=levels)})
+        adopt(session, replace(base, levels=levels))
         found.add(run(session, x).tobytes())
     assert len(found) == len(base.levels) + 1
     return found
@@ -177,10 +178,10 @@ def failing(directory: Path) -> None:
     ((expected,),) = resident_outputs(bank, [x], [{"level": 8}])
     seen = {"right": 0, "degraded": 0, "failed": 0}  # depends on how far the reader is ahead
     with Session(bank, level=1, threads=1) as session:
-        chunks = len(session._plans.problem.weights)
+        chunks = len(costs_of(session).weights)
         legal = mixtures(session, x)
         request = Request(level=8)
-        for limit in (None, *limits(session._plans.problem, request)[::2]):
+        for limit in (None, *limits(costs_of(session), request)[::2]):
             for well in range(0, 2 * chunks, 5):
                 for fail, error in ((1, errno.EIO), (2, 0), (-1, errno.EIO), (-1, 0)):
                     session.set_level(1)
@@ -193,7 +194,7 @@ def failing(directory: Path) -> None:
                         assert isinstance(failure, StorageError if error else BankTruncatedError)
                     elif degraded:
                         seen["degraded"] += 1
-                        assert limit != limits(session._plans.problem, request)[0]
+                        assert limit != limits(costs_of(session), request)[0]
                         assert y.tobytes() in legal - {expected.tobytes()}
                     else:
                         seen["right"] += 1
@@ -228,9 +229,9 @@ def dead(directory: Path) -> None:
         # At level 8 the plane of level 4 is still there the first time, so that stands in.
         assert errors[0] is None and all(isinstance(error, StorageError) for error in errors[1:])
         disk.answer()
-        for wish, expected in zip(WISHES, outputs, strict=True):
-            request = Request(**{"level": "auto", **wish})
-            for limit in (None, limits(session._plans.problem, request)[0]):
+        for precision, expected in zip(PRECISIONS, outputs, strict=True):
+            request = Request(**{"level": "auto", **precision})
+            for limit in (None, limits(costs_of(session), request)[0]):
                 publish(session, replace(request, weight_bytes_limit=limit))
                 for x, y in zip(xs, expected, strict=True):
                     np.testing.assert_array_equal(run(session, x), y)
@@ -294,7 +295,7 @@ def flapping(directory: Path) -> None:
             worker.start()
         for _ in range(400):
             request = Request(level=chance.choice(LEVELS))
-            limit = chance.choice([None, *limits(session._plans.problem, request)])
+            limit = chance.choice([None, *limits(costs_of(session), request)])
             disk.answer(
                 well=chance.randrange(60),
                 fail=chance.choice([0, 1, 3, -1]),

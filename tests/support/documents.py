@@ -1,13 +1,24 @@
-"""The commands that the documents tell users of a Raspberry Pi to give."""
+"""The pages, and the commands that they tell users to give."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-__all__ = ["board_page", "board_section", "commands", "fenced"]
+__all__ = ["board_page", "board_section", "commands", "fenced", "pages", "readme"]
 
 _ROOT = Path(__file__).resolve().parents[2]
+
+
+def readme() -> str:
+    """The front page."""
+    return (_ROOT / "README.md").read_text()
+
+
+def pages() -> list[Path]:
+    """Every page of the project."""
+    folders = ("docs", "examples", "device_profiles")
+    return [*_ROOT.glob("*.md"), *(page for f in folders for page in (_ROOT / f).rglob("*.md"))]
 
 
 def board_page() -> str:
@@ -16,9 +27,8 @@ def board_page() -> str:
 
 
 def board_section() -> str:
-    """What the README has about it."""
-    readme = (_ROOT / "README.md").read_text()
-    return readme.partition("\n## On a Raspberry Pi\n")[2].partition("\n## ")[0]
+    """What the README says of it."""
+    return readme().partition("\n## On a Raspberry Pi\n")[2].partition("\n## ")[0]
 
 
 def fenced(text: str) -> list[tuple[str, str]]:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bapq_edge.bank.codes import dequantize
-
-from .banks import NO_CLIP
-from .reference import product, quantize_rows, quantize_sample, unfold
+from support.banks import NO_CLIP
+from support.operator_reference import product, quantize_rows, quantize_sample, unfold
 
 SCALE_COLUMNS = {4: 32, 2: 64, 1: 128}
 

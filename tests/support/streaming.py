@@ -13,15 +13,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bapq_edge import Session
 from bapq_edge.bank.layout import LEVELS, Level
-from bapq_edge.planner import Plan, Problem, Request, plan, smallest_limit
-
-from .banks import NO_CLIP, graph_bytes, node, random_codes, write_bank
+from bapq_edge.planning.planner import ChunkCosts, Plan, Request, plan, smallest_limit
+from support.banks import NO_CLIP, graph_bytes, node, random_codes, write_bank
+from support.internals import adopt, costs_of, store_of
 
 SCALE_COLUMNS: dict[Level, int] = {4: 32, 2: 64, 1: 128}
 LINEAR = {"use_bias": 1, "clip_low": -NO_CLIP, "clip_high": NO_CLIP}
 RELU = {**LINEAR, "clip_low": 0.0}
 
-WISHES = (*({"level": level} for level in LEVELS), {"bits": 3.5}, {"bits": 6.0})
+PRECISIONS = (*({"level": level} for level in LEVELS), {"bits": 3.5}, {"bits": 6.0})
 """Every level, and mixtures: keyword arguments of a Request or a Session."""
 
 
@@ -162,40 +162,39 @@ def run(session: Session, x: np.ndarray) -> np.ndarray:
     return y
 
 
-def all_resident(problem: Problem, planned: Plan) -> Plan:
+def all_resident(costs: ChunkCosts, planned: Plan) -> Plan:
     """The same levels, with everything pinned."""
-    return replace(planned, pinned=~problem.row_read, ring_bytes=0, resident_bytes=2**40)
+    return replace(planned, pinned=~costs.row_read, ring_bytes=0, resident_bytes=2**40)
 
 
 def resident_outputs(
-    bank: Path, xs: Iterable[np.ndarray], wishes: Iterable[dict] = WISHES
+    bank: Path, xs: Iterable[np.ndarray], precisions: Iterable[dict] = PRECISIONS
 ) -> list[list[np.ndarray]]:
-    """What sessions answer that keep all weights in memory: [wish][x]."""
+    """What sessions answer that keep all weights in memory: [precision][x]."""
     outputs = []
-    for wish in wishes:
-        with Session(bank, threads=1, **wish) as session:
+    for precision in precisions:
+        with Session(bank, threads=1, **precision) as session:
             outputs.append([run(session, x) for x in xs])
     return outputs
 
 
-def limits(problem: Problem, request: Request) -> list[int]:
+def limits(costs: ChunkCosts, request: Request) -> list[int]:
     """The smallest limit, one little above it, and one that most chunks fit into."""
-    smallest = smallest_limit(problem, request)
-    total = plan(problem, request).resident_bytes
+    smallest = smallest_limit(costs, request)
+    total = plan(costs, request).resident_bytes
     return [smallest, smallest + total // 8, max(smallest, total * 3 // 4)]
 
 
 def publish(session: Session, request: Request) -> Plan:
     """Run this request from now on, whatever the session was asked for."""
-    planned = plan(session._plans.problem, request)
-    with session._planning:
-        session._adopt({None: planned})
+    planned = plan(costs_of(session), request)
+    adopt(session, planned)
     return planned
 
 
 def settled(session: Session) -> Any:
     """The store's statistics once the reader has turned to the published plan."""
     deadline = time.monotonic() + 10
-    while (stats := session._store.stats()).live_plans > 1 and time.monotonic() < deadline:
+    while (stats := store_of(session).stats()).live_plans > 1 and time.monotonic() < deadline:
         time.sleep(0.001)
     return stats

@@ -9,16 +9,16 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from unit import models
-from unit.models import FLOAT, INT32, INT64, weights
 
 from bapq_edge.engine.graph import RUN_INPUT
 from bapq_edge.errors import UnsupportedModelError
-from bapq_tools.importers.onnx_file import load_model
-from bapq_tools.passes.assemble import assemble
-from bapq_tools.passes.fold import fold
-from bapq_tools.passes.ir import LayerPlan
-from bapq_tools.passes.layers import find_layers
+from bapq_tools.onnx_graph.assemble import assemble
+from bapq_tools.onnx_graph.fold import fold
+from bapq_tools.onnx_graph.importers.onnx_file import load_model
+from bapq_tools.onnx_graph.ir import LayerPlan
+from bapq_tools.onnx_graph.layers import find_layers
+from support import onnx_models as models
+from support.onnx_models import FLOAT, INT32, INT64, weights
 
 node = helper.make_node
 

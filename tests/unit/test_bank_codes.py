@@ -1,4 +1,4 @@
-"""Tile records against the words of docs/bank_format.md, byte by byte."""
+"""Tile records against the words of docs/reference/bank_format.md, byte by byte."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import struct
 
 import numpy as np
 import pytest
-from bank_samples import RAGGED, assert_same_codes, random_codes
 
 from bapq_edge.bank.codes import (
     LayerCodes,
@@ -18,6 +17,7 @@ from bapq_edge.bank.codes import (
     unpack_chunk,
 )
 from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, TileGeometry
+from support.bank_samples import RAGGED, assert_same_codes, random_codes
 
 
 def geometry_of(plane, shape):

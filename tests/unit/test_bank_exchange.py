@@ -6,7 +6,6 @@ import os
 
 import numpy as np
 import pytest
-from bank_samples import PRUNED, RAGGED, Shape, files_of, write_bank
 
 from bapq_edge.bank.exchange import pack, unpack
 from bapq_edge.bank.layout import PLANES
@@ -18,6 +17,7 @@ from bapq_edge.errors import (
     BankTruncatedError,
     MissingPlaneWarning,
 )
+from support.bank_samples import PRUNED, RAGGED, Shape, files_of, write_bank
 
 SMALL = (Shape(20, 40), Shape(3, 5, has_bias=False))
 

@@ -17,7 +17,7 @@ from bapq_edge.bank.layout import (
     planes_for,
 )
 from bapq_edge.bank.writer import chunk_rows_for
-from bapq_edge.engine import native
+from bapq_edge.engine import library
 from bapq_edge.errors import PlatformError
 
 KERNELS_H = Path(__file__).parents[2] / "native/src/kernels/kernels.h"
@@ -32,10 +32,10 @@ def test_kernels_share_the_constants():
 
 
 def test_a_library_with_another_order_of_planes_is_refused(monkeypatch):
-    load = native._library.__wrapped__
+    load = library.load_library.__wrapped__
     load()
     for planes in (list(PLANES)[::-1], list(PLANES)[:-1]):
-        monkeypatch.setattr(native, "PLANES", dict.fromkeys(planes))
+        monkeypatch.setattr(library, "PLANES", dict.fromkeys(planes))
         with pytest.raises(PlatformError, match=r"libbapq has planes .*'f32'"):
             load()
 

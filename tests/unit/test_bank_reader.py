@@ -7,13 +7,13 @@ import warnings
 
 import numpy as np
 import pytest
-from bank_samples import RAGGED, assert_same_codes, files_of, random_sensitivity, write_bank
 
 from bapq_edge.bank.codes import LayerCodes
 from bapq_edge.bank.layout import PLANES
 from bapq_edge.bank.reader import Bank
 from bapq_edge.bank.verify import verify
 from bapq_edge.errors import BankFormatError, BankNotFoundError, MissingPlaneWarning
+from support.bank_samples import RAGGED, assert_same_codes, files_of, random_sensitivity, write_bank
 
 
 @pytest.fixture

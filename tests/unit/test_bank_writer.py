@@ -5,13 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import subprocess
-import sys
 
-import bank_samples
 import numpy as np
 import pytest
-from bank_samples import (
+
+from bapq_edge.bank import staging
+from bapq_edge.bank.layout import planes_for
+from bapq_edge.bank.manifest import KeptNode
+from bapq_edge.bank.reader import Bank
+from bapq_edge.bank.verify import verify
+from bapq_edge.bank.writer import BankWriter
+from bapq_edge.errors import BankFormatError, StorageError
+from support import bank_samples
+from support.bank_samples import (
     PRUNED,
     SOURCE,
     Shape,
@@ -22,14 +28,6 @@ from bank_samples import (
     random_rows,
     write_bank,
 )
-
-from bapq_edge.bank import staging
-from bapq_edge.bank.layout import planes_for
-from bapq_edge.bank.manifest import KeptNode
-from bapq_edge.bank.reader import Bank
-from bapq_edge.bank.verify import verify
-from bapq_edge.bank.writer import BankWriter
-from bapq_edge.errors import BankFormatError, StorageError
 
 SMALL = (Shape(3, 5),)
 
@@ -276,55 +274,6 @@ def test_a_sensitivity_that_cannot_be_is_refused(tmp_path, monkeypatch, value, m
     with pytest.raises(ValueError, match=message):
         write_bank(tmp_path / "m.bank", SMALL, levels=(32, 4))
     assert os.listdir(tmp_path) == []
-
-
-KILLED_BUILD = """
-import os, sys
-from bank_samples import Shape, write_bank
-from bapq_edge.bank import staging
-
-path, last = sys.argv[1:]
-done = 0
-
-def step(real):
-    def counted(*arguments):
-        global done
-        done += 1
-        if done == int(last):
-            os._exit(9)
-        return real(*arguments)
-    return counted
-
-staging._exchange = lambda first, second: False
-staging.os.rename = step(os.rename)
-staging.shutil.rmtree = step(staging.shutil.rmtree)
-write_bank(path, [Shape(3, 5)], seed=9)
-"""
-
-
-def killed_build(path, step):
-    """Build in a process that ends before it moves the old bank aside, before it moves the new
-    one into its place, or before it removes the old one.
-    """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", KILLED_BUILD, str(path), str(step)]
-    assert subprocess.run(command, env=environment, check=False).returncode == 9
-
-
-@pytest.mark.parametrize("step", [1, 2, 3])
-def test_a_killed_build_loses_no_bank_and_the_next_one_cleans_up(tmp_path, step):
-    path = tmp_path / "m.bank"
-    write_bank(path, SMALL)
-    before = files_of(path)
-    killed_build(path, step)
-    left = set(os.listdir(tmp_path))
-    assert len(left) == 2
-    assert left < {"m.bank", "m.bank.bapq-building", "m.bank.bapq-replaced"}
-    with BankWriter(path, levels=(4,), source=SOURCE):
-        pass  # a build that does not finish still puts the old bank back
-    assert os.listdir(tmp_path) == ["m.bank"]
-    assert verify(path).ok
-    assert (files_of(path) == before) == (step < 3)
 
 
 def test_two_builds_of_one_bank_do_not_meet(tmp_path):

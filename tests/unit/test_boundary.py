@@ -9,13 +9,15 @@ import pytest
 from sklearn.cluster import KMeans
 from sklearn.tree import DecisionTreeClassifier
 
-from bapq_edge.bank.boundary import Boundary, Wish, array_file
+from bapq_edge.adaptive.boundary_model import BoundaryModel
+from bapq_edge.adaptive.drift import DriftDetector, ExpectedRegions
+from bapq_edge.bank.boundary import Boundary, Precision, array_file
+from bapq_edge.bank.consistency import check_boundary
 from bapq_edge.bank.exchange import pack, unpack
 from bapq_edge.bank.files import digest_of
 from bapq_edge.bank.npy import to_npy
 from bapq_edge.bank.reader import Bank
 from bapq_edge.bank.verify import verify
-from bapq_edge.boundary import BoundaryModel, DriftWatch
 from bapq_edge.errors import BankFormatError, BankIntegrityError, RunInputError
 from support.boundaries import HIGH, LOW, model, with_boundary
 from support.streaming import chain_bank
@@ -33,7 +35,7 @@ def described(**changes):
         "kind": "tree",
         "regions": 2,
         "nodes": 3,
-        "wishes": (LOW, HIGH),
+        "precisions": (LOW, HIGH),
         "points": 1,
         "samples": 100,
         "confidence": 0.9,
@@ -139,14 +141,16 @@ def test_a_tap_of_another_shape_is_refused():
 
 
 def test_drift_is_told_once_and_taken_back():
-    mix = np.array([0.1, 0.2, 0.7], np.float32)
-    watch = DriftWatch(mix, 1000)
+    shares = np.array([0.1, 0.2, 0.7], np.float32)
+    detector = DriftDetector(ExpectedRegions(shares, 1000))
     rng = np.random.default_rng(4)
-    assert not any(watch.saw(int(r)) for r in rng.choice(3, 5000, p=[0.1, 0.2, 0.7]))
-    told = [reason for _ in range(600) if (reason := watch.saw(0))]
-    assert len(told) == 1 and "region 0 has" in told[0] and watch.drifted
-    told = [reason for r in rng.choice(3, 3000, p=[0.1, 0.2, 0.7]) if (reason := watch.saw(int(r)))]
-    assert len(told) == 1 and "again" in told[0] and not watch.drifted
+    assert not any(detector.saw(int(r)) for r in rng.choice(3, 5000, p=[0.1, 0.2, 0.7]))
+    told = [reason for _ in range(600) if (reason := detector.saw(0))]
+    assert len(told) == 1 and "region 0 has" in told[0] and detector.drifted
+    told = [
+        reason for r in rng.choice(3, 3000, p=[0.1, 0.2, 0.7]) if (reason := detector.saw(int(r)))
+    ]
+    assert len(told) == 1 and "again" in told[0] and not detector.drifted
 
 
 # ---- in the bank ----
@@ -190,11 +194,11 @@ def test_arrays_that_make_no_model_are_refused(bank, tmp_path, arrays, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"base": Wish(level=4)}, "wishes[0]"),
-        ({"wishes": (LOW, LOW)}, "with one twice"),
-        ({"wishes": (LOW, Wish(level=8, region=2))}, "of 2 regions"),
-        ({"wishes": (LOW, Wish())}, "a level or bits"),
-        ({"wishes": (LOW, Wish(level=8, bits=3.0))}, "a level or bits"),
+        ({"base": Precision(level=4)}, "wishes[0]"),
+        ({"precisions": (LOW, LOW)}, "with one twice"),
+        ({"precisions": (LOW, Precision(level=8, region=2))}, "of 2 regions"),
+        ({"precisions": (LOW, Precision())}, "a level or bits"),
+        ({"precisions": (LOW, Precision(level=8, bits=3.0))}, "a level or bits"),
         ({"stage": "gate"}, "without a split"),
         ({"nodes": 0}, "above 0 for a tree"),
         ({"pool": (1 << 16, 2)}, "at most 65536 values"),
@@ -204,7 +208,8 @@ def test_descriptions_that_contradict_themselves(bank, fields, message):
     manifest = Bank.open(bank).manifest
     found = []
     description = replace(described(stage="answer"), **fields)
-    description.check(
+    check_boundary(
+        description,
         manifest,
         lambda good, key, value, expected: good or found.append(f"{key} {value} {expected}"),
     )
@@ -218,7 +223,7 @@ def test_damage_and_disagreement_in_the_bank_are_found(bank, tmp_path):
     file.write_bytes(whole[:-1] + b"\x01")
     with pytest.raises(BankIntegrityError, match=r"model.assignment.npy has BLAKE2b"):
         Bank.open(fitted)
-    # A file that is whole but does not fit the rest: wishes that there are not.
+    # A file that is whole but does not fit the rest: precisions that there are not.
     wrong = to_npy(np.full((2, 2), 7, np.uint8))
     file.write_bytes(wrong)
     manifest = fitted / "manifest.json"

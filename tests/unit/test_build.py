@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from onnx import helper
-from unit import models
-from unit.models import FLOAT, weights
 
 import bapq_tools
 from bapq_edge.bank.codes import dequantize
@@ -36,6 +34,9 @@ from bapq_edge.errors import (
 )
 from bapq_tools import build as driver
 from bapq_tools import build_bank
+from bapq_tools.build import BuildReport
+from support import onnx_models as models
+from support.onnx_models import FLOAT, weights
 
 node = helper.make_node
 
@@ -67,14 +68,17 @@ def samples():
     return {"x": weights(20, 32)}
 
 
-def content(path: Path) -> dict[str, bytes]:
+def content(bank: Path | BuildReport) -> dict[str, bytes]:
+    path = Path(bank)
     return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
 def test_path_and_model_give_the_same_planes(model_file, samples, tmp_path):
-    from_file = build_bank(str(model_file), tmp_path / "a.bank", samples, progress=False)
-    from_model = build_bank(mlp(), tmp_path / "b.bank", samples, progress=False)
-    assert from_file == tmp_path / "a.bank"
+    from_file = build_bank(
+        str(model_file), tmp_path / "a.bank", calibration=samples, progress=False
+    )
+    from_model = build_bank(mlp(), tmp_path / "b.bank", calibration=samples, progress=False)
+    assert Path(from_file) == tmp_path / "a.bank"
     one, two = Bank.open(from_file).manifest, Bank.open(from_model).manifest
     assert one.planes == two.planes and one.layers == two.layers and one.graph == two.graph
     assert one.model.name == "mlp.onnx" and two.model.name == "test"
@@ -85,7 +89,9 @@ def test_path_and_model_give_the_same_planes(model_file, samples, tmp_path):
 
 def test_layer_without_bias_gets_one_that_the_graph_applies(samples, tmp_path):
     """Relu makes the second layer's inputs positive on average: its error has a mean."""
-    manifest = Bank.open(build_bank(mlp(), tmp_path / "a.bank", samples, progress=False)).manifest
+    manifest = Bank.open(
+        build_bank(mlp(), tmp_path / "a.bank", calibration=samples, progress=False)
+    ).manifest
     assert [layer.has_bias for layer in manifest.layers] == [True, True]
     graph = models.onnx.load_model(tmp_path / "a.bank" / manifest.graph.file).graph
     used = [a.i for n in graph.node for a in n.attribute if a.name == "use_bias"]
@@ -102,7 +108,9 @@ def test_sensitivity_is_what_a_layer_alone_does_to_the_outputs(tmp_path):
         {"words": words, "w": dense},
     )
     ids = np.random.default_rng(0).integers(0, 60, 64)
-    path = build_bank(model, tmp_path / "a.bank", {"ids": ids}, LEVELS, progress=False)
+    path = build_bank(
+        model, tmp_path / "a.bank", calibration={"ids": ids}, levels=LEVELS, progress=False
+    )
     bank = Bank.open(path)
     found = bank.sensitivity()
     first, second = bank.manifest.layers
@@ -122,7 +130,9 @@ def test_sensitivity_is_what_a_layer_alone_does_to_the_outputs(tmp_path):
 
 
 def test_levels_in_any_order_and_form(samples, tmp_path):
-    path = build_bank(mlp(), tmp_path / "a.bank", samples, levels=(n for n in (1, 8, 1)))
+    path = build_bank(
+        mlp(), tmp_path / "a.bank", calibration=samples, levels=(n for n in (1, 8, 1))
+    )
     manifest = Bank.open(path).manifest
     assert manifest.levels == (8, 1)
     assert set(manifest.planes) == {"p4", "r8", "s1"}
@@ -143,8 +153,10 @@ def test_without_calibration_there_is_a_warning(model_file, tmp_path):
 
 
 def test_a_new_bank_replaces_the_old_one(model_file, samples, tmp_path):
-    out = build_bank(model_file, tmp_path / "a.bank", samples, levels=(4,), progress=False)
-    build_bank(model_file, out, samples, levels=(2,), progress=False)
+    out = build_bank(
+        model_file, tmp_path / "a.bank", calibration=samples, levels=(4,), progress=False
+    )
+    build_bank(model_file, out, calibration=samples, levels=(2,), progress=False)
     assert Bank.open(out).manifest.levels == (2,)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bank", "mlp.onnx"]
 
@@ -172,11 +184,11 @@ def refusals(tmp_path):
 def test_a_failed_build_leaves_the_old_bank_and_nothing_else(model_file, samples, tmp_path):
     folder = tmp_path / "banks"
     folder.mkdir()
-    out = build_bank(model_file, folder / "a.bank", samples, progress=False)
+    out = build_bank(model_file, folder / "a.bank", calibration=samples, progress=False)
     before = content(out)
     for error, model, calibration in refusals(tmp_path):
         with pytest.raises(error) as caught:
-            build_bank(model, out, calibration, progress=False)
+            build_bank(model, out, calibration=calibration, progress=False)
         assert "\n" not in str(caught.value)
         assert content(out) == before
         assert [p.name for p in folder.iterdir()] == ["a.bank"]
@@ -190,10 +202,10 @@ def test_what_is_no_bank_is_never_replaced(samples, tmp_path):
     for out in (directory, file):
         # The model is not even looked for.
         with pytest.raises(BankFormatError):
-            build_bank(tmp_path / "absent.onnx", out, samples, progress=False)
+            build_bank(tmp_path / "absent.onnx", out, calibration=samples, progress=False)
     assert (directory / "letter.txt").read_text() == file.read_text() == "dear"
     with pytest.raises(StorageError, match="no directory"):
-        build_bank(tmp_path / "absent.onnx", tmp_path / "no" / "a.bank", samples)
+        build_bank(tmp_path / "absent.onnx", tmp_path / "no" / "a.bank", calibration=samples)
 
 
 def test_too_small_a_disk_is_found_before_the_work(model_file, samples, tmp_path, monkeypatch):
@@ -206,14 +218,16 @@ def test_too_small_a_disk_is_found_before_the_work(model_file, samples, tmp_path
     )
     monkeypatch.setattr(driver, "quantize_layers", lambda *_: pytest.fail("worked in vain"))
     with pytest.raises(StorageError, match=r"needs about \d+ bytes, its disk has 5000 free"):
-        build_bank(model_file, here / "a.bank", samples, progress=False)
+        build_bank(model_file, here / "a.bank", calibration=samples, progress=False)
     assert not list(here.iterdir())
 
 
 def test_estimate_is_above_the_banks_size_and_near(tmp_path, samples, monkeypatch):
     model = mlp(3000)
     usage = namedtuple("usage", "total used free")
-    size = sum(map(len, content(build_bank(model, tmp_path / "a.bank", samples)).values()))
+    size = sum(
+        map(len, content(build_bank(model, tmp_path / "a.bank", calibration=samples)).values())
+    )
     real = shutil.disk_usage
     for free, fits in ((size, False), (size + (2 << 20), True)):
 
@@ -222,10 +236,10 @@ def test_estimate_is_above_the_banks_size_and_near(tmp_path, samples, monkeypatc
 
         monkeypatch.setattr(shutil, "disk_usage", disk)
         if fits:
-            build_bank(model, tmp_path / "a.bank", samples)
+            build_bank(model, tmp_path / "a.bank", calibration=samples)
         else:
             with pytest.raises(StorageError):
-                build_bank(model, tmp_path / "a.bank", samples)
+                build_bank(model, tmp_path / "a.bank", calibration=samples)
 
 
 # ---- the command ----

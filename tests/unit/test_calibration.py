@@ -7,7 +7,6 @@ import pickle
 import numpy as np
 import pytest
 from onnx import helper
-from unit.models import FLOAT, INT32, INT64
 
 from bapq_edge.errors import (
     CalibrationArrayError,
@@ -16,7 +15,8 @@ from bapq_edge.errors import (
     CalibrationValueError,
     StorageError,
 )
-from bapq_tools.passes.calibration import load_calibration
+from bapq_tools.calibration.samples import load_calibration
+from support.onnx_models import FLOAT, INT32, INT64
 
 node = helper.make_node
 
@@ -101,10 +101,8 @@ def test_counts_must_agree():
 
 
 def test_file_must_be_an_npz_of_plain_arrays(tmp_path):
-    text, single, pickled, object_array = (tmp_path / name for name in "abcd")
+    text, pickled, object_array = (tmp_path / name for name in "acd")
     text.write_text("not arrays")
-    with single.open("wb") as file:
-        np.save(file, np.ones((2, 3)))
     pickled.write_bytes(pickle.dumps({"x": 1}))
     with object_array.open("wb") as file:
         np.savez(file, x=np.array([{}], object))
@@ -114,12 +112,19 @@ def test_file_must_be_an_npz_of_plain_arrays(tmp_path):
     truncated.write_bytes(truncated.read_bytes()[:-200])
     empty = tmp_path / "e"
     empty.touch()
-    for path in (text, single, pickled, object_array, truncated, empty):
+    for path in (text, pickled, object_array, truncated, empty):
         with pytest.raises(CalibrationError, match=r"not an \.npz file") as caught:
             load_calibration(path, X)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(StorageError, match="No such file"):
         load_calibration(tmp_path / "absent.npz", X)
+
+
+def test_an_npy_is_the_data_of_a_single_input(tmp_path):
+    np.save(tmp_path / "x.npy", np.ones((2, 3), np.float32))
+    assert load_calibration(tmp_path / "x.npy", X).samples == 2
+    with pytest.raises(CalibrationArrayError, match="2 inputs, a, b; write"):
+        load_calibration(tmp_path / "x.npy", inputs(a=["n", 3], b=["n", 3]))
 
 
 def test_damaged_member_is_named_too(tmp_path):

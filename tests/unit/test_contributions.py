@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from onnx import helper, numpy_helper, parser
 
-from bapq_edge.bank.boundary import Wish
+from bapq_edge.bank.boundary import Precision
 from bapq_edge.bank.reader import Bank
-from bapq_tools.boundary.contributions import contributions
-from bapq_tools.boundary.readers import Readers
-from bapq_tools.build import build_bank
+from bapq_tools import build_bank
+from bapq_tools.row_skipping.contributions import contributions
+from bapq_tools.row_skipping.downstream_weights import DownstreamWeights
 
 
 def model_of(text, **weights):
@@ -36,7 +36,7 @@ def test_means_are_of_what_the_next_layer_reads_and_costs_of_what_it_makes_of_it
     text = (40, 4, "h = MatMul(x, w1) r = Relu(h) k = MatMul(r, w2) y = MatMul(k, w3)")
     bank = bank_of(tmp_path, model_of(text, w1=w1, w2=w2, w3=w3))
     x, regions = normal(rng, 70, 40), rng.integers(0, 2, 70)
-    found = contributions(bank, Wish(32), [{"x": row[None]} for row in x], regions, 3)
+    found = contributions(bank, Precision(32), [{"x": row[None]} for row in x], regions, 3)
     assert len(found) == 2  # the third is too small for a bank
     hidden = np.maximum(x @ w1, 0).astype(np.float64)
     for layer, values, reads in zip(found, (hidden, hidden @ w2), (w2, w3), strict=True):
@@ -59,7 +59,7 @@ def test_a_convolution_counts_every_position(tmp_path):
     )
     bank = bank_of(tmp_path, model_of(text, w1=w1, w2=w2))
     x = normal(rng, 3, 4, 6, 5)
-    found = contributions(bank, Wish(32), [{"x": one[None]} for one in x], np.zeros(3, int), 1)
+    found = contributions(bank, Precision(32), [{"x": one[None]} for one in x], np.zeros(3, int), 1)
     (layer,) = found  # the other one's output is the model's
     windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(2, 3))
     values = np.maximum(np.einsum("nchwij,rcij->nhwr", windows, w1), 0).reshape(-1, 32)
@@ -77,11 +77,11 @@ def test_layers_that_cannot_be_skipped_are_left_out(tmp_path):
     feeds, regions = [{"x": np.ones((1, 32), np.float32)}], np.zeros(1, int)
     shared = bank_of(tmp_path, model_of((32, 32, SHARED), w=normal(rng, 32, 32)))
     assert len(shared.manifest.layers) == 1
-    assert contributions(shared, Wish(32), feeds, regions, 1) == {}
+    assert contributions(shared, Precision(32), feeds, regions, 1) == {}
     weights = {"w": normal(rng, 64, 32), "axis": np.array([1])}
     gathered = bank_of(tmp_path, model_of((32, 32, GATHERED), **weights))
     assert gathered.manifest.layers[0].operators == ("Gather",)
-    assert contributions(gathered, Wish(32), feeds, regions, 1) == {}
+    assert contributions(gathered, Precision(32), feeds, regions, 1) == {}
 
 
 READERS = [  # nodes behind x (n, 8, 4, 4), squared weights that read its channels
@@ -113,5 +113,5 @@ def test_how_strongly_channels_are_read(tmp_path, nodes, expected):
     squares = {name: np.square(w, dtype=np.float64) for name, w in weights.items()}
     model = model_of(("8, 4, 4", "k", nodes), **weights)
     bank = bank_of(tmp_path, model_of((32, 32, SHARED), w=normal(rng, 32, 32)))
-    found = Readers(bank, model.graph).strength("x", 8)
+    found = DownstreamWeights(bank, model.graph).strength("x", 8)
     np.testing.assert_allclose(found, expected(squares), rtol=1e-6)

@@ -6,15 +6,15 @@ import random
 
 import pytest
 
-from bapq_edge.controller import (
+from bapq_edge.control.controller import (
     Controller,
     ControllerConfig,
     automatic_budget_bytes,
 )
+from bapq_edge.control.device_profile import load_profile
 from bapq_edge.errors import RequestError, SensorError
-from bapq_edge.profiles import load_profile
 from bapq_edge.sensors import Readings
-from bapq_tools.experiments import controller_trace
+from benchmarks import controller_trace
 
 MIB = 1 << 20
 CONFIG = ControllerConfig(reserve_bytes=100 * MIB, reserve_band_bytes=20 * MIB, hold_s=10)
@@ -374,7 +374,7 @@ def test_automatic_budget_takes_the_tighter_of_system_and_cgroup():
         automatic_budget_bytes(Readings(0.0, battery_percent=50.0))
 
 
-# ---- the picture in docs/controller.md ----
+# ---- the picture in docs/explanation/controller.md ----
 
 
 def test_the_scripted_trace_makes_the_switches_that_the_docs_show(tmp_path, capsys, monkeypatch):

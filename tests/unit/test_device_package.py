@@ -11,7 +11,7 @@ import pytest
 
 import bapq_edge
 from bapq_edge import errors
-from bapq_edge.profiles import load_profile, profile_names
+from bapq_edge.control.device_profile import load_profile, profile_names
 from bapq_edge.units import format_size, parse_size
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +34,7 @@ def test_importing_the_device_package_loads_no_host_package(statement):
 def test_importing_the_device_package_loads_only_what_every_session_needs():
     # Each costs a board memory: hashlib with its OpenSSL 3.5 MB, YAML 0.7 MB.
     added = modules_after("import bapq_edge") - modules_after("import numpy, onnxruntime")
-    some_need = {"yaml", "csv", "subprocess", "hashlib", "psutil", "bapq_edge.controller"}
+    some_need = {"yaml", "csv", "subprocess", "hashlib", "psutil", "bapq_edge.control.controller"}
     some_need |= {"bapq_edge.sensors", "bapq_edge.commands", "bapq_edge.bank.writer"}
     if Path("/proc/device-tree/model").exists():
         some_need.remove("yaml")  # on a board every session does
@@ -84,19 +84,22 @@ def test_wheel_holds_library_tools_and_profiles(tmp_path):
         "bapq_edge/engine/libbapq.so",
         "bapq_edge/device_profiles/raspberry_pi_4.yaml",
         "bapq_tools/build.py",
-        "bapq_tools/passes/quantize.py",
+        "bapq_tools/quantize/layer_tasks.py",
     } <= names
     assert not [name for name in names if name.endswith((".c", ".h", ".o"))]
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert tops == {"bapq_edge", "bapq_tools"}, "benchmarks and the zoo stay at home"
 
 
 def test_sizes():
     assert parse_size("64MiB") == 64 << 20
     assert parse_size("1.5 GB") == 1_500_000_000
-    assert parse_size(" 100 ") == parse_size("100B") == parse_size(100) == 100
+    assert parse_size(" 100 B ") == parse_size("100B") == parse_size(100) == 100
+    assert parse_size(" 2000000 ") == 2_000_000
     assert format_size(1536) == "1.5 KiB"
     assert format_size(64 << 20) == "64.0 MiB"
     assert format_size(12) == "12 B"
-    for size in (True, 0, -5, "64mib", "1e6", "MiB", "nan", None):
+    for size in (True, 0, -5, "64mib", "1e6", "MiB", "nan", "64", " 100 ", None):
         with pytest.raises(errors.SizeError):
             parse_size(size)
 

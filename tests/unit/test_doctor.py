@@ -77,7 +77,7 @@ def test_swap_on_a_card_is_noted_and_zram_is_not(tmp_path, swaps, state, part):
     assert ("swapoff" in swap.fix) == (state == "note")
 
 
-def test_a_wish_for_sensors_that_cannot_be_is_said():
+def test_a_precision_for_sensors_that_cannot_be_is_said():
     found = {f.item: f for f in examine(environment={"BAPQ_SENSORS": "mock"})}
     assert found["sensors"].state == "note" and "unset BAPQ_SENSORS" in found["sensors"].fix
 

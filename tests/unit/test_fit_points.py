@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from bapq_tools.boundary.folds import folds_of, held_out
-from bapq_tools.boundary.points import (
-    Held,
+from bapq_tools.boundary.operating_points import (
+    HeldOut,
     climb,
     escalate,
     operating_points,
@@ -19,7 +19,7 @@ from bapq_tools.boundary.points import (
 def held(losses, groups=None, binary=True, confidence=0.9):
     losses = np.asarray(losses, float).reshape(len(losses), -1)
     groups = np.arange(len(losses)) if groups is None else np.asarray(groups)
-    return Held(losses, groups, binary, confidence)
+    return HeldOut(losses, groups, binary, confidence)
 
 
 def test_the_bound_of_right_and_wrong_answers_is_clopper_pearsons():
@@ -55,7 +55,7 @@ def test_alike_samples_count_as_fewer():
     copies = held(np.repeat(once, 5), groups)
     assert copies.design_effect == pytest.approx(5, rel=0.02)
     assert copies.upper(np.repeat(once, 5)) == pytest.approx(held(once).upper(once), rel=0.02)
-    # Also where nothing went wrong, as far as another wish tells.
+    # Also where nothing went wrong, as far as another precision tells.
     assert copies.upper(np.zeros(500)) > 4 * held(np.zeros(500)).upper(np.zeros(500))
 
 
@@ -106,12 +106,12 @@ def test_a_region_without_samples_loses_what_all_do():
 
 def test_points_state_bits_agreement_and_a_bound_that_dearer_ones_keep_too():
     regions = np.repeat([0, 1], [100, 900])
-    # The low wish fails in half of region 0; the high one fails once, in region 1.
+    # The low precision fails in half of region 0; the high one fails once, in region 1.
     low = np.where((regions == 0) & (np.arange(1000) % 2 == 0), 1.0, 0.0)
     high = (np.arange(1000) == 999).astype(float)
     kept = held(np.column_stack([low, high]))
     found = operating_points(escalate(2), np.array([2.0, 10.0]), regions, kept)
-    # All at the high wish costs more and agrees less than region 0 alone.
+    # All at the high precision costs more and agrees less than region 0 alone.
     assert found.assignment.tolist() == [[0, 0], [1, 0]]
     np.testing.assert_allclose(found.outlook[:, 0], [2.0, 2.8])
     np.testing.assert_allclose(found.outlook[:, 1], [0.95, 1.0])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.tree import DecisionTreeRegressor
 
-from bapq_edge.boundary import score_features
+from bapq_edge.adaptive.boundary_model import score_features
 from bapq_edge.errors import NoTapError
 from bapq_tools.boundary.features import class_probe, loss_probe, own_scores, pool_of
 from bapq_tools.boundary.regions import (
@@ -20,7 +20,7 @@ from bapq_tools.boundary.regions import (
     choose_regions,
     loss_left,
     nothing_found,
-    wishes_of,
+    precisions_of,
 )
 
 
@@ -88,9 +88,9 @@ def test_a_gate_gives_riskier_regions_no_less(doubtful):
     features, task = doubtful
     task = replace(task, losses=task.losses * [1, 0])
     found = _bands(features[:, 0], 0, 1, 12)
-    for path in wishes_of(found.of(features), found.count, task):
+    for path in precisions_of(found.of(features), found.count, task):
         assert (np.diff(path.astype(int)) <= 0).all()
-    escalated = wishes_of(found.of(features), found.count, replace(task, escalates=True))
+    escalated = precisions_of(found.of(features), found.count, replace(task, escalates=True))
     assert escalated.sum(1).tolist() == list(range(found.count + 1))
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from unit import models
-from unit.models import FLOAT, INT64, weights
 
 from bapq_edge.errors import StorageError, UnsupportedModelError
-from bapq_tools.passes.fold import fold
+from bapq_tools.onnx_graph.fold import fold
+from support import onnx_models as models
+from support.onnx_models import FLOAT, INT64, weights
 
 node = helper.make_node
 

@@ -10,11 +10,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import quantization
-from unit import models
-from unit.models import FLOAT, INT64, weights
 
 from bapq_edge.errors import ModelFormatError, UnsupportedModelError
-from bapq_tools.importers.onnx_file import load_model
+from bapq_tools.onnx_graph.importers.onnx_file import load_model
+from support import onnx_models as models
+from support.onnx_models import FLOAT, INT64, weights
 
 node = helper.make_node
 HALF, BFLOAT = TensorProto.FLOAT16, TensorProto.BFLOAT16

@@ -8,7 +8,6 @@ import json
 
 import numpy as np
 import pytest
-from bank_samples import SOURCE, Shape, add, assert_same_codes, files_of, random_codes, write_bank
 
 from bapq_edge.bank.exchange import pack, unpack
 from bapq_edge.bank.layout import level_within, planes_for
@@ -16,7 +15,16 @@ from bapq_edge.bank.reader import Bank
 from bapq_edge.bank.verify import verify
 from bapq_edge.bank.writer import BankWriter
 from bapq_edge.errors import BankFormatError, MissingPlaneWarning, RequestError
-from bapq_edge.planner import Request, plan, problem_of
+from bapq_edge.planning.planner import Request, chunk_costs, plan
+from support.bank_samples import (
+    SOURCE,
+    Shape,
+    add,
+    assert_same_codes,
+    files_of,
+    random_codes,
+    write_bank,
+)
 
 LOW = (8, 4, 2, 1)
 SHAPES = (
@@ -113,8 +121,8 @@ def test_a_sensitivity_at_a_level_that_the_layer_lacks_is_refused(bank):
 
 
 def test_plans_count_what_really_runs(bank):
-    problem = problem_of(bank)
-    found = plan(problem, Request(level=2))
+    costs = chunk_costs(bank)
+    found = plan(costs, Request(level=2))
     layers = bank.manifest.layers
     for layer, expected in zip(layers, (4, 2, 4, 2), strict=True):
         assert (found.levels[layer.chunk_range] == expected).all()
@@ -127,21 +135,21 @@ def test_plans_count_what_really_runs(bank):
         for layer, level in zip(layers, (4, 2, 4, 2), strict=True)
     ]
     assert found.predicted_error == pytest.approx(sum(errors))
-    capped = plan(problem, Request(level=8, highest_level=2))
+    capped = plan(costs, Request(level=8, highest_level=2))
     np.testing.assert_array_equal(capped.levels, found.levels)
 
 
 def test_bits_cannot_go_below_what_the_layers_have(bank):
-    problem = problem_of(bank)
-    errors = (1 / problem.runs_at).astype(np.float32)
-    problem = dataclasses.replace(problem, sensitivity=errors)
+    costs = chunk_costs(bank)
+    errors = (1 / costs.runs_at).astype(np.float32)
+    costs = dataclasses.replace(costs, sensitivity=errors)
     weights = np.array([layer.rows * layer.columns for layer in bank.manifest.layers])
     lowest = (weights * (4, 1, 1, 2)).sum() / weights.sum()
     with pytest.raises(RequestError, match=r"1 bits .* lowest level takes") as caught:
-        plan(problem, Request(bits=1))
+        plan(costs, Request(bits=1))
     named = float(str(caught.value).rpartition("ask for ")[2].partition(" ")[0])
     assert lowest <= named <= lowest + 0.002
     for bits in (named, 3, 5, 8, 100):
-        found = plan(problem, Request(bits=bits))
+        found = plan(costs, Request(bits=bits))
         assert found.bits_per_weight <= bits
     assert found.bits_per_weight == pytest.approx((weights * (8, 8, 4, 8)).sum() / weights.sum())

@@ -8,12 +8,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from unit import models
-from unit.models import FLOAT, INT64, weights
 
 from bapq_edge.errors import ModelError, NoHeavyLayerError
-from bapq_tools.passes.ir import Activation, LayerPlan
-from bapq_tools.passes.layers import find_layers
+from bapq_tools.onnx_graph.ir import Activation, LayerPlan
+from bapq_tools.onnx_graph.layers import find_layers
+from support import onnx_models as models
+from support.onnx_models import FLOAT, INT64, weights
 
 node = helper.make_node
 UNBOUNDED = float("inf")

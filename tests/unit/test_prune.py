@@ -7,19 +7,20 @@ import json
 import numpy as np
 import pytest
 from onnx import GraphProto, NodeProto, helper, numpy_helper
-from unit import models
-from unit.models import FLOAT, weights
 
 from bapq_edge import Session
 from bapq_edge.bank.layout import LEVELS
 from bapq_edge.bank.reader import Bank
 from bapq_edge.cli import main
-from bapq_tools.build import build
-from bapq_tools.passes.fold import fold
-from bapq_tools.passes.ir import HeavyLayer, LayerOptions, LayerUse
-from bapq_tools.passes.layers import find_layers
-from bapq_tools.passes.prune import prune, prune_layers
-from bapq_tools.passes.quantize import quantize_layer
+from bapq_tools import build_bank
+from bapq_tools.onnx_graph.fold import fold
+from bapq_tools.onnx_graph.ir import HeavyLayer, LayerUse
+from bapq_tools.onnx_graph.layers import find_layers
+from bapq_tools.quantize.layer_tasks import quantize_layer
+from bapq_tools.quantize.options import LayerOptions
+from bapq_tools.quantize.prune import prune, prune_layers
+from support import onnx_models as models
+from support.onnx_models import FLOAT, weights
 
 node = helper.make_node
 
@@ -64,7 +65,9 @@ def test_a_zero_row_gives_its_bias_at_every_level(tmp_path):
         {"w": w, "b": b},
     )
     x = {"x": weights(30, 64)}
-    report = build(model, tmp_path / "a.bank", x, LEVELS, progress=False, prune_tau=0.01)
+    report = build_bank(
+        model, tmp_path / "a.bank", calibration=x, levels=LEVELS, progress=False, prune_tau=0.01
+    )
     assert (report.pruned_rows, report.dropped_rows) == (1, 0)  # no tile is saved
     for level in LEVELS:
         with Session(tmp_path / "a.bank", level=level) as session:
@@ -105,9 +108,25 @@ def test_rows_that_pruning_empties_are_not_stored(tmp_path):
         }
     }
     by_hand = model(pruned(kernels), pruned(v))
-    report = build(model(kernels, v), tmp_path / "a.bank", x, LEVELS, 1, False, recipe)
+    report = build_bank(
+        model(kernels, v),
+        tmp_path / "a.bank",
+        calibration=x,
+        levels=LEVELS,
+        workers=1,
+        progress=False,
+        recipe=recipe,
+    )
     recipe["layers"] = {"fc": {"levels": [32, 4]}}
-    whole = build(by_hand, tmp_path / "b.bank", x, LEVELS, 1, False, recipe)
+    whole = build_bank(
+        by_hand,
+        tmp_path / "b.bank",
+        calibration=x,
+        levels=LEVELS,
+        workers=1,
+        progress=False,
+        recipe=recipe,
+    )
     assert (report.pruned_rows, report.dropped_rows, whole.dropped_rows) == (59, 59, 0)
     bank = Bank.open(tmp_path / "a.bank")
     assert [layer.stored_rows for layer in bank.manifest.layers] == [24, 55, 40]
@@ -157,7 +176,9 @@ def test_rows_are_stored_where_they_must_or_cost_nothing(
         {"w": w},
     )
     out = tmp_path / "a.bank"
-    report = build(source, out, x, levels, 1, False, prune_tau=1e-6)
+    report = build_bank(
+        source, out, calibration=x, levels=levels, workers=1, progress=False, prune_tau=1e-6
+    )
     assert (report.pruned_rows, report.dropped_rows) == (zero_rows, 48 - stored)
     assert Bank.open(out).manifest.layers[0].stored_rows == stored
     with Session(out) as session:
@@ -209,7 +230,16 @@ def test_the_answers_are_those_of_the_pruned_model(tmp_path):
     x = {"x": weights(10, 4, 6, 6)}
     recipe = {"layers": {"fc": {"prune_tau": 0.3}}}
     out = tmp_path / "a.bank"
-    report = build(model(kernels, v), out, x, LEVELS, 1, False, recipe, 0.1)
+    report = build_bank(
+        model(kernels, v),
+        out,
+        calibration=x,
+        levels=LEVELS,
+        workers=1,
+        progress=False,
+        recipe=recipe,
+        prune_tau=0.1,
+    )
     by_hand = model(pruned(kernels, 0.1), pruned(v, 0.3))
     with Session(out, level=32) as session:
         np.testing.assert_allclose(session.run(None, x)[0], models.run(by_hand, x)[0], rtol=1e-4)
@@ -219,7 +249,9 @@ def test_the_answers_are_those_of_the_pruned_model(tmp_path):
     }
     assert report.remaining_ratio == {"conv": left["conv"] / 1440, "fc": left["fc"] / 1920}
     assert report.remaining_ratio_in_all == pytest.approx(sum(left.values()) / 3360)
-    again = build(by_hand, tmp_path / "b.bank", x, LEVELS, 1, False)
+    again = build_bank(
+        by_hand, tmp_path / "b.bank", calibration=x, levels=LEVELS, workers=1, progress=False
+    )
     assert again.remaining_ratio == {} and again.remaining_ratio_in_all == 1
     layers = Bank.open(out).manifest.layers, Bank.open(tmp_path / "b.bank").manifest.layers
     for one, two in zip(*layers, strict=True):

@@ -10,8 +10,10 @@ from onnx import GraphProto, NodeProto
 
 from bapq_edge.bank.codes import check_values, dequantize
 from bapq_edge.bank.layout import LEVELS, PLANES_OF_LEVEL, planes_for
-from bapq_tools.passes.ir import HeavyLayer, LayerOptions, LayerUse, LevelStats, MatrixStats
-from bapq_tools.passes.quantize import SCALE_COLUMNS, quantize_layer
+from bapq_tools.calibration.matrix_stats import LevelStats, MatrixStats
+from bapq_tools.onnx_graph.ir import HeavyLayer, LayerUse
+from bapq_tools.quantize.layer_tasks import quantize_layer
+from bapq_tools.quantize.options import SCALE_COLUMNS, LayerOptions
 
 LOW = (8, 4, 2, 1)
 

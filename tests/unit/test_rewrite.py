@@ -6,18 +6,8 @@ import warnings
 
 import numpy as np
 import pytest
-from bank_samples import (
-    PRUNED,
-    RAGGED,
-    SOURCE,
-    Shape,
-    add,
-    files_of,
-    random_codes,
-    write_bank,
-)
 
-from bapq_edge.bank.boundary import Boundary, Wish
+from bapq_edge.bank.boundary import Boundary, Precision
 from bapq_edge.bank.layout import LEVELS
 from bapq_edge.bank.reader import Bank
 from bapq_edge.bank.verify import verify
@@ -29,6 +19,16 @@ from bapq_edge.errors import (
     RequestError,
 )
 from bapq_tools.boundary.rewrite import output_rows, rewrite
+from support.bank_samples import (
+    PRUNED,
+    RAGGED,
+    SOURCE,
+    Shape,
+    add,
+    files_of,
+    random_codes,
+    write_bank,
+)
 
 SHAPES = (*RAGGED, *PRUNED)
 
@@ -121,14 +121,14 @@ def model_of(name):
         name=name,
         stage="start",
         tap="x",
-        base=Wish(level=8),
+        base=Precision(level=8),
         pool=(2,),
         scores="none",
         features=1,
         kind="kmeans",
         regions=1,
         nodes=0,
-        wishes=(Wish(level=8),),
+        precisions=(Precision(level=8),),
         points=1,
         samples=10,
         confidence=0.95,
@@ -136,7 +136,8 @@ def model_of(name):
 
 
 def arrays_of(model, manifest):
-    arrays = {name: np.zeros(shape, t) for name, (t, shape) in model.shapes(manifest).items()}
+    shapes = model.shapes(manifest.layers)
+    arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in shapes.items()}
     arrays["mix"][:] = 1
     return arrays
 
@@ -164,7 +165,7 @@ def test_boundary_models_and_split_are_those_given_and_others_dropped_loudly(tmp
 
 
 @pytest.mark.parametrize(
-    ("wish", "words"),
+    ("precision", "words"),
     [
         ({"row_order": {"fc": np.arange(4)}}, "no layer 'fc'; it has layer0, layer1"),
         ({"chunk_rows": {"fc": 16}}, "no layer 'fc'; it has layer0, layer1"),
@@ -175,11 +176,11 @@ def test_boundary_models_and_split_are_those_given_and_others_dropped_loudly(tmp
         ({"chunk_rows": {"layer1": 0}}, "chunks of 0 rows: choose a multiple of 16"),
     ],
 )
-def test_what_a_bank_cannot_have_is_refused_and_changes_nothing(tmp_path, wish, words):
+def test_what_a_bank_cannot_have_is_refused_and_changes_nothing(tmp_path, precision, words):
     write_bank(tmp_path / "m.bank")
     before = files_of(tmp_path)
     with pytest.raises(RequestError, match=words):
-        rewrite(tmp_path / "m.bank", tmp_path / "m.bank", **wish)
+        rewrite(tmp_path / "m.bank", tmp_path / "m.bank", **precision)
     assert files_of(tmp_path) == before
 
 

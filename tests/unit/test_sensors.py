@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bapq_edge.control.device_profile import find_profile
 from bapq_edge.errors import SensorError
-from bapq_edge.profiles import find_profile
 from bapq_edge.sensors import MockSensors, Readings, SystemSensors, open_sensors
 
 RECORDED = Path(__file__).resolve().parents[1] / "recorded"
@@ -371,9 +371,9 @@ def test_the_environment_chooses_the_mock(tmp_path):
     sensors = open_sensors(environment={"BAPQ_SENSORS": f"mock:{path}"})
     assert sensors.read().available_bytes == 1000000
     assert isinstance(open_sensors(environment={}), SystemSensors)
-    for wish in ("mock", "mock:", "trace.csv", "play:trace.csv"):
+    for precision in ("mock", "mock:", "trace.csv", "play:trace.csv"):
         with pytest.raises(SensorError, match="BAPQ_SENSORS"):
-            open_sensors(environment={"BAPQ_SENSORS": wish})
+            open_sensors(environment={"BAPQ_SENSORS": precision})
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bapq_edge.bank.boundary import Wish
+from bapq_edge.bank.boundary import Precision
 from bapq_edge.bank.reader import Bank
 from bapq_edge.engine.graph import RUN_INPUT
 from bapq_edge.errors import NoTapError
 from bapq_tools.boundary.runner import Runner
-from bapq_tools.boundary.taps import Graph
+from bapq_tools.boundary.taps import BankGraph
 from support.banks import graph_bytes, node, write_bank
 from support.streaming import BANKS, LINEAR, RELU, inputs, layer
 
@@ -49,14 +49,16 @@ def plain(tmp_path):
 
 def halves_agree(bank, cut, x):
     """Whether head and body answer what the whole does; their models."""
-    head, body = Graph(bank).split(cut)
-    runner, wish = Runner(bank), Wish(level=4)
+    head, body = BankGraph(bank).split(cut)
+    runner, precision = Runner(bank), Precision(level=4)
     try:
         outs = ["y"]
-        (whole,) = runner.run(bank.graph_bytes(), wish, outs, [x], lambda f: f[0], lambda: None)
-        (tap,) = runner.run(head, wish, [cut.tap], [x], lambda f: f[0], lambda: None)
+        (whole,) = runner.run(
+            bank.graph_bytes(), precision, outs, [x], lambda f: f[0], lambda: None
+        )
+        (tap,) = runner.run(head, precision, [cut.tap], [x], lambda f: f[0], lambda: None)
         feed = {**x, cut.tap: tap}
-        (again,) = runner.run(body, wish, outs, [feed], lambda f: f[0], lambda: None)
+        (again,) = runner.run(body, precision, outs, [feed], lambda f: f[0], lambda: None)
     finally:
         runner.close()
     np.testing.assert_array_equal(whole, again)
@@ -64,14 +66,14 @@ def halves_agree(bank, cut, x):
 
 
 def test_the_last_tensor_of_each_number_of_layers_is_a_tap(plain):
-    cuts = Graph(plain).cuts()
+    cuts = BankGraph(plain).cuts()
     assert [(cut.tap, cut.head_layers) for cut in cuts] == [("masked", 0), ("h", 1)]
     assert cuts[1].share == pytest.approx(32 * 96 / (32 * 96 + 400 * 32 + 64 * 400))
 
 
 def test_halves_answer_as_the_whole_does_and_read_only_what_they_need(plain):
     x = {"x": np.random.default_rng(0).standard_normal((1, 96)).astype(np.float32)}
-    none, stem = Graph(plain).cuts()
+    none, stem = BankGraph(plain).cuts()
     head, body = halves_agree(plain, stem, x)
     assert {i.name for i in head.graph.input} == {"x", RUN_INPUT}
     # The mask is cheap: the body makes it again.
@@ -85,7 +87,7 @@ def test_halves_answer_as_the_whole_does_and_read_only_what_they_need(plain):
 @pytest.mark.parametrize("kind", sorted(BANKS))
 def test_cuts_of_every_graph_answer_as_the_whole_does(tmp_path, kind):
     bank = Bank.open(BANKS[kind](tmp_path / "m.bank"))
-    graph, name = Graph(bank), "x"
+    graph, name = BankGraph(bank), "x"
     found = []
     for each in graph.model.graph.node:
         try:
@@ -115,7 +117,7 @@ def test_a_residual_passes_a_tap_by(tmp_path):
             node("Gemm", "v", "y", layer=2, **LINEAR),
         ],
     )
-    graph = Graph(bank)
+    graph = BankGraph(bank)
     assert [cut.tap for cut in graph.cuts()] == ["s"]
     with pytest.raises(NoTapError, match="tap 'w' does not cut the graph in two"):
         graph.cut("w")
@@ -136,9 +138,9 @@ def test_a_tensor_that_says_nothing_of_a_later_layer_is_no_tap(tmp_path):
             node("Gemm", "v", "y", layer=2, **LINEAR),
         ],
     )
-    assert [cut.tap for cut in Graph(bank).cuts()] == ["s"]
+    assert [cut.tap for cut in BankGraph(bank).cuts()] == ["s"]
     with pytest.raises(NoTapError):
-        Graph(bank).cut("mean")
+        BankGraph(bank).cut("mean")
 
 
 def test_layers_that_are_read_row_by_row_weigh_nothing(tmp_path):
@@ -146,6 +148,6 @@ def test_layers_that_are_read_row_by_row_weigh_nothing(tmp_path):
     nodes = [node("Gather", "x", "h", layer=0), node("MatMul", "h", "y", layer=1, **RELU)]
     graph = graph_bytes(nodes, ["n", "m"], ["n", "m", 64], TensorProto.INT64)
     bank = Bank.open(write_bank(tmp_path / "m.bank", graph, layers))
-    (cut,) = Graph(bank).cuts()
+    (cut,) = BankGraph(bank).cuts()
     assert (cut.tap, cut.share) == ("h", 0.0)
     halves_agree(bank, cut, {"x": np.array([[1, 4999, 7]])})

@@ -13,7 +13,8 @@ from onnx import TensorProto
 from bapq_edge import Session
 from bapq_edge.bank.layout import PLANES
 from bapq_edge.bank.reader import Bank
-from bapq_edge.engine.native import TRACE_KINDS, Store
+from bapq_edge.engine.library import TRACE_KINDS
+from bapq_edge.engine.store import Store
 from bapq_edge.profiling import Meter, Recorder, measure
 from bapq_edge.sensors import Readings
 from support.banks import NO_CLIP, graph_bytes, node, random_codes, write_bank

@@ -14,8 +14,8 @@ import onnxruntime as ort
 import pytest
 
 from bapq_edge.errors import ModelFormatError
-from bapq_tools.zoo import MODELS, make_model
-from bapq_tools.zoo.digits import (
+from benchmarks.zoo import MODELS, make_model
+from benchmarks.zoo.digits import (
     INPUT_NAMES,
     DigitsModel,
     calibration_npz,
@@ -24,12 +24,12 @@ from bapq_tools.zoo.digits import (
     load_digits_split,
     split_of,
 )
-from bapq_tools.zoo.digits_resnet import digits_resnet_path
-from bapq_tools.zoo.light_cnns import build_light_cnn
-from bapq_tools.zoo.minilm import build_minilm, encode, minilm_dir
-from bapq_tools.zoo.packed_weights import read_packed, round_weights, write_packed
-from bapq_tools.zoo.safetensors import read_safetensors
-from bapq_tools.zoo.sentences import load_sentences
+from benchmarks.zoo.digits_resnet import digits_resnet_path
+from benchmarks.zoo.light_cnns import build_light_cnn
+from benchmarks.zoo.minilm import build_minilm, encode, minilm_dir
+from benchmarks.zoo.packed_weights import read_packed, round_weights, write_packed
+from benchmarks.zoo.safetensors import read_safetensors
+from benchmarks.zoo.sentences import load_sentences
 
 TINY_ENCODER = {
     "model_type": "bert",
@@ -271,7 +271,7 @@ def test_truncated_safetensors_is_refused(raw: bytes, tmp_path: Path) -> None:
 
 
 def test_command_line_writes_and_lists(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bapq_tools.zoo"]
+    command = [sys.executable, "-m", "benchmarks.zoo"]
     listed = subprocess.run([*command, "--list"], capture_output=True, text=True, check=True)
     assert tuple(listed.stdout.split()) == MODELS
     out = tmp_path / "cnn.onnx"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import bapq_tools
-from bapq_tools.zoo.digits import (
+from benchmarks.zoo.digits import (
     INPUT_NAMES,
     calibration_npz,
     digits_cnn_path,
@@ -50,12 +50,14 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
     found = []
     for model, path in (("cnn", digits_cnn_path()), ("mlp", digits_mlp_path())):
         calibration_npz(folder / f"{model}.calibration.npz", model)
-        bank = bapq_tools.build_bank(
-            path,
-            folder / f"{model}.bank",
-            calibration=folder / f"{model}.calibration.npz",
-            levels=(32, 8, 4, 2, 1),
-            progress=False,
+        bank = Path(
+            bapq_tools.build_bank(
+                path,
+                folder / f"{model}.bank",
+                calibration=folder / f"{model}.calibration.npz",
+                levels=(32, 8, 4, 2, 1),
+                progress=False,
+            )
         )
         source = folder / f"{model}.npz"
         np.savez(source, **{INPUT_NAMES[model]: split_of(model).x_test[:IMAGES]})

@@ -4,12 +4,14 @@
 #   ort-newest    NumPy, onnxruntime, psutil and PyYAML: the newest
 #   ort-oldest    the oldest onnxruntime that pyproject.toml admits
 #   test          pytest and onnx
-#   bapq          our wheel
+#   NAME          our wheel: bapq, unless another name is given
+#   PACKAGE       each further one, without what it depends on
 #   cpuinfo-*     what /proc/cpuinfo shows on a board with that CPU
 # Everything but our wheel is left as it is when it is there; remove DIRECTORY for newer packages.
-# Usage: make_arm64.sh DIRECTORY PYTHON WHEEL, all relative to the working directory
+# Usage: make_arm64.sh DIRECTORY PYTHON WHEEL [NAME [PACKAGE...]], relative to the working directory
 set -eu
-directory=$1 python=$2 wheel=$3
+directory=$1 python=$2 wheel=$3 name=${4:-bapq}
+shift $(($# < 4 ? $# : 4))
 for tool in mmdebstrap qemu-aarch64-static aarch64-linux-gnu-gcc; do
     if ! command -v $tool >/dev/null; then
         echo "$tool is not there: apt install mmdebstrap qemu-user-static gcc-aarch64-linux-gnu" \
@@ -23,12 +25,12 @@ python=$OLDPWD/$python wheel=$OLDPWD/$wheel
 
 # make NAME COMMAND...: NAME appears only when it is complete; COMMAND writes NAME.part.
 make_once() {
-    name=$1
+    made=$1
     shift
-    if [ ! -e "$name" ]; then
-        rm -rf "$name.part"
+    if [ ! -e "$made" ]; then
+        rm -rf "$made.part"
         "$@"
-        mv "$name.part" "$name"
+        mv "$made.part" "$made"
     fi
 }
 
@@ -64,5 +66,9 @@ cpuinfo 0xd08 "$v80" >cpuinfo-cortex-a72
 cpuinfo 0xd0b "$v80 aes pmull sha1 sha2 atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp" \
     >cpuinfo-cortex-a76
 
-rm -rf bapq
-packages bapq --no-deps "$wheel"
+rm -rf "$name"
+packages "$name" --no-deps "$wheel"
+
+for package in "$@"; do
+    make_once "$package" packages "$package.part" --no-deps "$package"
+done

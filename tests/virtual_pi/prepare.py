@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from machine import BOARDS, PI_4, PI_5, ROOT, Board, Machine, make_disk
 
 import bapq_tools
 from bapq_edge import Session
-from bapq_tools.experiments.cases import load_case
-from bapq_tools.zoo import make_model
+from benchmarks.cases import load_case
+from benchmarks.zoo import make_model
 from support.documents import board_page, commands
+from virtual_pi.machine import BOARDS, PI_4, PI_5, ROOT, Board, Machine, make_disk
 
 WHEELS = BOARDS / "wheels"
 MODELS = BOARDS / "models"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from machine import LOGS, PI_4, PI_5, ZERO_2W, Record
+from virtual_pi.machine import LOGS, PI_4, PI_5, ZERO_2W, Record
 
 MIB = 1 << 20
 

@@ -83,7 +83,7 @@ ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
 
 @pytest.mark.parametrize("onnxruntime", ["newest"], indirect=True)
 def test_kernels_that_the_cpu_cannot_run_are_refused(cpu, onnxruntime, tmp_path, monkeypatch):
-    script = "from bapq_edge.engine.native import kernels_name; print(kernels_name())"
+    script = "from bapq_edge.engine.library import kernels_name; print(kernels_name())"
     assert sh(PYTHON, "-c", script, cwd=tmp_path).strip() == FAMILIES[cpu]
     monkeypatch.setenv("BAPQ_ISA", "neondot")
     result = subprocess.run([PYTHON, "-c", script], cwd=tmp_path, capture_output=True, text=True)

@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from machine import GUEST, PI_4, PI_5, ROOT, ZERO_2W, Board, Machine, Record, make_disk
-from prepare import MODELS, UPDATED
 
 from support.documents import board_page, board_section, commands
+from virtual_pi.machine import GUEST, PI_4, PI_5, ROOT, ZERO_2W, Board, Machine, Record, make_disk
+from virtual_pi.prepare import MODELS, UPDATED
 
 pytestmark = pytest.mark.pi
 

@@ -1,9 +1,9 @@
 /* The kernel families and the data they work on.
  *
  * A tile is 16 output rows of one layer; its columns come in blocks of 32. All levels share one
- * layout (docs/bank_format.md), so one bank serves every CPU. A kernel multiplies one tile with a
- * panel of m activation rows. Blocks that share all their scales form runs of at most 8; a run of
- * a panel that is not uniform is one block. With step = d * scale:
+ * layout (docs/reference/bank_format.md), so one bank serves every CPU. A kernel multiplies one
+ * tile with a panel of m activation rows. Blocks that share all their scales form runs of at most
+ * 8; a run of a panel that is not uniform is one block. With step = d * scale:
  *
  *   acc[i][r]  = over the runs, in order: fma(step, f, acc),           f = sum (code - zero) * q
  *   offset[r]  = over the runs, in order: fma(step, -zero_point * c, offset),

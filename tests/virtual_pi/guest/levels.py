@@ -15,7 +15,7 @@ import psutil
 
 import bapq_edge
 from bapq_edge.bank.reader import Bank
-from bapq_edge.engine.native import kernels_name
+from bapq_edge.engine.library import kernels_name
 
 
 def main(name: str, folder: str, budget: str) -> None:

@@ -1,0 +1,1 @@
+"""Precision by input: boundary models, policies, and the runs that they steer."""

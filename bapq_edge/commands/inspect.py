@@ -1,0 +1,78 @@
+"""`bapq inspect`: what a bank holds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..adaptive.boundary_model import BoundaryModel
+from ..bank.layer import Layer
+from ..bank.layout import Level
+from ..bank.reader import Bank
+from ..units import format_size
+from .options import add_json
+
+__all__ = ["add_inspect"]
+
+
+def add_inspect(commands: Any) -> None:
+    """Add `inspect`."""
+    inspect = commands.add_parser("inspect", help="show what a bank holds")
+    inspect.add_argument("bank", type=Path)
+    add_json(inspect, "the manifest")
+    inspect.set_defaults(command=_inspect)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    bank = Bank.open(arguments.bank)
+    manifest = bank.manifest
+    if arguments.json:
+        print(manifest.to_json().decode(), end="")
+        return
+    print(f"{bank.path}: {manifest.model.name}, made by {manifest.model.producer}")
+    calibration = manifest.calibration
+    seen = f"{calibration.samples} calibration samples" if calibration else "no calibration"
+    print(f"{bank.weights:,} weights in {len(manifest.layers)} layers, {seen}\n")
+    print("level  bits/weight  bytes in memory")
+    for level in bank.levels:
+        size = format_size(bank.weight_bytes(level))
+        print(f"{level:5}  {bank.bits_per_weight(level):11.2f}  {size:>15}")
+    levels = [level for level in bank.levels if level != 32]
+    errors = "".join(f"  {f'error@{level}':>8}" for level in levels)
+    width = max(len(layer.name) for layer in manifest.layers)
+    print(f"\n{'layer':{width}}  {'operator':14}  {'rows x columns':>15}  chunks{errors}")
+    for layer in manifest.layers:
+        whole = layer.stored_rows == layer.rows
+        rows = str(layer.rows) if whole else f"{layer.stored_rows} of {layer.rows}"
+        shape = f"{rows} x {layer.columns}"
+        values = "".join(f"  {_error(layer, level):>8}" for level in levels)
+        operators = "+".join(layer.operators)
+        print(f"{layer.name:{width}}  {operators:14}  {shape:>15}  {layer.chunk_count:6}{values}")
+    if levels:
+        print("\nerror: relative, of the layer's output; codes: c compensated, n nearest")
+    for entry in manifest.boundary:
+        _show_boundary(BoundaryModel.of(bank, entry.model))
+    if manifest.kept_in_float:
+        print("\nkept in float by the graph engine:")
+        width = max(len(node.name) for node in manifest.kept_in_float)
+        for node in manifest.kept_in_float:
+            print(f"  {node.name:{width}}  {node.operator:14} {node.weights:>10,}  {node.reason}")
+
+
+def _show_boundary(model: BoundaryModel) -> None:
+    about = model.description
+    kind = "gate" if about.stage != "answer" else "escalate"
+    print(
+        f"\nboundary model {about.name}: {kind} at {about.tap}, {about.kind} of {about.regions} "
+        f"regions, held out {about.samples} samples"
+    )
+    print(f"    bits  agreement  at {about.confidence:.0%} confidence")
+    for point in model.points:
+        print(f"{point.bits:8.2f}  {point.agreement:9.4f}  {point.agreement_bound:.4f} or more")
+
+
+def _error(layer: Layer, level: Level) -> str:
+    if level not in layer.levels:
+        return "-"
+    return f"{layer.relative_error[level]:.4f} {layer.method[level][0]}"

@@ -1,0 +1,104 @@
+"""Options that several commands have, under the names that `bapq_edge.Session` has for them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..errors import UnknownLevelError
+from ..units import parse_size
+
+__all__ = [
+    "add_json",
+    "add_precision",
+    "add_session",
+    "parse_levels",
+    "session_options",
+]
+
+_SIZES = ("memory_budget", "weight_budget")
+_OPTIONS = (
+    *_SIZES,
+    "level",
+    "bits",
+    "policy",
+    "target_agreement",
+    "latency_ms",
+    "threads",
+    "controller",
+    "profile",
+    "direct_io",
+)
+
+
+def add_json(command: Any, what: str) -> None:
+    """Add --json."""
+    command.add_argument("--json", action="store_true", help=f"print {what} as JSON")
+
+
+def add_precision(command: Any) -> None:
+    """Add --level and --bits."""
+    precision = command.add_mutually_exclusive_group()
+    precision.add_argument("--level", default="auto", help="auto, 32, 8, 4, 2 or 1 (default: auto)")
+    precision.add_argument(
+        "--bits", type=float, metavar="B", help="bits per weight on average, such as 3.5"
+    )
+
+
+def add_session(command: Any) -> None:
+    """Add what `Session` takes besides the precision."""
+    session = command.add_argument_group("session")
+    session.add_argument(
+        "--memory-budget",
+        "--budget",
+        metavar="SIZE",
+        help="what the process may grow by, such as 64MiB, or auto (default: no limit)",
+    )
+    session.add_argument(
+        "--weight-budget", metavar="SIZE", help="most bytes of weights in memory, such as 16MiB"
+    )
+    session.add_argument(
+        "--policy", choices=("static", "gate", "escalate"), help="who chooses every run's precision"
+    )
+    session.add_argument(
+        "--target-agreement",
+        type=float,
+        metavar="A",
+        help="share of inputs, 0 to 1, to be answered as the float model does",
+    )
+    session.add_argument(
+        "--latency-ms", type=float, metavar="MS", help="time that a run may take for reading"
+    )
+    session.add_argument(
+        "--threads", type=int, metavar="N", help="of one operator (default: one per core)"
+    )
+    session.add_argument(
+        "--controller",
+        choices=("auto",),
+        help="auto: let memory, power and temperature change the plan",
+    )
+    session.add_argument(
+        "--profile", metavar="NAME", help="device profile, or its file (default: the board's own)"
+    )
+    session.add_argument(
+        "--direct-io", "--direct", action="store_true", help="read around the page cache"
+    )
+
+
+def session_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments for `Session`. Raises SizeError."""
+    options = {name: getattr(arguments, name) for name in _OPTIONS if name in arguments}
+    for name in _SIZES:
+        if options[name] not in (None, "auto"):
+            parse_size(options[name])  # a slip is told before the bank is opened
+    return options
+
+
+def parse_levels(text: str, example: str) -> list[int]:
+    """Levels written as `8,4`. Raises UnknownLevelError, and shows `example`."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UnknownLevelError(
+            f"--levels {text!r} is not a list of levels; write it as {example}"
+        ) from None

@@ -1,0 +1,1 @@
+"""Precision by the device's state: sensor readings in, limits out."""

@@ -1,0 +1,1 @@
+"""Plans: which level every chunk runs at, and what stays in memory for it."""

@@ -1,0 +1,77 @@
+"""The memory ledger: how much of a budget is left for weights.
+
+    budget  =  overhead  +  weights (pinned chunks, ring, row cache)  +  margin
+
+The overhead (ONNX Runtime, the graph, activations, operators' buffers) cannot be known beforehand:
+it is what the process has more at the end of a run than before the session, less the weights.
+"""
+
+from __future__ import annotations
+
+from ..errors import BudgetTooSmallError
+from ..telemetry import peak_rss_bytes, rss_bytes
+from ..units import format_size
+
+__all__ = ["MemoryLedger"]
+
+_MARGIN_SHARE = 1 / 32
+_MARGIN_BYTES = 512 << 10
+"""Kept free: the allocator's rounding, and pages shared between chunks."""
+
+
+class MemoryLedger:
+    """The account of one session. Not thread-safe; its session sees to that."""
+
+    def __init__(self) -> None:
+        """Open the account: everything that comes from here on counts."""
+        self._rss_before_bytes = rss_bytes()
+        self._largest_load = 0
+        self.overhead_bytes = 0
+        """The most that was ever measured besides weights."""
+
+    def growth_bytes(self) -> int:
+        """Growth of the process's peak since the account was opened."""
+        return max(0, peak_rss_bytes() - self._rss_before_bytes)
+
+    def held_bytes(self) -> int:
+        """What the process holds now beyond what it had when the account was opened."""
+        return max(0, rss_bytes() - self._rss_before_bytes)
+
+    def settle(self, process_bytes: int, weight_bytes: int) -> None:
+        """After the open and after every run: learn the overhead.
+
+        Both as the process had them at the same moment, the run's buffers included. ONNX Runtime's
+        arena keeps what it once had, so the end of a run shows its peak.
+        """
+        overhead_bytes = process_bytes - self._rss_before_bytes - weight_bytes
+        self.overhead_bytes = max(self.overhead_bytes, overhead_bytes)
+
+    def outgrows(self, planned_overhead_bytes: int) -> bool:
+        """Whether the overhead is more than a plan for so much of it can bear."""
+        return self.overhead_bytes - planned_overhead_bytes > _MARGIN_BYTES // 2
+
+    def is_heavier(self, load: int) -> bool:
+        """Whether a run of this load (elements fed, all open runs together) may need more memory
+        than any before; remembers it."""
+        heavier = load > self._largest_load
+        self._largest_load = max(load, self._largest_load)
+        return heavier
+
+    def weight_limit_bytes(self, budget_bytes: int, smallest_bytes: int) -> int:
+        """What weights may take of a budget.
+
+        Raises BudgetTooSmallError, with the smallest budget that works, when that is less than
+        `smallest_bytes`.
+        """
+        margin = max(_MARGIN_BYTES, int(budget_bytes * _MARGIN_SHARE))
+        limit = budget_bytes - self.overhead_bytes - margin
+        if limit < smallest_bytes:
+            needed = self.overhead_bytes + smallest_bytes
+            works = max(needed + _MARGIN_BYTES, int(needed / (1 - _MARGIN_SHARE)) + 1)
+            raise BudgetTooSmallError(
+                f"memory_budget is {budget_bytes} bytes ({format_size(budget_bytes)}), "
+                f"the smallest that works is {works} bytes ({format_size(works)}): "
+                f"{format_size(smallest_bytes)} for weights, {format_size(self.overhead_bytes)} "
+                "for ONNX Runtime and activations"
+            )
+        return limit

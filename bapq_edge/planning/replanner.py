@@ -1,0 +1,324 @@
+"""The replanner: keeps the plans of a session in step with what is wanted and what memory allows.
+
+request, budget, envelope ──► terms ──┐
+ledger: what is not weights ──────────┼──► PlanMaker.make ──► PlanSet ──► Publisher ──► store
+what is pinned now ───────────────────┘        pure            adopted     runs that began before
+                                                               or not      keep their plan
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..bank.boundary import Precision
+from ..bank.reader import Bank
+from ..engine.graph import Part
+from ..engine.store import RunReport, Store
+from ..errors import BudgetExceededWarning, BudgetTooSmallError
+from ..telemetry import Event, EventLog, logger, rss_bytes, warn_caller
+from .ledger import MemoryLedger
+from .plan_set import PlanMaker, PlanSet
+from .planner import ChunkCosts, Request
+from .publisher import Publisher, register_regions
+
+if TYPE_CHECKING:  # only a session with a controller loads it
+    from ..control.envelope import Decision, Envelope
+
+__all__ = ["Replanner"]
+
+_MEASURED = "measured what a run needs besides weights"
+
+
+@dataclass(frozen=True, eq=False)
+class _Terms:
+    """What plans are made for."""
+
+    request: Request
+    budget_bytes: int | None
+    """What the process may grow by; None is no limit."""
+    envelope: Envelope | None
+    """What the controller allows; None: there is no controller."""
+    precisions: tuple[Precision | None, ...]
+    """What runs may be made at; None stands for the request."""
+
+
+class Replanner:
+    """The plans of one session. Safe to use from several threads.
+
+    Runs never wait for a change of plan. `set_request`, `set_budget` and `set_envelope` are to be
+    called inside `changing`; one that raises changes nothing.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        store: Store,
+        ledger: MemoryLedger,
+        log: EventLog,
+        *,
+        request: Request,
+        shares: Mapping[Precision, float] | None,
+        threads: int,
+        weight_budget_bytes: int | None,
+        on_switch: Callable[[Event], None],
+    ) -> None:
+        """Plan nothing yet: that is `open`.
+
+        Args:
+            bank: the open bank.
+            store: where plans are published.
+            ledger: the session's account, opened before the store.
+            log: where changes are recorded.
+            request: what is wanted.
+            shares: of runs at each precision, where a policy steers; None: none does.
+            threads: threads that one operator runs on, if no envelope says otherwise.
+            weight_budget_bytes: most bytes of weights, whatever the budget leaves.
+            on_switch: called after every switch of levels, outside the lock.
+        """
+        self.lock = threading.RLock()
+        """Held while plans change."""
+        self._store, self._ledger, self._log = store, ledger, log
+        skipped = None if shares is None else register_regions(bank, store)
+        self._maker = PlanMaker(bank, shares, skipped)
+        self._publisher = Publisher(bank, store, self._maker.costs.weights)
+        self._steered = shares is not None
+        self._threads = threads
+        self._weight_budget_bytes = weight_budget_bytes
+        self._on_switch = on_switch
+        self._untold: list[Event] = []
+        self._terms = _Terms(request, None, None, self._maker.announced)
+        self._adopted: PlanSet | None = None
+        ledger.settle(rss_bytes(), weight_bytes=0)
+
+    def open(
+        self, budget_bytes: int | None, envelope: Envelope | None, warm_up: Callable[[], bool]
+    ) -> None:
+        """Adopt the first plans; None is no budget, and no controller.
+
+        With a budget `warm_up` runs the model, on plans that hold as little as can be, so that a
+        budget too small is refused now; it tells whether that measured what runs need.
+        """
+        self._terms = replace(self._terms, budget_bytes=budget_bytes, envelope=envelope)
+        if self._terms.budget_bytes is None:
+            self.adopt(self._make(self._terms))
+            return
+        self.adopt(self._make(self._terms, minimal=True))
+        measured = warm_up()
+        plans = self._make(self._terms)
+        # Else the first real run measures.
+        self.adopt(plans if measured else self._make_minimal(plans))
+
+    # ---- what is planned now ----
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there are plans."""
+        return self._adopted is not None
+
+    @property
+    def plans(self) -> PlanSet:
+        """The plans of the runs that begin now."""
+        assert self._adopted is not None, "the replanner was not opened"
+        return self._adopted
+
+    @property
+    def costs(self) -> ChunkCosts:
+        """What the bank offers to the planner."""
+        return self._maker.costs
+
+    @property
+    def main(self) -> Precision | None:
+        """What most runs are made at; None without a policy."""
+        return self._maker.main
+
+    def smallest_limit(self) -> int:
+        """Smallest number of weight bytes that the session can do with."""
+        return self._maker.smallest_limit(self._terms.request, self._terms.precisions)
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights in memory."""
+        stats = self._store.stats()
+        return stats.home_bytes + stats.ring_bytes + stats.row_cache_bytes
+
+    # ---- runs ----
+
+    def make_room(self, load: int) -> None:
+        """Before a run of this load (elements fed, all open runs together).
+
+        Where it may need more memory than any before, as few weights as can be are kept for it, and
+        the others read as it needs them; at the same precision.
+        """
+        if self._terms.budget_bytes is None:
+            return
+        with self.lock:
+            if self._ledger.is_heavier(load) and not self.plans.minimal:
+                self.adopt(self._make_minimal(self.plans))
+
+    def begin(self, part: Part, precision: Precision | None) -> tuple[int, float]:
+        """Ticket of a run at a precision, and the bits per weight that it reads.
+
+        A precision that no policy announced is planned for first; raises what that raises.
+        """
+        if precision not in self.plans.by_precision:
+            self._learn(precision)
+        return self._publisher.begin(part, precision)
+
+    def publish_main(self) -> None:
+        """After the last pass of a run: what only rare runs need gives its memory back at once."""
+        self._publisher.publish_main()
+
+    def settle(self, report: RunReport) -> None:
+        """After a run: follow what it needed besides weights."""
+        if self._terms.budget_bytes is None:
+            return
+        with self.changing():
+            self._ledger.settle(report.rss_bytes, report.weight_bytes)
+            if self.plans.minimal or self._ledger.outgrows(self.plans.overhead_bytes):
+                self._follow_ledger()
+
+    def _learn(self, precision: Precision | None) -> None:
+        with self.lock:
+            if precision in self.plans.by_precision:
+                return
+            terms = replace(self._terms, precisions=(*self._terms.precisions, precision))
+            self.adopt(self._make(terms, minimal=self.plans.minimal))
+            self._terms = terms
+
+    def _follow_ledger(self) -> None:
+        try:
+            self._replan(self._terms, "memory", _MEASURED)
+        except BudgetTooSmallError as error:
+            # The run is over and its answer right: keep as little as can be, and say it.
+            if not self.plans.minimal:
+                self.adopt(self._make(self._terms, minimal=True))
+            self.record("budget", f"exceeded: {error}")
+            warn_caller(str(error), BudgetExceededWarning)
+
+    # ---- changes ----
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Holds the lock; the switches made meanwhile are told once it is free again."""
+        with self.lock:
+            try:
+                yield
+            finally:
+                untold, self._untold = self._untold, []
+        for event in untold:
+            self._on_switch(event)
+
+    def set_request(self, request: Request, reason: str) -> None:
+        """Run as this asks, from the next run on.
+
+        Raises UnknownLevelError, RequestError or BudgetTooSmallError.
+        """
+        self._replan(replace(self._terms, request=request), "request", reason)
+
+    def set_budget(self, budget_bytes: int | None, reason: str) -> None:
+        """Take another budget. Raises BudgetTooSmallError."""
+        self._replan(replace(self._terms, budget_bytes=budget_bytes), "budget", reason)
+
+    def set_envelope(self, envelope: Envelope, kind: str, reason: str) -> None:
+        """Stay within what the controller allows now."""
+        terms = replace(self._terms, envelope=envelope)
+        try:
+            self._replan(terms, kind, reason)
+        except BudgetTooSmallError:  # told after the run that needed more than the budget
+            self._terms = terms
+            self.adopt(self._make(terms, minimal=True))
+
+    def follow(self, step: Callable[[int], Decision]) -> None:
+        """Called by the monitor after every reading; `step` decides, given the weight bytes now."""
+        with self.changing():
+            decision = step(self.weight_bytes())
+            for name in decision.lost:
+                self.record("sensor", f"{name} can no longer be read; its limits stay")
+            if decision.changed:
+                cause = decision.cause or "controller"
+                self.set_envelope(decision.envelope, "controller", cause)
+
+    def _replan(self, terms: _Terms, kind: str, reason: str) -> None:
+        """Adopt what fits these terms, if it is other than what is there, and say so."""
+        before, after = self.plans, self._make(terms)
+        if after.differs(before):
+            self.adopt(after)
+            if after.levels_differ(before):
+                previous_bits = before.main_plan.bits_per_weight
+                self._untold.append(self.record("switch", reason, previous_bits))
+            else:
+                self.record(kind, reason)
+        else:
+            self._adopted = after  # it leaves room for more overhead, or is no longer minimal
+        self._terms = terms
+
+    def adopt(self, plans: PlanSet) -> None:
+        """Make these the plans of the runs that begin from now on."""
+        with self.lock:
+            self._publisher.adopt(plans)
+            self._adopted = plans
+        logger.info("%s: plan: %s", self._log.source, plans.main_plan.reason)
+
+    def record(self, kind: str, reason: str, previous_bits: float | None = None) -> Event:
+        """Record an event, with what is planned after it."""
+        plan = None if self._adopted is None else self._adopted.main_plan
+        return self._log.record(
+            kind,
+            reason,
+            bits_per_weight=plan.bits_per_weight if plan else 0.0,
+            previous_bits_per_weight=previous_bits,
+            weight_bytes=plan.resident_bytes if plan else 0,
+        )
+
+    # ---- plans: these change nothing ----
+
+    def _make(
+        self, terms: _Terms, *, minimal: bool = False, request: Request | None = None
+    ) -> PlanSet:
+        """Plans for the terms' request, or another, in what memory allows; minimal: the least."""
+        request, threads, envelope = request or terms.request, self._threads, terms.envelope
+        if envelope is not None:
+            threads = envelope.threads
+            if self._steered or request.level == "auto":
+                request = replace(request, highest_level=envelope.highest_level)
+        smallest = self._maker.smallest_limit(request, terms.precisions)
+        limit = smallest if minimal else self._weight_limit_bytes(terms, smallest)
+        if envelope is not None and envelope.weight_bytes_limit is not None:
+            allowed = envelope.weight_bytes_limit
+            limit = max(smallest, allowed if limit is None else min(limit, allowed))
+        resident = None if self._adopted is None else self._adopted.main_plan.pinned
+        return PlanSet(
+            by_precision=self._maker.make(
+                replace(request, weight_bytes_limit=limit), terms.precisions, resident
+            ),
+            main=self._maker.main,
+            threads=threads,
+            overhead_bytes=self._ledger.overhead_bytes,
+            minimal=minimal,
+        )
+
+    def _make_minimal(self, plans: PlanSet) -> PlanSet:
+        """Plans of the same precision that hold as little in memory as can be."""
+        request = self._terms.request
+        if not self._steered and request.level == "auto" and request.bits is None:
+            # Left to itself the planner meets a small limit with low levels.
+            bits = plans.main_plan.bits_per_weight * (1 + 1e-9)  # rounded up
+            request = replace(request, bits=bits)
+        return self._make(self._terms, minimal=True, request=request)
+
+    def _weight_limit_bytes(self, terms: _Terms, smallest_bytes: int) -> int | None:
+        """What the budgets leave for weights, rows that are read one by one aside."""
+        row_cache_bytes = self._store.stats().row_cache_limit_bytes
+        limits = []
+        if terms.budget_bytes is not None:
+            limits.append(
+                self._ledger.weight_limit_bytes(
+                    terms.budget_bytes, smallest_bytes + row_cache_bytes
+                )
+            )
+        if self._weight_budget_bytes is not None:
+            limits.append(self._weight_budget_bytes)
+        return min(limits) - row_cache_bytes if limits else None

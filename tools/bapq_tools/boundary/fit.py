@@ -1,0 +1,192 @@
+"""Fits the boundary models of a bank and writes it again with them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+from numpy.typing import ArrayLike
+
+from bapq_edge.bank.boundary import Boundary, BoundaryArrays
+from bapq_edge.errors import (
+    BoundaryDroppedWarning,
+    BoundaryWarning,
+    NoTapError,
+    RequestError,
+    TargetNotMetError,
+)
+
+from ..build_support.progress import Progress
+from ..calibration.samples import CalibrationSource
+from .fitted_model import FittedModel
+from .model_fitter import ModelFitter
+from .precisions import default_pairs, parse_pair
+from .report import FitReport
+from .rewrite import Split, rewrite
+from .study import Study
+
+__all__ = ["Fit", "fit", "fit_models"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Boundary models, ready to be written."""
+
+    models: list[tuple[Boundary, BoundaryArrays]]
+    split: Split | None
+    report: FitReport
+
+
+def fit(
+    bank: str | os.PathLike[str],
+    calibration: CalibrationSource,
+    model: str | os.PathLike[str] | onnx.ModelProto | None = None,
+    *,
+    target_agreement: float | None = None,
+    tap: Sequence[str] = (),
+    agreement: str | None = None,
+    judge: str | None = None,
+    escalate: Sequence[str] = (),
+    out: str | os.PathLike[str] | None = None,
+    groups: ArrayLike | None = None,
+    confidence: float = 0.9,
+    seed: int = 0,
+    progress: bool = True,
+) -> FitReport:
+    """Fit boundary models to a bank, and write it again with them in place of any others.
+
+    Args:
+        bank: the bank.
+        calibration: an .npz file or a mapping, one array per model input, samples on the first
+            axis; best are samples that the bank was not built with.
+        model: the float model that answers are to agree with; None is level 32 of the bank.
+        target_agreement: 0 to 1; the fit fails unless held-out samples show that some boundary
+            model keeps it.
+        tap: tensors to try for the gate, in place of those that are found.
+        agreement: argmax, cosine or tolerance:X; None: as the outputs look
+            (docs/how-to/adaptive.md).
+        judge: the output that is judged; None is the only one of floats.
+        escalate: pairs such as "2:8" or "4.6b:8", from which precision to which; none: from every
+            level to the highest.
+        out: the bank to write; None is `bank` itself.
+        groups: (samples,) integers; samples of one group, such as views of one object, never stand
+            on both sides of a split.
+        confidence: of every bound.
+        seed: of the splits.
+        progress: show it on stderr.
+
+    Raises:
+        BoundaryError: TooFewSamplesError, SingleClassError, NoTapError, TargetNotMetError.
+        RequestError: what was asked for cannot be had.
+        BankError: the bank.
+        CalibrationError: the samples.
+        ModelError: the float model.
+        StorageError: the disk.
+    """
+    with Study(
+        bank,
+        calibration,
+        model,
+        agreement=agreement,
+        judge=judge,
+        groups=groups,
+        progress=progress,
+    ) as study:
+        found = fit_models(
+            study,
+            target_agreement=target_agreement,
+            tap=tap,
+            escalate=escalate,
+            confidence=confidence,
+            seed=seed,
+        )
+    target = os.fspath(bank if out is None else out)
+    with Progress(progress).stage("write"), warnings.catch_warnings():
+        # Models of an earlier fit are to be replaced.
+        warnings.simplefilter("ignore", BoundaryDroppedWarning)
+        rewrite(bank, target, boundary=found.models, split=found.split)
+    return replace(found.report, bank=target)
+
+
+def fit_models(
+    study: Study,
+    *,
+    rows: ArrayLike | None = None,
+    target_agreement: float | None = None,
+    tap: Sequence[str] = (),
+    escalate: Sequence[str] = (),
+    confidence: float = 0.9,
+    seed: int = 0,
+) -> Fit:
+    """Fit to the samples of these numbers (None: to all of them); writes nothing.
+
+    About half of them find features and regions; what is stated is measured on the others.
+    Arguments and errors are those of `fit`.
+    """
+    if target_agreement is not None and not 0 < target_agreement <= 1:
+        raise RequestError(f"target agreement is {target_agreement}, must be above 0 and at most 1")
+    if not 0.5 <= confidence < 1:
+        raise RequestError(f"confidence is {confidence}, must be from 0.5 to below 1")
+    chosen = _checked_rows(rows, study.samples)
+    pairs = [parse_pair(text) for text in escalate] or default_pairs(study.bank)
+    for precision in {precision for pair in pairs for precision in pair}:
+        study.runner.plan(precision)  # refuses a level or bits that cannot be
+    fitter = ModelFitter(study, chosen, confidence, seed)
+    gate = fitter.gate(tap)
+    found = [] if gate is None else [gate]
+    for base, goal in pairs:
+        try:
+            found.append(fitter.answer(base, goal))
+        except NoTapError as error:
+            warnings.warn(f"no escalation from {base}: {error}", BoundaryWarning, stacklevel=2)
+    if not found:
+        raise NoTapError("no boundary model can be fitted, for the reasons in the warnings above")
+    reports = [each.report(target_agreement) for each in found]
+    if target_agreement is not None and all(each.chosen is None for each in reports):
+        raise TargetNotMetError(_refusal(target_agreement, fitter, found))
+    report = FitReport(
+        bank=str(study.bank.path),
+        agreement=str(study.judge),
+        samples=len(chosen),
+        held_out=len(fitter.held.losses),
+        groups=len(np.unique(fitter.held.groups)),
+        confidence=confidence,
+        target_agreement=target_agreement,
+        static=fitter.static(),
+        models=reports,
+    )
+    cut = None if gate is None else gate.cut
+    split = None if cut is None else (*study.halves(cut), cut.head_layers)
+    return Fit([(each.model, each.arrays) for each in found], split, report)
+
+
+def _checked_rows(rows: ArrayLike | None, samples: int) -> np.ndarray:
+    if rows is None:
+        return np.arange(samples)
+    found = np.asarray(rows)
+    fits = found.ndim == 1 and found.dtype.kind in "iu" and len(np.unique(found)) == len(found)
+    if not fits or (len(found) and not 0 <= found.min() <= found.max() < samples):
+        raise RequestError(
+            f"rows are {found.dtype} of shape {found.shape}, expected numbers from 0 to "
+            f"{samples - 1}, each once"
+        )
+    return found
+
+
+def _refusal(target: float, fitter: ModelFitter, found: Sequence[FittedModel]) -> str:
+    """Say why the target is not met, and which one can be."""
+    points = [(point, each) for each in found for point in each.points]
+    best, model = max(points, key=lambda pair: (pair[0].agreement_bound, -pair[0].bits))
+    held = fitter.held
+    text = (
+        f"agreement {target:g} is not shown by {len(held.losses)} held-out samples: at most "
+        f"{best.agreement_bound:.4f} at confidence {held.confidence:g}, by {model.model.name} at "
+        f"{best.bits:.2f} bits (measured {best.agreement:.4f})"
+    )
+    if best.agreement < target:
+        return f"{text}: ask for less, or build the bank with higher levels"
+    return f"{text}: ask for less, or give more samples"

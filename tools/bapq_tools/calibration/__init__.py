@@ -1,0 +1,1 @@
+"""The inputs that layers meet on calibration samples: forward passes and statistics."""

@@ -1,0 +1,1 @@
+"""The commands `bapq build` and `bapq fit`."""

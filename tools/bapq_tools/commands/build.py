@@ -1,0 +1,151 @@
+"""The command `bapq build`. Its heavy imports wait until it runs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bapq_edge.bank.reader import Bank
+from bapq_edge.commands.options import add_json, parse_levels
+from bapq_edge.units import format_size
+
+from ..build_support.extras import host_packages
+
+if TYPE_CHECKING:
+    from ..build import BuildReport
+
+__all__ = ["add_build_command", "run_build"]
+
+
+def add_build_command(commands: Any) -> None:
+    """Add `build` to the subparsers of the `bapq` command."""
+    build = commands.add_parser("build", help="compile an ONNX model into a bank")
+    build.add_argument("model", type=Path, metavar="MODEL.onnx")
+    build.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="OUT.bank",
+        help="default: beside MODEL.onnx",
+    )
+    build.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="DATA.npz",
+        help="one array per model input, samples on the first axis; .npy where there is one input",
+    )
+    build.add_argument(
+        "--levels",
+        help="levels to store, of 32, 8, 4, 2, 1 (default: the recipe's, or else 8,4,2,1)",
+    )
+    build.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="FILE.yaml",
+        help="per layer, by name or pattern: levels, scale_columns, keep_in_float, prune_tau",
+    )
+    build.add_argument(
+        "--prune-tau",
+        type=float,
+        metavar="T",
+        help="make weights zero that are below T times the largest of their layer",
+    )
+    build.add_argument(
+        "--analyze",
+        action="store_true",
+        help="print the sensitive layers as a recipe; without -o no bank is left",
+    )
+    build.add_argument(
+        "--workers", type=_positive, metavar="N", help="processes (default: one per core)"
+    )
+    build.add_argument(
+        "--dask",
+        metavar="ADDRESS",
+        help="spread the work over the Dask cluster of this scheduler, such as tcp://host:8786",
+    )
+    build.add_argument("--quiet", action="store_true", help="show no progress and no summary")
+    add_json(build, "the summary, or the analysis,")
+    build.set_defaults(command=run_build)
+
+
+def run_build(arguments: argparse.Namespace) -> None:
+    """Build a bank and print the summary, or the analysis."""
+    with tempfile.TemporaryDirectory(prefix="bapq-analyze-") as folder:
+        beside = Path(folder) if arguments.analyze else arguments.model.parent
+        out = arguments.output or beside / f"{arguments.model.stem}.bank"
+        report = _build(arguments, out)
+        if arguments.analyze:
+            _print_analysis(arguments, out)
+        elif arguments.json:
+            print(json.dumps(dataclasses.asdict(report)))
+        elif not arguments.quiet:
+            print(_summary(report))
+
+
+def _build(arguments: argparse.Namespace, out: Path) -> BuildReport:
+    with host_packages():
+        from ..build import build_bank
+    levels = None if arguments.levels is None else parse_levels(arguments.levels, "8,4,2,1")
+    return build_bank(
+        arguments.model,
+        out,
+        calibration=arguments.calibration,
+        levels=levels,
+        recipe=arguments.recipe,
+        prune_tau=arguments.prune_tau,
+        workers=arguments.workers,
+        dask=arguments.dask,
+        progress=not arguments.quiet,
+    )
+
+
+def _print_analysis(arguments: argparse.Namespace, bank: Path) -> None:
+    from ..analyze import analyze, to_yaml
+
+    analysis = analyze(Bank.open(bank))
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(analysis)))
+    else:
+        print(to_yaml(analysis, arguments.model.name), end="")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
+def _summary(report: BuildReport) -> str:
+    seen = f"{report.calibration_samples} calibration samples"
+    lines = [
+        f"{report.bank}: {report.weights:,} weights in {report.layers} layers, "
+        f"{seen if report.calibration_samples else 'no calibration'}, "
+        f"{report.kept_in_float} nodes with weights kept in float",
+        "planes: "
+        + ", ".join(f"{plane} {format_size(size)}" for plane, size in report.plane_bytes.items()),
+        "mean relative error: "
+        + ", ".join(
+            f"{error:.4f} at level {level}"
+            for level, error in report.relative_error.items()
+            if level != 32
+        ),
+        _pruning(report),
+        "seconds: "
+        + ", ".join(f"{name} {value:.1f}" for name, value in report.stage_seconds.items()),
+    ]
+    return "\n".join(line for line in lines if line and not line.endswith(": "))
+
+
+def _pruning(report: BuildReport) -> str:
+    if not report.remaining_ratio:
+        return ""
+    layers = ", ".join(f"{name} {ratio:.3f}" for name, ratio in report.remaining_ratio.items())
+    return (
+        f"weights left by pruning: {report.remaining_ratio_in_all:.3f} of all, "
+        f"{report.pruned_rows} rows are zero, {report.dropped_rows} of them not stored; "
+        f"per layer: {layers}"
+    )

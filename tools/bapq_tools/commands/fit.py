@@ -1,0 +1,100 @@
+"""The command `bapq fit`. Its heavy imports wait until it runs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from bapq_edge.commands.options import add_json
+from bapq_edge.commands.paths import check_outside
+
+from ..build_support.extras import host_packages
+
+__all__ = ["add_fit_command", "run_fit"]
+
+
+def add_fit_command(commands: Any) -> None:
+    """Add `fit` to the subparsers of the `bapq` command."""
+    fit = commands.add_parser("fit", help="fit boundary models: which inputs need more bits")
+    fit.add_argument("bank", type=Path, metavar="BANK")
+    fit.add_argument(
+        "--calibration",
+        type=Path,
+        required=True,
+        metavar="DATA.npz",
+        help="one array per model input, samples on the first axis; .npy where there is one input; "
+        "best not those of the build",
+    )
+    fit.add_argument(
+        "--model",
+        type=Path,
+        metavar="MODEL.onnx",
+        help="float model that answers are to agree with (default: level 32 of the bank)",
+    )
+    fit.add_argument(
+        "--target-agreement",
+        type=float,
+        metavar="A",
+        help="fail unless held-out samples show this agreement, such as 0.995",
+    )
+    fit.add_argument(
+        "--tap",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="tensor that the gate looks at; several are tried (default: found in the graph)",
+    )
+    fit.add_argument(
+        "--agreement",
+        metavar="KIND",
+        help="argmax, cosine or tolerance:X (default: as the output looks)",
+    )
+    fit.add_argument("--judge", metavar="OUTPUT", help="output that is judged, of several")
+    fit.add_argument(
+        "--escalate",
+        nargs="+",
+        default=[],
+        metavar="FROM:TO",
+        help="such as 2:8, or 4.6b:8 from a plan of 4.6 bits (default: every level to the highest)",
+    )
+    fit.add_argument(
+        "--confidence", type=float, default=0.9, metavar="C", help="of the bounds (default: 0.9)"
+    )
+    fit.add_argument("--seed", type=int, default=0, metavar="N", help="of the splits (default: 0)")
+    fit.add_argument(
+        "-o", "--output", type=Path, metavar="OUT.bank", help="default: BANK is replaced"
+    )
+    fit.add_argument("--quiet", action="store_true", help="show no progress and no summary")
+    add_json(fit, "the report")
+    fit.set_defaults(command=run_fit)
+
+
+def run_fit(arguments: argparse.Namespace) -> None:
+    """Fit, write the bank, and print what was found."""
+    bank, out = arguments.bank, arguments.output
+    if out is not None and os.path.realpath(out) != os.path.realpath(bank):
+        check_outside(bank, out)
+    with host_packages("fitting a boundary model"):
+        from ..boundary.fit import fit
+    report = fit(
+        bank,
+        arguments.calibration,
+        arguments.model,
+        target_agreement=arguments.target_agreement,
+        tap=arguments.tap,
+        agreement=arguments.agreement,
+        judge=arguments.judge,
+        escalate=arguments.escalate,
+        out=out,
+        confidence=arguments.confidence,
+        seed=arguments.seed,
+        progress=not arguments.quiet,
+    )
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(report)))
+    elif not arguments.quiet:
+        print(report)

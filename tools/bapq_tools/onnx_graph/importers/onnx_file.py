@@ -1,0 +1,207 @@
+"""Reads an ONNX file into one plain float32 model that the passes understand.
+
+Weights end up in initializers, local functions are inlined, half floats are widened and QDQ pairs
+are resolved, so that no later stage meets these forms.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import onnx
+import onnx.inliner
+import onnx.version_converter
+from google.protobuf.message import DecodeError
+from onnx import TensorProto
+
+from bapq_edge.errors import ModelFormatError, StorageError, UnsupportedModelError
+
+from .. import graphs
+from .constants import constants_to_initializers, drop_initializers_from_inputs
+from .half_floats import widen_half_floats
+from .quantized import resolve_quantization
+
+OLDEST_OPSET = 9
+
+
+def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """Read an ONNX file, with its external data, and bring it into plain form.
+
+    Raises:
+        ModelFormatError: not an ONNX model, broken, or its external data is missing or outside of
+            the model's folder.
+        UnsupportedModelError: an opset that cannot be converted.
+        StorageError: the file cannot be read.
+    """
+    path = Path(path)
+    model = _inline_functions(_parse(path))
+    load_external_data(model, path.parent)
+    _check_sizes(model, path)
+    model = _convert_opset(model)
+    drop_initializers_from_inputs(model)
+    constants_to_initializers(model)
+    widen_half_floats(model)
+    resolve_quantization(model)
+    lower_versions(model)
+    return model
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    if not path.is_file():
+        found = "a directory" if path.is_dir() else "not a file" if path.exists() else "missing"
+        raise ModelFormatError(f"{path} is {found}; name an .onnx file")
+    data = _read(path)
+    try:
+        model: onnx.ModelProto = onnx.ModelProto.FromString(data)
+    except DecodeError as error:
+        raise ModelFormatError(
+            f"{path} ({len(data)} bytes) is not an ONNX model, or a truncated one; export it again"
+        ) from error
+    if not model.HasField("graph") or not model.opset_import:
+        raise ModelFormatError(
+            f"{path} ({len(data)} bytes) is not a whole ONNX model: it lacks a graph or the list "
+            "of opsets; export it again"
+        )
+    return model
+
+
+def _read(path: Path, offset: int = 0, size: int = -1) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}; check the file") from error
+
+
+def load_external_data(model: onnx.ModelProto, folder: Path) -> None:
+    """Read tensors kept in files beside the model into the model."""
+    for tensor in graphs.tensors(model.graph):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            _load_tensor(tensor, folder)
+
+
+def _load_tensor(tensor: TensorProto, folder: Path) -> None:
+    entries = {item.key: item.value for item in tensor.external_data}
+    path = _external_path(tensor, entries.get("location", ""), folder)
+    expected = _data_bytes(tensor)
+    try:
+        offset = int(entries.get("offset", 0))
+        size = int(entries.get("length", expected))
+    except ValueError:
+        offset = size = -1
+    if offset < 0 or size != expected:
+        raise ModelFormatError(
+            f"tensor {tensor.name!r} needs {expected} bytes, but its external data is described as "
+            f"offset {entries.get('offset', 0)}, length {entries.get('length')}; export it again"
+        )
+    data = _read(path, offset, size)
+    if len(data) < size:
+        raise ModelFormatError(
+            f"{path} is truncated: tensor {tensor.name!r} needs bytes {offset} to {offset + size}, "
+            f"the file has {path.stat().st_size}; copy it again"
+        )
+    tensor.raw_data = data
+    tensor.data_location = TensorProto.DEFAULT
+    del tensor.external_data[:]
+
+
+def _external_path(tensor: TensorProto, location: str, folder: Path) -> Path:
+    root = folder.resolve()
+    path = (root / location).resolve()
+    if not location or "\0" in location or not path.is_relative_to(root):
+        raise ModelFormatError(
+            f"tensor {tensor.name!r} keeps its data in {location!r}, outside of the model's "
+            f"folder {folder}; put both into one folder"
+        )
+    if not path.is_file():
+        raise ModelFormatError(
+            f"{folder / location} is missing: it holds the data of tensor {tensor.name!r}; "
+            "copy it beside the model"
+        )
+    return path
+
+
+def _data_bytes(tensor: TensorProto) -> int:
+    """Bytes of the tensor's values as raw data."""
+    name = TensorProto.DataType.Name(tensor.data_type)
+    bits = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}.get(name)
+    if bits is None:
+        bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return -(-graphs.tensor_size(tensor) * bits // 8)
+
+
+def _check_sizes(model: onnx.ModelProto, path: Path) -> None:
+    types = set(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
+    for tensor in graphs.tensors(model.graph):
+        if tensor.data_type not in types or min(tensor.dims, default=0) < 0:
+            raise ModelFormatError(
+                f"{path}: tensor {tensor.name!r} has type {tensor.data_type} and shape "
+                f"{list(tensor.dims)}, which ONNX does not know; export the model again"
+            )
+        if tensor.HasField("raw_data") and len(tensor.raw_data) != _data_bytes(tensor):
+            raise ModelFormatError(
+                f"{path}: tensor {tensor.name!r} of shape {list(tensor.dims)} needs "
+                f"{_data_bytes(tensor)} bytes and has {len(tensor.raw_data)}; export it again"
+            )
+
+
+def _convert_opset(model: onnx.ModelProto) -> onnx.ModelProto:
+    opset = graphs.standard_opset(model)
+    if opset >= OLDEST_OPSET:
+        return model
+    if opset == 0:
+        domains = ", ".join(sorted(item.domain for item in model.opset_import))
+        raise UnsupportedModelError(
+            f"the model imports no opset of the ONNX standard domain, only {domains}; "
+            "build a bank from a network of MatMul, Gemm, Conv or Gather nodes"
+        )
+    light = graphs.without_weights(model)
+    try:
+        converted = onnx.version_converter.convert_version(light, OLDEST_OPSET)
+    except Exception as error:  # the converter raises whatever its C++ side threw
+        raise UnsupportedModelError(
+            f"the model has opset {opset}, and ONNX cannot convert it to {OLDEST_OPSET}: "
+            f"{' '.join(str(error).split())}; export it with opset {OLDEST_OPSET} or newer"
+        ) from error
+    graphs.attach_weights(converted, model)
+    return converted
+
+
+def _inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    if not model.functions:
+        return model
+    try:
+        return onnx.inliner.inline_local_functions(model, convert_version=True)
+    except Exception as error:  # the inliner raises whatever its C++ side threw
+        raise UnsupportedModelError(
+            f"the model's {len(model.functions)} local functions cannot be inlined: "
+            f"{' '.join(str(error).split())}; export it without functions"
+        ) from error
+
+
+def lower_versions(model: onnx.ModelProto) -> None:
+    """Declare the oldest opset, and format, in which every node means the same.
+
+    Exporters stamp the newest they know; an engine refuses what is newer than itself even where
+    nothing changed for the operators in use.
+    """
+    opset = graphs.standard_opset(model)
+    if opset > onnx.defs.onnx_opset_version():
+        return  # what changed since is unknown here
+    oldest = OLDEST_OPSET
+    for part in graphs.walk(model.graph):
+        for node in part.node:
+            if graphs.is_standard(node):
+                try:
+                    schema = onnx.defs.get_schema(node.op_type, opset, "")
+                except onnx.defs.SchemaError:
+                    return
+                oldest = max(oldest, schema.since_version)
+    for item in model.opset_import:
+        if item.domain in ("", "ai.onnx"):
+            item.version = oldest
+    # Below 4, initializers must also be graph inputs.
+    minimum = onnx.helper.find_min_ir_version_for(model.opset_import, ignore_unknown=True)
+    model.ir_version = max(4, minimum)

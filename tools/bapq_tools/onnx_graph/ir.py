@@ -1,0 +1,88 @@
+"""The heavy layers of a model, as the stages of a build hand them to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import onnx
+
+from bapq_edge.bank.manifest import KeptNode
+
+Operator = Literal["MatMul", "Gemm", "Conv", "Gather"]
+AutoPad = Literal["NOTSET", "SAME_UPPER", "SAME_LOWER"]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A Relu or Clip behind a node, fused into it: y = min(max(y, low), high)."""
+
+    low: float = -float("inf")
+    high: float = float("inf")
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """Attributes of a 1-D or 2-D Conv; 1-D is 2-D with height 1."""
+
+    kernel: tuple[int, int]
+    strides: tuple[int, int] = (1, 1)
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Top, left, bottom, right. Unused unless auto_pad is NOTSET."""
+    dilations: tuple[int, int] = (1, 1)
+    group: int = 1
+    auto_pad: AutoPad = "NOTSET"
+    dimensions: Literal[1, 2] = 2
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """One node that reads a heavy layer."""
+
+    node: onnx.NodeProto
+    """The node itself, inside the folded model."""
+    replaced: tuple[onnx.NodeProto, ...]
+    """The node and the bias/activation nodes fused into it: the operator replaces them all."""
+    operator: Operator
+    activation_input: str
+    """Tensor that the layer multiplies (Gather: the indices)."""
+    output: str
+    """Tensor that the operator writes: the output of the last of `replaced`."""
+    graph: onnx.GraphProto
+    """The graph or body that holds the node."""
+    is_body: bool
+    """True inside an If, Loop or Scan body, where no activation can be observed from outside."""
+    activation: Activation = field(default_factory=Activation)
+    conv: ConvGeometry | None = None
+
+
+@dataclass
+class HeavyLayer:
+    """One weight matrix and every node that reads it; tied weights have more than one."""
+
+    name: str
+    """Unique; letters, digits, '.', '_' and '-' only."""
+    weight: np.ndarray
+    """Shape (rows, columns), float32. Rows are output channels, or rows of a gathered table.
+    Columns are input features, of a Conv in the order (kernel_y, kernel_x, channel of a group)."""
+    bias: np.ndarray | None
+    """Shape (rows,), float32; None without a bias."""
+    uses: tuple[LayerUse, ...]
+    initializers: tuple[str, ...]
+    """Names of the initializers that the bank replaces: weight and fused bias."""
+
+    @property
+    def gathered(self) -> bool:
+        """Whether a Gather reads the rows by their number."""
+        return any(use.operator == "Gather" for use in self.uses)
+
+
+@dataclass
+class LayerPlan:
+    """The result of `find_layers`."""
+
+    layers: list[HeavyLayer]
+    """In execution order."""
+    kept_in_float: list[KeptNode]
+    """Nodes with weights that stay with the graph engine."""

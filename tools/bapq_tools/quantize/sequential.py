@@ -1,0 +1,169 @@
+"""Quantizes a model layer by layer, each on what the quantized layers before it leave behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from bapq_edge.bank.layout import Level, level_within
+
+from ..build_support.spill import Spill
+from ..build_support.workers import Workers
+from ..calibration.forward_passes import FLOAT, ForwardPasses
+from ..calibration.gram import PANEL_COLUMNS
+from ..calibration.input_statistics import NEIGHBOUR, InputStatistics, input_key
+from ..calibration.matrix_stats import MatrixStats
+from ..calibration.reference_model import Reference, observed, weight_feeds
+from ..calibration.samples import CalibrationData
+from ..onnx_graph.ir import HeavyLayer, LayerPlan
+from .checkpoint import Checkpoint
+from .eta import Eta, codes_s, forward_s, statistics_s
+from .family import quantize_family
+from .layer_tasks import join_layer, layer_tasks
+from .options import LayerOptions, scale_columns_of
+from .quantized_layer import QuantizedLayer
+from .sensitivity import OutputErrors, measured_runs
+
+Options = Mapping[str, LayerOptions]
+"""The options of the layers, by name."""
+
+
+def quantize_layers(
+    model: onnx.ModelProto,
+    plan: LayerPlan,
+    data: CalibrationData | None,
+    levels: tuple[Level, ...],
+    options: Options,
+    workers: Workers,
+    checkpoint: Checkpoint,
+    spill: Spill,
+    advance: Callable[[float], None] = lambda share: None,
+) -> None:
+    """Quantize every layer of the plan into `checkpoint`, under its index.
+
+    `levels` are the bank's. A layer has all or some of them, by its options. `advance` is told the
+    share of the whole work that was done since its last call.
+
+    Raises:
+        CalibrationError: the model fails on a sample, or a layer's input is not finite there.
+    """
+    index = {layer.name: number for number, layer in enumerate(plan.layers)}
+    eta = Eta(advance)
+    if data is None or levels == (32,):
+        missing = [layer for layer in plan.layers if index[layer.name] not in checkpoint]
+        eta.plan("codes", sum(codes_s(layer, False) for layer in missing))
+        for layer in missing:
+            with eta.doing("codes", codes_s(layer, False)):
+                (found,) = _quantize([_CalibratedLayer(layer)], options, workers)
+                checkpoint.put(index[layer.name], found)
+        return
+
+    def feeds(level: Level, layer: HeavyLayer) -> dict[str, np.ndarray]:
+        if level == FLOAT:
+            return weight_feeds(layer, layer.weight, layer.bias)
+        own = level_within(options[layer.name].levels, level)
+        found = checkpoint.get(index[layer.name], layer, own)
+        return weight_feeds(layer, found.weight(own), found.bias(own))
+
+    reference = Reference(model, plan)
+    pass_levels = [level for level in NEIGHBOUR if level in levels] or [min(levels)]
+    passes = ForwardPasses(reference, data, pass_levels, feeds, workers.count, checkpoint.scratch)
+    stages = list(reference.stages())
+    to_do = [
+        [layer for layer in stage.layers if index[layer.name] not in checkpoint] for stage in stages
+    ]
+    run_layers = [len(reference.weight_inputs(stage.nodes)) for stage in stages]
+    pass_runs = len(passes.levels) * data.samples
+    pass_s = [forward_s(count, pass_runs) for count in run_layers]
+    measure_s: dict[str, float] = {}
+    for number, layers in enumerate(to_do):
+        eta.plan("forward", pass_s[number])
+        for layer in layers:
+            runs = measured_runs(options[layer.name].levels, data.samples)
+            measure_s[layer.name] = forward_s(sum(run_layers[number + 1 :]), runs)
+            eta.plan("forward", measure_s[layer.name])
+            eta.plan("statistics", statistics_s(layer, pass_runs))
+            eta.plan("codes", codes_s(layer, observed(layer)))
+    for number, (stage, layers) in enumerate(zip(stages, to_do, strict=True)):
+        with eta.doing("forward", pass_s[number]):
+            passes.run(stage)
+        if not layers:
+            continue
+        later_nodes = [node for later in stages[number + 1 :] for node in later.nodes]
+        errors: OutputErrors | None = None
+        with spill.temporary():
+            with eta.doing("statistics", sum(statistics_s(layer, pass_runs) for layer in layers)):
+                calibrated = _calibrated(layers, InputStatistics(passes, spill), options)
+            results = _quantize(calibrated, options, workers)
+            for layer in layers:
+                with eta.doing("codes", codes_s(layer, observed(layer))):
+                    found = next(results)
+                with eta.doing("forward", measure_s[layer.name]):
+                    errors = errors or OutputErrors(reference, passes, later_nodes, workers.count)
+                    measured = errors.of(layer, found)
+                    found = dataclasses.replace(found, output_error=measured)
+                    checkpoint.put(index[layer.name], found)
+        spill.release()
+
+
+@dataclass(frozen=True)
+class _CalibratedLayer:
+    """A layer and what calibration tells of its input."""
+
+    layer: HeavyLayer
+    stats: list[MatrixStats] | None = None
+    row_weight: np.ndarray | None = None
+
+
+def _calibrated(
+    layers: Sequence[HeavyLayer], statistics: InputStatistics, options: Options
+) -> list[_CalibratedLayer]:
+    """Layers of a stage with the statistics of their inputs, in the same order."""
+    found = {layer.name: _CalibratedLayer(layer) for layer in layers}
+    same_input: dict[object, list[HeavyLayer]] = {}
+    for layer in filter(observed, layers):
+        if layer.gathered:
+            often = good_turing(statistics.gather_counts(layer))
+            found[layer.name] = _CalibratedLayer(layer, row_weight=often)
+        else:
+            same_input.setdefault(input_key(layer), []).append(layer)
+    for group in same_input.values():
+        sizes = {n for layer in group for n in scale_columns_of(options[layer.name]).values()}
+        # No scale group is cut in two.
+        stats = statistics.of(group, math.lcm(PANEL_COLUMNS, *sizes))
+        found.update({layer.name: _CalibratedLayer(layer, stats[layer.name]) for layer in group})
+    return list(found.values())
+
+
+def _quantize(
+    layers: Sequence[_CalibratedLayer], options: Options, workers: Workers
+) -> Iterator[QuantizedLayer]:
+    """Quantize layers that are independent of each other, spread over the workers."""
+    tasks = [layer_tasks(each.layer, each.stats, options[each.layer.name]) for each in layers]
+    guess_s = sum(codes_s(each.layer, each.stats is not None) for each in layers)
+    results = workers.map(quantize_family, list(itertools.chain(*tasks)), guess_s)
+    for each, own in zip(layers, tasks, strict=True):
+        own_results = itertools.islice(results, len(own))
+        own_options = options[each.layer.name]
+        yield join_layer(each.layer, own_options, each.stats, own_results, each.row_weight)
+
+
+def good_turing(counts: np.ndarray) -> np.ndarray:
+    """Probability of each item, also of those that were never seen.
+
+    The unseen ones together get the share of the items seen once (Good, 1953), half a count at
+    least.
+    """
+    total = max(float(counts.sum()), 1.0)
+    unseen = counts == 0
+    if not unseen.any():
+        return counts / total
+    share = max(float((counts == 1).sum()), 0.5) / total
+    share = min(share, 0.5)
+    return np.where(unseen, share / unseen.sum(), counts / total * (1 - share))

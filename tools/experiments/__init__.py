@@ -1,1 +1,0 @@
-"""The measurements behind the figures of README and docs/measuring.md."""

@@ -1,1 +1,0 @@
-"""The stages of the host pipeline, one file each."""

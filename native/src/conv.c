@@ -11,6 +11,7 @@
 
 enum {
     PANEL_ROWS = 128,
+    FLOAT_PANEL_ROWS = 64,  /* where a chunk runs at level 32 */
     PANEL_BYTES = 128 << 10 /* of int8: fits a second-level cache of 256 KiB */
 };
 
@@ -338,9 +339,10 @@ static int32_t run_sample(bapq_run *run, int32_t layer, conv_job *j, const bapq_
 }
 
 /* Rows of a panel: as many as fit, in panels of one size. Kernels take rows by eights. */
-static int32_t panel_rows(int64_t pixels, int32_t blocks) {
+static int32_t panel_rows(int64_t pixels, int32_t blocks, uint32_t levels) {
+    int32_t cap = levels & 1u << BAPQ_L32 ? FLOAT_PANEL_ROWS : PANEL_ROWS;
     int32_t most = PANEL_BYTES / (blocks * BAPQ_BLOCK) & ~7;
-    most = most < 8 ? 8 : most > PANEL_ROWS ? PANEL_ROWS : most;
+    most = most < 8 ? 8 : most > cap ? cap : most;
     return bapq_ceil_div(bapq_ceil_div(pixels, bapq_ceil_div(pixels, most)), 8) * 8;
 }
 
@@ -349,6 +351,7 @@ int32_t bapq_conv_run(bapq_run *run, int32_t layer, const bapq_conv *conv,
                       float *y, bapq_error *error) {
     const bapq_layer *l = bapq_run_layer(run, layer);
     int32_t blocks = bapq_ceil_div(l->columns, BAPQ_BLOCK);
+    uint32_t levels = bapq_run_levels(run, layer);
     conv_job j = {.kernels = bapq_run_kernels(run),
                   .conv = conv,
                   .epilogue = epilogue,
@@ -356,10 +359,9 @@ int32_t bapq_conv_run(bapq_run *run, int32_t layer, const bapq_conv *conv,
                   .columns = l->columns,
                   .blocks = blocks,
                   .rows = l->rows,
-                  .panel_rows = panel_rows(conv->out_h * conv->out_w, blocks),
+                  .panel_rows = panel_rows(conv->out_h * conv->out_w, blocks, levels),
                   .group_rows = (int32_t)(l->rows / conv->p.group),
                   .group_channels = (int32_t)(conv->channels / conv->p.group)};
-    uint32_t levels = bapq_run_levels(run, layer);
     int32_t threads = bapq_run_threads(run);
     bapq_carver count = {0};
     carve_buffers(&j, levels, threads, &count);

@@ -403,7 +403,13 @@ class Session:
         from .internals import Internals
 
         return Internals(
-            self._bank, self._store, self._graphs, self._replanner, self._log, self._monitor
+            self._bank,
+            self._store,
+            self._graphs,
+            self._replanner,
+            self._passes,
+            self._log,
+            self._monitor,
         )
 
     # ---- closing ----

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .bank.layout import Level
 from .bank.reader import Bank
 from .control.device_profile import find_profile, load_profile
-from .engine.feeds import check_feed, checked_names, element_count
+from .engine.feeds import check_feed, checked_names
 from .engine.graph import Graphs
 from .engine.library import kernels_name
 from .engine.store import Store
@@ -250,11 +250,19 @@ class Session:
                 below that is in memory stands in, with a DegradedWarning and an event.
             SessionClosedError: the session was closed.
         """
-        with self._open_run() as running:
-            check_feed(self._graphs.inputs, input_feed)
-            names = checked_names(self._graphs.outputs, output_names)
-            self._replanner.make_room(element_count(input_feed) * running)
+        with self._lock:
+            self._check_open()
+            self._running += 1
+        try:
+            check_feed(self._graphs.input_names, input_feed)
+            names = checked_names(self._graphs.output_names, output_names)
+            self._replanner.make_room(input_feed, self._running)
             outputs = self._answer(input_feed, list(dict.fromkeys(names)), run_options)
+        finally:
+            with self._lock:
+                self._running -= 1
+                if self._closed:
+                    self._idle.notify_all()
         return [outputs[name] for name in names]
 
     def run_async(
@@ -286,20 +294,6 @@ class Session:
             self._totals.count_answer(answer.region, answer.escalated, answer.late)
         self._replanner.publish_main()
         return answer.outputs
-
-    @contextlib.contextmanager
-    def _open_run(self) -> Iterator[int]:
-        """Keeps the session from closing; the number of runs that are open now."""
-        with self._lock:
-            self._check_open()
-            self._running += 1
-            running = self._running
-        try:
-            yield running
-        finally:
-            with self._lock:
-                self._running -= 1
-                self._idle.notify_all()
 
     # ---- changing what runs are made at ----
 

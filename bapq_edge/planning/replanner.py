@@ -12,12 +12,13 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..bank.boundary import Precision
 from ..bank.reader import Bank
+from ..engine.feeds import element_count
 from ..engine.graph import Part
-from ..engine.store import RunReport, Store
+from ..engine.store import Run, RunReport, Store
 from ..errors import BudgetExceededWarning, BudgetTooSmallError
 from ..telemetry import Event, EventLog, logger, rss_bytes, warn_caller
 from .ledger import MemoryLedger
@@ -146,8 +147,8 @@ class Replanner:
 
     # ---- runs ----
 
-    def make_room(self, load: int) -> None:
-        """Before a run of this load (elements fed, all open runs together).
+    def make_room(self, feed: Mapping[str, Any], open_runs: int) -> None:
+        """Before a run, which is one of so many.
 
         Where it may need more memory than any before, as few weights as can be are kept for it, and
         the others read as it needs them; at the same precision.
@@ -155,17 +156,19 @@ class Replanner:
         if self._terms.budget_bytes is None:
             return
         with self.lock:
-            if self._ledger.is_heavier(load) and not self.plans.minimal:
+            heavier = self._ledger.is_heavier(element_count(feed) * open_runs)
+            if heavier and not self.plans.minimal:
                 self.adopt(self._make_minimal(self.plans))
 
-    def begin(self, part: Part, precision: Precision | None) -> tuple[int, float]:
-        """Ticket of a run at a precision, and the bits per weight that it reads.
+    def begin(self, part: Part, precision: Precision | None) -> tuple[Run, float]:
+        """Begin a run at a precision; it, and the bits per weight that it reads.
 
         A precision that no policy announced is planned for first; raises what that raises.
         """
         if precision not in self.plans.by_precision:
             self._learn(precision)
-        return self._publisher.begin(part, precision)
+        budgeted = self._terms.budget_bytes is not None
+        return self._publisher.begin(part, precision, measured=budgeted)
 
     def publish_main(self) -> None:
         """After the last pass of a run: what only rare runs need gives its memory back at once."""
@@ -175,10 +178,13 @@ class Replanner:
         """After a run: follow what it needed besides weights."""
         if self._terms.budget_bytes is None:
             return
-        with self.changing():
+        with self.lock:
             self._ledger.settle(report.rss_bytes, report.weight_bytes)
-            if self.plans.minimal or self._ledger.outgrows(self.plans.overhead_bytes):
-                self._follow_ledger()
+            plans = self.plans
+            if not plans.minimal and not self._ledger.outgrows(plans.overhead_bytes):
+                return
+        with self.changing():
+            self._follow_ledger()
 
     def _learn(self, precision: Precision | None) -> None:
         with self.lock:

@@ -110,8 +110,8 @@ def _layers(session: Session, feed: dict[str, np.ndarray]) -> Iterator[dict[str,
     names = [value.name for value in session.get_outputs()]
     graph, store, precision = parts.graphs["whole"], parts.store, parts.replanner.main
     reference = open_graph(parts.bank.file_bytes(parts.bank.manifest.graph), threads=1)
-    ticket, _ = parts.replanner.begin("whole", precision)
-    own_feed = {**feed, RUN_INPUT: np.array(ticket, np.int64)}
+    run, _ = parts.replanner.begin("whole", precision)
+    own_feed = {**feed, RUN_INPUT: run.ticket}
     runs = (
         lambda: reference.run(names, own_feed),
         lambda: graph.call(names, own_feed),
@@ -120,7 +120,7 @@ def _layers(session: Session, feed: dict[str, np.ndarray]) -> Iterator[dict[str,
         lambda: session.run(None, feed),
     )
     yield dict(zip(LAYERS, runs, strict=True))
-    store.end_run(ticket)
+    store.end_run(run)
 
 
 def _warm_us(layers: Mapping[str, Layer], rounds: int) -> dict[str, float]:

@@ -130,7 +130,6 @@ class Session:
             on_switch=on_switch,
         )
         self._options = options
-        self._on_switch = options.on_switch
         self._threads = int(options.threads or len(os.sched_getaffinity(0)))
         self._bank = Bank.open(bank)
         self._log = EventLog(Path(self._bank.path).name)
@@ -158,7 +157,7 @@ class Session:
                 shares=None if self._runner is None else self._runner.shares,
                 threads=self._threads,
                 weight_budget_bytes=options.weight_budget,
-                on_switch=self._tell_switch,
+                on_switch=options.on_switch,
             )
             self._passes = Passes(self._store, self._graphs, self._replanner, self._ledger)
             budget_bytes, reason = self._budget_of(options.memory_budget)
@@ -330,11 +329,11 @@ class Session:
     @property
     def on_switch(self) -> Callable[[Event], None] | None:
         """Called with every Event of kind "switch", on the thread that switched; assignable."""
-        return self._on_switch
+        return self._replanner.on_switch
 
     @on_switch.setter
     def on_switch(self, listener: Callable[[Event], None] | None) -> None:
-        self._on_switch = checked_listener(listener)
+        self._replanner.on_switch = checked_listener(listener)
 
     def _change_request(self, request: Request, reason: str) -> None:
         if self._runner is not None:
@@ -344,10 +343,6 @@ class Session:
         with self._replanner.changing():
             self._check_open()
             self._replanner.set_request(request, reason)
-
-    def _tell_switch(self, event: Event) -> None:
-        if self._on_switch is not None:
-            self._on_switch(event)
 
     def _record(self, kind: str, reason: str) -> Event:
         return self._replanner.record(kind, reason)

@@ -65,7 +65,7 @@ class Replanner:
         shares: Mapping[Precision, float] | None,
         threads: int,
         weight_budget_bytes: int | None,
-        on_switch: Callable[[Event], None],
+        on_switch: Callable[[Event], None] | None,
     ) -> None:
         """Plan nothing yet: that is `open`.
 
@@ -82,6 +82,8 @@ class Replanner:
         """
         self.lock = threading.RLock()
         """Held while plans change."""
+        self.on_switch = on_switch
+        """Called with every Event of kind "switch", on the thread that switched; assignable."""
         self._store, self._ledger, self._log = store, ledger, log
         skipped = None if shares is None else register_regions(bank, store)
         self._maker = PlanMaker(bank, shares, skipped)
@@ -89,7 +91,6 @@ class Replanner:
         self._steered = shares is not None
         self._threads = threads
         self._weight_budget_bytes = weight_budget_bytes
-        self._on_switch = on_switch
         self._untold: list[Event] = []
         self._terms = _Terms(request, None, None, self._maker.announced)
         self._adopted: PlanSet | None = None
@@ -215,7 +216,8 @@ class Replanner:
             finally:
                 untold, self._untold = self._untold, []
         for event in untold:
-            self._on_switch(event)
+            if (listener := self.on_switch) is not None:
+                listener(event)
 
     def set_request(self, request: Request, reason: str) -> None:
         """Run as this asks, from the next run on.

@@ -7,9 +7,11 @@
 
 #include <limits.h>
 #include <pthread.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "arena.h"
 #include "error.h"
 #include "ops.h"
 
@@ -298,6 +300,48 @@ static OrtStatus *make_domain(const OrtApi *api) {
     return NULL;
 }
 
+/* ---- allocation ---- */
+
+static void *allocate(OrtAllocator *self, size_t bytes) {
+    (void)self;
+    return bapq_arena_take(bytes);
+}
+static void deallocate(OrtAllocator *self, void *memory) {
+    (void)self;
+    bapq_arena_give(memory);
+}
+static OrtMemoryInfo *memory_info;
+static const OrtMemoryInfo *get_memory_info(const OrtAllocator *self) {
+    (void)self;
+    return memory_info;
+}
+static OrtAllocator allocator = {ORT_API_VERSION, allocate, deallocate, get_memory_info};
+
+/* Offers our arena to sessions that ask for what the environment has. Called with domain_lock held.
+ */
+static OrtStatus *register_arena(const OrtApi *api) {
+    OrtEnv *env = NULL;
+    TRY(ORT_CreateEnv(api)(ORT_LOG_FATAL, "bapq",
+                           &env)); /* one more hold on the only one there is */
+    if (memory_info == NULL)
+        TRY(ORT_CreateCpuMemoryInfo(api)(ORT_DEVICE_ALLOCATOR, ORT_MEMORY_DEFAULT, &memory_info));
+    return ORT_RegisterAllocator(api)(env, &allocator);
+}
+
+/* The session takes our arena, where this version lets it; else its own. */
+static void use_arena(const OrtApi *api, OrtSessionOptions *options) {
+    static bool tried, registered;
+    OrtStatus *status = NULL;
+    if (!tried && bapq_arena_open()) {
+        status = register_arena(api);
+        registered = status == NULL;
+    }
+    tried = true;
+    if (registered)
+        status = ORT_AddSessionConfigEntry(api)(options, "session.use_env_allocators", "1");
+    if (status != NULL) ORT_ReleaseStatus(api)(status);
+}
+
 /* The entry that SessionOptions.register_custom_ops_library looks up. */
 __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options,
                                                                     const OrtApiBase *base) {
@@ -308,6 +352,7 @@ __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOp
     }
     pthread_mutex_lock(&domain_lock);
     OrtStatus *status = domain == NULL ? make_domain(api) : NULL;
+    if (status == NULL) use_arena(api, options);
     pthread_mutex_unlock(&domain_lock);
     if (status != NULL) return status;
     return ORT_AddCustomOpDomain(api)(options, domain);

@@ -1,7 +1,6 @@
 #include "arena.h"
 
 #include <pthread.h>
-#include <stdbool.h>
 #include <stdint.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -25,18 +24,19 @@ static struct {
 } arena;
 static pthread_mutex_t arena_lock = PTHREAD_MUTEX_INITIALIZER;
 
-int bapq_arena_open(void) {
+bool bapq_arena_open(void) {
     pthread_mutex_lock(&arena_lock);
     if (!arena.base) {
         /* Addresses only: nothing is charged before it can be written to. */
         size_t bytes = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
-        void *base = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void *base =
+            mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (base != MAP_FAILED) {
             arena.base = arena.end = arena.writable = base;
             arena.limit = arena.base + bytes;
         }
     }
-    int there = arena.base != NULL;
+    bool there = arena.base != NULL;
     pthread_mutex_unlock(&arena_lock);
     return there;
 }
@@ -93,8 +93,8 @@ void *bapq_arena_take(size_t bytes) {
     return b ? b + 1 : NULL;
 }
 
-void bapq_arena_give(void *memory) {
-    if (!memory) return;
+bool bapq_arena_give(void *memory) {
+    if ((uint8_t *)memory < arena.base || (uint8_t *)memory >= arena.limit) return false;
     pthread_mutex_lock(&arena_lock);
     block *b = (block *)memory - 1;
     b->used = false;
@@ -115,6 +115,7 @@ void bapq_arena_give(void *memory) {
         arena.hint = b;
     }
     pthread_mutex_unlock(&arena_lock);
+    return true;
 }
 
 static void release(uint8_t *first, uint8_t *end) {

@@ -7,13 +7,15 @@
 #ifndef BAPQ_ARENA_H
 #define BAPQ_ARENA_H
 
+#include <stdbool.h>
 #include <stddef.h>
 
-/* Reserves the addresses, once; 0 where the system has none to give. Any thread may call it. */
-int bapq_arena_open(void);
-/* 64-byte aligned; NULL where there is no memory. */
+/* Reserves the addresses, once; false where the system has none to give. Any thread may call it. */
+bool bapq_arena_open(void);
+/* 64-byte aligned; NULL where there is no room. */
 void *bapq_arena_take(size_t bytes);
-void bapq_arena_give(void *memory);
+/* Whether it was the arena's; else nothing happens. */
+bool bapq_arena_give(void *memory);
 /* Gives the pages that nobody uses back to the system. */
 void bapq_arena_trim(void);
 

@@ -66,6 +66,7 @@ struct OrtAllocator {
 #define ORT_GetTensorTypeAndShape(api) \
     ORT_FUNCTION(api, 65, OrtStatus *, const OrtValue *, OrtShapeInfo **)
 #define ORT_CreateCpuMemoryInfo(api) ORT_FUNCTION(api, 69, OrtStatus *, int, int, OrtMemoryInfo **)
+#define ORT_GetAllocatorWithDefaultOptions(api) ORT_FUNCTION(api, 78, OrtStatus *, OrtAllocator **)
 #define ORT_KernelInfoGetAttribute_float(api) \
     ORT_FUNCTION(api, 85, OrtStatus *, const OrtKernelInfo *, const char *, float *)
 #define ORT_KernelInfoGetAttribute_int64(api) \
@@ -78,8 +79,6 @@ struct OrtAllocator {
 #define ORT_ReleaseStatus(api) ORT_FUNCTION(api, 93, void, OrtStatus *)
 #define ORT_ReleaseShapeInfo(api) ORT_FUNCTION(api, 99, void, OrtShapeInfo *)
 #define ORT_ReleaseCustomOpDomain(api) ORT_FUNCTION(api, 101, void, OrtCustomOpDomain *)
-#define ORT_AddSessionConfigEntry(api) \
-    ORT_FUNCTION(api, 130, OrtStatus *, OrtSessionOptions *, const char *, const char *)
 #define ORT_RegisterAllocator(api) ORT_FUNCTION(api, 176, OrtStatus *, OrtEnv *, OrtAllocator *)
 #define ORT_KernelContext_ParallelFor(api)                                                  \
     ORT_FUNCTION(api, 274, OrtStatus *, const OrtKernelContext *, void (*)(void *, size_t), \

@@ -302,13 +302,19 @@ static OrtStatus *make_domain(const OrtApi *api) {
 
 /* ---- allocation ---- */
 
+/* ONNX Runtime's own: what the arena has no room for, it finds or refuses by an exception, which
+ * passes through our frames (hence -fexceptions in CMakeLists.txt). ONNX Runtime does not look
+ * whether an allocator gave NULL. */
+static OrtAllocator *fallback;
+
 static void *allocate(OrtAllocator *self, size_t bytes) {
     (void)self;
-    return bapq_arena_take(bytes);
+    void *memory = bapq_arena_take(bytes);
+    return memory ? memory : fallback->Alloc(fallback, bytes);
 }
 static void deallocate(OrtAllocator *self, void *memory) {
     (void)self;
-    bapq_arena_give(memory);
+    if (!bapq_arena_give(memory)) fallback->Free(fallback, memory);
 }
 static OrtMemoryInfo *memory_info;
 static const OrtMemoryInfo *get_memory_info(const OrtAllocator *self) {
@@ -317,10 +323,10 @@ static const OrtMemoryInfo *get_memory_info(const OrtAllocator *self) {
 }
 static OrtAllocator allocator = {ORT_API_VERSION, allocate, deallocate, get_memory_info};
 
-/* Offers our arena to sessions that ask for what the environment has. Called with domain_lock held.
- */
+/* For sessions that ask for what the environment has. Called with domain_lock held. */
 static OrtStatus *register_arena(const OrtApi *api) {
     OrtEnv *env = NULL;
+    TRY(ORT_GetAllocatorWithDefaultOptions(api)(&fallback)); /* lives as long as the process */
     TRY(ORT_CreateEnv(api)(ORT_LOG_FATAL, "bapq",
                            &env)); /* one more hold on the only one there is */
     if (memory_info == NULL)
@@ -328,17 +334,11 @@ static OrtStatus *register_arena(const OrtApi *api) {
     return ORT_RegisterAllocator(api)(env, &allocator);
 }
 
-/* The session takes our arena, where this version lets it; else its own. */
-static void use_arena(const OrtApi *api, OrtSessionOptions *options) {
-    static bool tried, registered;
-    OrtStatus *status = NULL;
-    if (!tried && bapq_arena_open()) {
-        status = register_arena(api);
-        registered = status == NULL;
-    }
+/* Where ONNX Runtime refuses, or Python's environment is another one, sessions keep their own. */
+static void offer_arena(const OrtApi *api) {
+    static bool tried;
+    OrtStatus *status = tried || !bapq_arena_open() ? NULL : register_arena(api);
     tried = true;
-    if (registered)
-        status = ORT_AddSessionConfigEntry(api)(options, "session.use_env_allocators", "1");
     if (status != NULL) ORT_ReleaseStatus(api)(status);
 }
 
@@ -352,7 +352,7 @@ __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOp
     }
     pthread_mutex_lock(&domain_lock);
     OrtStatus *status = domain == NULL ? make_domain(api) : NULL;
-    if (status == NULL) use_arena(api, options);
+    if (status == NULL) offer_arena(api);
     pthread_mutex_unlock(&domain_lock);
     if (status != NULL) return status;
     return ORT_AddCustomOpDomain(api)(options, domain);

@@ -88,7 +88,7 @@ int main(int argc, char **argv) {
     void *again = bapq_arena_take(1 << 20);
     if (again != first) fail("blocks were left behind");
     bapq_arena_give(again);
-    bapq_arena_give(NULL);
+    if (bapq_arena_give(NULL) || bapq_arena_give(threads)) fail("foreign memory was taken");
     if (bapq_arena_take(SIZE_MAX) || bapq_arena_take(SIZE_MAX / 2)) fail("a block without end");
     printf("arena_stress: %s\n", atomic_load(&failures) ? "failed" : "passed");
     return atomic_load(&failures) != 0;

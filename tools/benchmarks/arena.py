@@ -47,7 +47,6 @@ def measure(bank_path: str, arena: str) -> dict[str, Any]:
     from bapq_edge.planning.planner import Request, chunk_costs, plan, smallest_limit
     from bapq_edge.telemetry import peak_rss_bytes, rss_bytes
 
-    onnxruntime.set_default_logger_severity(4)  # it warns that a setting is given twice
     before_bytes = rss_bytes()
     bank = Bank.open(bank_path)
     store = Store(bank)
@@ -61,8 +60,8 @@ def measure(bank_path: str, arena: str) -> dict[str, Any]:
         memory = onnxruntime.OrtMemoryInfo("Cpu", kinds.ORT_ARENA_ALLOCATOR, 0, places.DEFAULT)
         settings = onnxruntime.OrtArenaCfg({"arena_extend_strategy": 1})
         onnxruntime.create_and_register_allocator(memory, settings)  # in the place of ours
-    elif arena != "ours":
-        options.add_session_config_entry("session.use_env_allocators", "0")
+    if arena in ("ours", "as_requested"):
+        options.add_session_config_entry("session.use_env_allocators", "1")
     if arena == "off_mapped":
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 64 << 10)
     session = onnxruntime.InferenceSession(

@@ -100,9 +100,9 @@ void bapq_conv_input_quantize(const float *x, int64_t channels, int64_t height, 
     parallel->for_each(parallel->self, find_extent, (size_t)channels, &j);
     extent all = {0, 0};
     for (int64_t c = 0; c < channels; c++) widen(&all, j.extents[c].high, j.extents[c].low);
-    enum { INFINITY_BITS = 0x7f800000, SIGN = 1u << 31 };
-    if (!(all.low & SIGN)) all.low = 0; /* nothing is negative */
-    input->finite = all.high < INFINITY_BITS && (all.low & INT32_MAX) < INFINITY_BITS;
+    const int32_t infinity_bits = 0x7f800000;
+    if (all.low <= INT32_MAX) all.low = 0; /* no sign: nothing is negative */
+    input->finite = all.high < infinity_bits && (int32_t)(all.low & INT32_MAX) < infinity_bits;
     if (!input->finite) return;
     float high, low;
     memcpy(&high, &all.high, sizeof high);

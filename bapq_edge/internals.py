@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .bank.reader import Bank
 from .engine.graph import Graphs
 from .engine.store import Store
+from .planning.passes import Passes
 from .planning.replanner import Replanner
 from .telemetry import EventLog
 
@@ -30,6 +31,7 @@ class Internals:
     store: Store
     graphs: Graphs
     replanner: Replanner
+    passes: Passes
     log: EventLog
     monitor: Monitor | None
     """None without a controller, and after closing."""

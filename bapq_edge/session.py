@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .bank.layout import Level
 from .bank.reader import Bank
 from .control.device_profile import find_profile, load_profile
-from .engine.feeds import check_feed, checked_names, element_count
+from .engine.feeds import check_feed, checked_names
 from .engine.graph import Graphs
 from .engine.library import kernels_name
 from .engine.store import Store
@@ -130,7 +130,6 @@ class Session:
             on_switch=on_switch,
         )
         self._options = options
-        self._on_switch = options.on_switch
         self._threads = int(options.threads or len(os.sched_getaffinity(0)))
         self._bank = Bank.open(bank)
         self._log = EventLog(Path(self._bank.path).name)
@@ -158,7 +157,7 @@ class Session:
                 shares=None if self._runner is None else self._runner.shares,
                 threads=self._threads,
                 weight_budget_bytes=options.weight_budget,
-                on_switch=self._tell_switch,
+                on_switch=options.on_switch,
             )
             self._passes = Passes(self._store, self._graphs, self._replanner, self._ledger)
             budget_bytes, reason = self._budget_of(options.memory_budget)
@@ -250,11 +249,19 @@ class Session:
                 below that is in memory stands in, with a DegradedWarning and an event.
             SessionClosedError: the session was closed.
         """
-        with self._open_run() as running:
-            check_feed(self._graphs.inputs, input_feed)
-            names = checked_names(self._graphs.outputs, output_names)
-            self._replanner.make_room(element_count(input_feed) * running)
+        with self._lock:
+            self._check_open()
+            self._running += 1
+        try:
+            check_feed(self._graphs.input_names, input_feed)
+            names = checked_names(self._graphs.output_names, output_names)
+            self._replanner.make_room(input_feed, self._running)
             outputs = self._answer(input_feed, list(dict.fromkeys(names)), run_options)
+        finally:
+            with self._lock:
+                self._running -= 1
+                if self._closed:
+                    self._idle.notify_all()
         return [outputs[name] for name in names]
 
     def run_async(
@@ -286,20 +293,6 @@ class Session:
             self._totals.count_answer(answer.region, answer.escalated, answer.late)
         self._replanner.publish_main()
         return answer.outputs
-
-    @contextlib.contextmanager
-    def _open_run(self) -> Iterator[int]:
-        """Keeps the session from closing; the number of runs that are open now."""
-        with self._lock:
-            self._check_open()
-            self._running += 1
-            running = self._running
-        try:
-            yield running
-        finally:
-            with self._lock:
-                self._running -= 1
-                self._idle.notify_all()
 
     # ---- changing what runs are made at ----
 
@@ -336,11 +329,11 @@ class Session:
     @property
     def on_switch(self) -> Callable[[Event], None] | None:
         """Called with every Event of kind "switch", on the thread that switched; assignable."""
-        return self._on_switch
+        return self._replanner.on_switch
 
     @on_switch.setter
     def on_switch(self, listener: Callable[[Event], None] | None) -> None:
-        self._on_switch = checked_listener(listener)
+        self._replanner.on_switch = checked_listener(listener)
 
     def _change_request(self, request: Request, reason: str) -> None:
         if self._runner is not None:
@@ -350,10 +343,6 @@ class Session:
         with self._replanner.changing():
             self._check_open()
             self._replanner.set_request(request, reason)
-
-    def _tell_switch(self, event: Event) -> None:
-        if self._on_switch is not None:
-            self._on_switch(event)
 
     def _record(self, kind: str, reason: str) -> Event:
         return self._replanner.record(kind, reason)
@@ -403,7 +392,13 @@ class Session:
         from .internals import Internals
 
         return Internals(
-            self._bank, self._store, self._graphs, self._replanner, self._log, self._monitor
+            self._bank,
+            self._store,
+            self._graphs,
+            self._replanner,
+            self._passes,
+            self._log,
+            self._monitor,
         )
 
     # ---- closing ----

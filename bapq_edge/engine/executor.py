@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from .graph import RUN_INPUT, Graph
-from .store import RunReport, Store
+from .store import Run, RunReport, Store
 
 __all__ = ["execute"]
 
@@ -25,23 +23,22 @@ def execute(
     names: Sequence[str] | None = None,
     run_options: Any = None,
     *,
-    begin: Callable[[], int] | None = None,
+    begin: Callable[[], Run] | None = None,
 ) -> tuple[dict[str, Any], RunReport | None]:
     """Run a graph once on the weights of a store; its outputs by name, and how the run went.
 
     All outputs are made, or those of `names`; where no operator of ours is in the graph there is no
     run to tell of, and the report is None. The feed may hold more than the graph takes. `begin`
-    begins the run and returns its ticket: `store.begin_run`, unless it must publish a plan first.
+    begins the run: `store.begin_run`, unless a plan must be published first.
 
     Raises RunInputError for a feed that does not fit, ExecutionError where the graph fails,
     BankIntegrityError, BankTruncatedError or StorageError where weights cannot be read.
     """
     if not graph.takes_ticket:
         return graph.call(names, feed, run_options), None
-    ticket = store.begin_run() if begin is None else begin()
+    run = store.begin_run() if begin is None else begin()
     try:
-        own_feed = {**feed, RUN_INPUT: np.array(ticket, np.int64)}
-        outputs = graph.call(names, own_feed, run_options)
+        outputs = graph.call(names, {**feed, RUN_INPUT: run.ticket}, run_options)
     finally:
-        report = store.end_run(ticket)  # an operator of ours that failed raises here
+        report = store.end_run(run)  # an operator of ours that failed raises here
     return outputs, report

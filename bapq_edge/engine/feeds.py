@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -23,25 +23,23 @@ _NUMPY_TYPES = {
 }
 
 
-def check_feed(inputs: Sequence[Any], feed: Mapping[str, Any]) -> None:
-    """Raise RunInputError where the feed has not the names of these `onnxruntime.NodeArg`."""
-    needed = {value.name for value in inputs}
+def check_feed(needed: Set[str], feed: Mapping[str, Any]) -> None:
+    """Raise RunInputError where the feed has not the names of the model's inputs."""
     if set(feed) != needed:
         raise RunInputError(f"the feed has {sorted(feed)}, the model needs {sorted(needed)}")
 
 
-def checked_names(outputs: Sequence[Any], names: Sequence[str] | None) -> list[str]:
-    """The names of the outputs to return: all of these `onnxruntime.NodeArg`, or those asked for.
+def checked_names(there: Sequence[str], names: Sequence[str] | None) -> Sequence[str]:
+    """The names of the outputs to return: all of the model's, or those asked for.
 
-    Raises RunInputError for a name that is none of theirs.
+    Raises RunInputError for a name that is none of the model's.
     """
-    there = [value.name for value in outputs]
     if isinstance(names, str):
         raise RunInputError(f"output_names is {names!r}: give a list of names, [{names!r}]")
     asked = there if names is None or not len(names) else list(names)
     for name in asked:
         if name not in there:
-            raise RunInputError(f"the model has no output {name!r}, it has {there}")
+            raise RunInputError(f"the model has no output {name!r}, it has {[*there]}")
     return asked
 
 
@@ -62,4 +60,4 @@ def zeros(inputs: Sequence[Any]) -> dict[str, Any] | None:
 
 def element_count(feed: Mapping[str, Any]) -> int:
     """Elements of all arrays: how heavy a run is."""
-    return sum(int(np.size(value)) for value in feed.values())
+    return sum(np.asarray(value).size for value in feed.values())

@@ -56,7 +56,8 @@ class Graph:
         """The graph's outputs, as onnxruntime.NodeArg."""
         self.takes_ticket = len(self.inputs) < len(inputs)
         """Whether operators of ours are in the graph."""
-        self._names = [value.name for value in inputs]
+        self._input_names = [value.name for value in inputs]
+        self._output_names = [value.name for value in self.outputs]
 
     def call(
         self, names: Sequence[str] | None, feed: Mapping[str, Any], run_options: Any = None
@@ -65,8 +66,8 @@ class Graph:
 
         The feed may hold more than the graph takes. Raises RunInputError or ExecutionError.
         """
-        names = [value.name for value in self.outputs] if names is None else list(names)
-        own = {name: feed[name] for name in self._names if name in feed}
+        names = self._output_names if names is None else list(names)
+        own = {name: feed[name] for name in self._input_names if name in feed}
         try:
             outputs = self._session.run(names, own, run_options)
         except Exception as error:  # ONNX Runtime raises classes of its own, without a common base
@@ -108,6 +109,8 @@ class Graphs:
         """What a run is fed with, as onnxruntime.NodeArg."""
         self.outputs: list[Any] = self._graphs[self.parts[-1]].outputs
         """What a run gives, as onnxruntime.NodeArg."""
+        self.input_names = frozenset(value.name for value in self.inputs)
+        self.output_names = tuple(value.name for value in self.outputs)
 
     def __getitem__(self, part: Part) -> Graph:
         """The graph of that part."""

@@ -27,7 +27,7 @@ __all__ = [
     "load_library",
 ]
 
-_ABI_VERSION = 7
+_ABI_VERSION = 8
 
 TRACE_KINDS = ("read", "rows", "wait")
 """The reader thread read a chunk, an operator read rows of one, an operator waited."""
@@ -126,7 +126,6 @@ class ReportStruct(ctypes.Structure):
 
     _fields_ = (
         ("plan_number", ctypes.c_int64),
-        ("wait_ns", ctypes.c_int64),
         ("rss_bytes", ctypes.c_int64),
         ("weight_bytes", ctypes.c_int64),
         ("degraded", ctypes.c_int32),
@@ -188,7 +187,7 @@ def load_library() -> ctypes.CDLL:
             ctypes.c_int64,
             [store, ctypes.c_void_p, ctypes.c_int64, number],
         ),
-        "bapq_run_begin": (ctypes.c_int32, [store, number, error]),
+        "bapq_run_begin": (ctypes.c_int32, [store, ctypes.c_int32, number, error]),
         "bapq_run_end": (ctypes.c_int32, [ctypes.c_int64, ctypes.POINTER(ReportStruct), error]),
         "bapq_kernels_name": (ctypes.c_char_p, []),
     }

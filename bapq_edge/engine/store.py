@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ from .library import (
     load_library,
 )
 
-__all__ = ["RunReport", "Store", "StoreStats"]
+__all__ = ["Run", "RunReport", "Store", "StoreStats"]
 
 _NO_LIMIT = 2**62
 _ROW_CACHE_SLOTS = 64
@@ -64,17 +65,29 @@ class StoreStats:
     """Number of plans in use: the published one, and those that open runs still hold."""
 
 
-@dataclass(frozen=True)
-class RunReport:
+class Run:
+    """A run that is open: its ticket, and room for what the native calls tell of it.
+
+    Once it has ended, the store begins another one in it: to make that room takes longer than to
+    begin a run.
+    """
+
+    def __init__(self) -> None:
+        """Only the store makes them."""
+        self.ticket: NDArray[np.int64] = np.zeros((), np.int64)
+        """() int64: the graph input "bapq.run"."""
+        number = ctypes.c_int64.from_buffer(self.ticket.data)
+        self.report, self.error = ReportStruct(), ErrorStruct()
+        self.begin_arguments = ctypes.byref(number), ctypes.byref(self.error)
+        self.end_arguments = number, ctypes.byref(self.report), ctypes.byref(self.error)
+
+
+class RunReport(NamedTuple):
     """How a run went."""
 
-    plan_number: int
-    """Plans are numbered from 1 in the order of their publication."""
-    wait_ns: int
-    """Time that the operators of this run waited for reads."""
     rss_bytes: int
-    """Resident memory of the process when the run ended, its buffers still there; 0: the system
-    does not tell."""
+    """Resident memory of the process when the run ended, its buffers still there; 0: the run was
+    not measured, or the system does not tell."""
     weight_bytes: int
     """Weights in that memory: pinned chunks, ring and row cache."""
     degraded_chunks: int
@@ -98,6 +111,7 @@ class Store:
         self._library = load_library()
         self._handle = ctypes.c_void_p()
         self._trace = np.empty(0, TRACE_EVENT)
+        self._ended_runs: list[Run] = []
         native, keep_alive = self._describe(bank, direct)
         error = ErrorStruct()
         self._library.bapq_store_open(
@@ -172,8 +186,8 @@ class Store:
                 to come too; None: what is not pinned may go.
             region: number of the region whose values stand in for skipped rows.
 
-        Plans are numbered from 1 in the order of their publication. Raises UnknownLevelError for a
-        level that a chunk cannot run at, such as 0 without a region or where a Gather reads it.
+        Raises UnknownLevelError for a level that a chunk cannot run at, such as 0 without a region
+        or where a Gather reads it.
         """
         request = PlanStruct(
             levels=levels.astype(np.uint8).tobytes(),
@@ -206,29 +220,25 @@ class Store:
         self._check(error)
         return region.value
 
-    def begin_run(self) -> int:
-        """Begin a run on the published plan; the ticket is the graph input "bapq.run"."""
-        ticket = ctypes.c_int64()
-        error = ErrorStruct()
-        self._library.bapq_run_begin(self._handle, ctypes.byref(ticket), ctypes.byref(error))
-        self._check(error)
-        return ticket.value
+    def begin_run(self, *, measured: bool = False) -> Run:
+        """Begin a run on the published plan; `measured`: its report tells the process's memory."""
+        try:
+            run = self._ended_runs.pop()
+        except IndexError:
+            run = Run()
+        if self._library.bapq_run_begin(self._handle, measured, *run.begin_arguments):
+            raise self._exception(run.error)
+        return run
 
-    def end_run(self, ticket: int) -> RunReport:
+    def end_run(self, run: Run) -> RunReport:
         """End the run. Raises the error of the first operator that failed in it."""
-        report = ReportStruct()
-        error = ErrorStruct()
-        self._library.bapq_run_end(ticket, ctypes.byref(report), ctypes.byref(error))
-        self._check(error)
+        if self._library.bapq_run_end(*run.end_arguments):
+            raise self._exception(run.error)
+        report = run.report
         degraded_by = self._exception(report.degraded_by) if report.degraded else None
-        return RunReport(
-            report.plan_number,
-            report.wait_ns,
-            report.rss_bytes,
-            report.weight_bytes,
-            report.degraded,
-            degraded_by,
-        )
+        how = RunReport(report.rss_bytes, report.weight_bytes, report.degraded, degraded_by)
+        self._ended_runs.append(run)
+        return how
 
     def stats(self) -> StoreStats:
         """What the store holds right now."""

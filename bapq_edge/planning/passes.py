@@ -9,7 +9,7 @@ from ..bank.boundary import Precision
 from ..engine.executor import execute
 from ..engine.feeds import element_count, zeros
 from ..engine.graph import Graphs, Part
-from ..engine.store import RunReport, Store
+from ..engine.store import Run, RunReport, Store
 from ..errors import DegradedWarning, ExecutionError, RunInputError
 from ..telemetry import warn_caller
 from .ledger import MemoryLedger
@@ -86,10 +86,10 @@ class Passes:
     ) -> tuple[dict[str, Any], float, RunReport | None]:
         bits = 0.0
 
-        def begin() -> int:
+        def begin() -> Run:
             nonlocal bits
-            ticket, bits = self._replanner.begin(part, precision)
-            return ticket
+            run, bits = self._replanner.begin(part, precision)
+            return run
 
         graph = self._graphs[part]
         outputs, report = execute(self._store, graph, feed, names, run_options, begin=begin)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..bank.boundary import Precision
 from ..bank.reader import Bank
 from ..engine.graph import Part
-from ..engine.store import Store
+from ..engine.store import Run, Store
 from .plan_set import PlanSet
 from .planner import Plan
 
@@ -28,48 +28,45 @@ class Publisher:
         self._body_chunk = (
             layers[head_layers].first_chunk if head_layers < len(layers) else len(weights)
         )
-        self._adopted: PlanSet | None = None
-        self._bits: dict[Precision | None, dict[Part, float]] = {}
-        self._published: Precision | None = None
+        self._plans: PlanSet
+        self._bits: dict[Precision | None, dict[Part, float]]
+        self._published: Plan
         self._lock = threading.Lock()  # short: a run begins on the plan just published
 
     def adopt(self, plans: PlanSet) -> None:
         """Make these the plans of the runs that begin from now on."""
         bits = {key: self._bits_by_part(made) for key, made in plans.by_precision.items()}
         with self._lock:
-            self._publish(plans, plans.main)
-            self._adopted, self._bits = plans, bits
+            self._publish(plans.main_plan, plans.threads)
+            self._plans, self._bits = plans, bits
 
-    def begin(self, part: Part, precision: Precision | None) -> tuple[int, float]:
-        """Ticket of a run on the plan of a precision, and the bits per weight that it reads."""
+    def begin(
+        self, part: Part, precision: Precision | None, *, measured: bool
+    ) -> tuple[Run, float]:
+        """Begin a run on the plan of a precision; it, and the bits per weight that it reads."""
         with self._lock:
-            if precision != self._published:
-                self._publish(self._current, precision)
-            return self._store.begin_run(), self._bits[precision][part]
+            made = self._plans.by_precision[precision]
+            if made is not self._published:
+                self._publish(made, self._plans.threads)
+            return self._store.begin_run(measured=measured), self._bits[precision][part]
 
     def publish_main(self) -> None:
         """Go back to the main plan: what only rare runs need gives its memory back at once."""
         with self._lock:
-            if self._published != self._current.main:
-                self._publish(self._current, self._current.main)
+            if self._published is not self._plans.main_plan:
+                self._publish(self._plans.main_plan, self._plans.threads)
 
-    @property
-    def _current(self) -> PlanSet:
-        assert self._adopted is not None, "no plan was adopted yet"
-        return self._adopted
-
-    def _publish(self, plans: PlanSet, precision: Precision | None) -> None:
-        made = plans.by_precision[precision]
+    def _publish(self, made: Plan, threads: int) -> None:
         self._store.publish(
             made.levels,
             made.pinned,
             made.ring_bytes,
             made.resident_bytes - made.ring_bytes,
-            plans.threads,
+            threads,
             kept=made.kept,
             region=made.region,
         )
-        self._published = precision
+        self._published = made
 
     def _bits_by_part(self, made: Plan) -> dict[Part, float]:
         """Bits per weight, all weights of the bank counted, that a run of each part reads."""

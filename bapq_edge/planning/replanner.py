@@ -12,12 +12,13 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..bank.boundary import Precision
 from ..bank.reader import Bank
+from ..engine.feeds import element_count
 from ..engine.graph import Part
-from ..engine.store import RunReport, Store
+from ..engine.store import Run, RunReport, Store
 from ..errors import BudgetExceededWarning, BudgetTooSmallError
 from ..telemetry import Event, EventLog, logger, rss_bytes, warn_caller
 from .ledger import MemoryLedger
@@ -64,7 +65,7 @@ class Replanner:
         shares: Mapping[Precision, float] | None,
         threads: int,
         weight_budget_bytes: int | None,
-        on_switch: Callable[[Event], None],
+        on_switch: Callable[[Event], None] | None,
     ) -> None:
         """Plan nothing yet: that is `open`.
 
@@ -81,6 +82,8 @@ class Replanner:
         """
         self.lock = threading.RLock()
         """Held while plans change."""
+        self.on_switch = on_switch
+        """Called with every Event of kind "switch", on the thread that switched; assignable."""
         self._store, self._ledger, self._log = store, ledger, log
         skipped = None if shares is None else register_regions(bank, store)
         self._maker = PlanMaker(bank, shares, skipped)
@@ -88,7 +91,6 @@ class Replanner:
         self._steered = shares is not None
         self._threads = threads
         self._weight_budget_bytes = weight_budget_bytes
-        self._on_switch = on_switch
         self._untold: list[Event] = []
         self._terms = _Terms(request, None, None, self._maker.announced)
         self._adopted: PlanSet | None = None
@@ -146,8 +148,8 @@ class Replanner:
 
     # ---- runs ----
 
-    def make_room(self, load: int) -> None:
-        """Before a run of this load (elements fed, all open runs together).
+    def make_room(self, feed: Mapping[str, Any], open_runs: int) -> None:
+        """Before a run, which is one of so many.
 
         Where it may need more memory than any before, as few weights as can be are kept for it, and
         the others read as it needs them; at the same precision.
@@ -155,17 +157,19 @@ class Replanner:
         if self._terms.budget_bytes is None:
             return
         with self.lock:
-            if self._ledger.is_heavier(load) and not self.plans.minimal:
+            heavier = self._ledger.is_heavier(element_count(feed) * open_runs)
+            if heavier and not self.plans.minimal:
                 self.adopt(self._make_minimal(self.plans))
 
-    def begin(self, part: Part, precision: Precision | None) -> tuple[int, float]:
-        """Ticket of a run at a precision, and the bits per weight that it reads.
+    def begin(self, part: Part, precision: Precision | None) -> tuple[Run, float]:
+        """Begin a run at a precision; it, and the bits per weight that it reads.
 
         A precision that no policy announced is planned for first; raises what that raises.
         """
         if precision not in self.plans.by_precision:
             self._learn(precision)
-        return self._publisher.begin(part, precision)
+        budgeted = self._terms.budget_bytes is not None
+        return self._publisher.begin(part, precision, measured=budgeted)
 
     def publish_main(self) -> None:
         """After the last pass of a run: what only rare runs need gives its memory back at once."""
@@ -175,10 +179,13 @@ class Replanner:
         """After a run: follow what it needed besides weights."""
         if self._terms.budget_bytes is None:
             return
-        with self.changing():
+        with self.lock:
             self._ledger.settle(report.rss_bytes, report.weight_bytes)
-            if self.plans.minimal or self._ledger.outgrows(self.plans.overhead_bytes):
-                self._follow_ledger()
+            plans = self.plans
+            if not plans.minimal and not self._ledger.outgrows(plans.overhead_bytes):
+                return
+        with self.changing():
+            self._follow_ledger()
 
     def _learn(self, precision: Precision | None) -> None:
         with self.lock:
@@ -209,7 +216,8 @@ class Replanner:
             finally:
                 untold, self._untold = self._untold, []
         for event in untold:
-            self._on_switch(event)
+            if (listener := self.on_switch) is not None:
+                listener(event)
 
     def set_request(self, request: Request, reason: str) -> None:
         """Run as this asks, from the next run on.

@@ -15,7 +15,7 @@ extern "C" {
 #define BAPQ_API __attribute__((visibility("default")))
 
 /* Raised by one whenever a struct or a function below changes; Python refuses another. */
-enum { BAPQ_ABI_VERSION = 7 };
+enum { BAPQ_ABI_VERSION = 8 };
 
 typedef enum {
     BAPQ_OK = 0,
@@ -98,8 +98,7 @@ typedef struct {
 
 typedef struct {
     int64_t plan_number;  /* plans are numbered from 1 in the order of their publication */
-    int64_t wait_ns;      /* that the run's operators waited for reads */
-    int64_t rss_bytes;    /* of the process when the run ended, its buffers still there */
+    int64_t rss_bytes;    /* of the process when a measured run ended, its buffers still there */
     int64_t weight_bytes; /* of that: pinned chunks, ring and row cache, as far as touched */
     int32_t degraded;     /* chunks that ran below their level, because a read failed */
     bapq_error degraded_by;
@@ -146,8 +145,10 @@ BAPQ_API int32_t bapq_store_trace(bapq_store *store, int64_t capacity, bapq_erro
  * how many. `lost`: events since the recording began that found the buffer full. */
 BAPQ_API int64_t bapq_store_trace_read(bapq_store *store, bapq_trace_event *out, int64_t capacity,
                                        int64_t *lost);
-/* Begins a run on the published plan. The ticket is the value of the graph input "bapq.run". */
-BAPQ_API int32_t bapq_run_begin(bapq_store *store, int64_t *ticket, bapq_error *error);
+/* Begins a run on the published plan. The ticket is the value of the graph input "bapq.run".
+ * `measured`: the run's report tells memory, for which the system is asked. */
+BAPQ_API int32_t bapq_run_begin(bapq_store *store, int32_t measured, int64_t *ticket,
+                                bapq_error *error);
 /* Ends the run. Returns the status of the first operator that failed in it, and its error. */
 BAPQ_API int32_t bapq_run_end(int64_t ticket, bapq_run_report *report, bapq_error *error);
 /* Name of the kernels in use, "" when BAPQ_ISA names ones that cannot run. */

@@ -1,6 +1,5 @@
 /* Plans, and what they keep at home. */
 #include <errno.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -133,10 +132,10 @@ int64_t bapq_weight_bytes(const bapq_store *store) {
 int64_t bapq_rss_bytes(const bapq_store *store) {
     char text[128];
     ssize_t n = store->statm_fd < 0 ? -1 : pread(store->statm_fd, text, sizeof text - 1, 0);
-    long long total, resident;
     if (n <= 0) return 0;
     text[n] = 0;
-    return sscanf(text, "%lld %lld", &total, &resident) == 2 ? resident * store->page_bytes : 0;
+    const char *total_end = strchr(text, ' '); /* pages in all, then those in memory */
+    return total_end ? strtoll(total_end, NULL, 10) * store->page_bytes : 0;
 }
 
 /* ---- plans ---- */

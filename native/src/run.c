@@ -17,7 +17,7 @@ static void free_slot(bapq_run *run) {
     pthread_mutex_unlock(&runs_lock);
 }
 
-int32_t bapq_run_begin(bapq_store *store, int64_t *ticket, bapq_error *error) {
+int32_t bapq_run_begin(bapq_store *store, int32_t measured, int64_t *ticket, bapq_error *error) {
     *ticket = 0;
     pthread_mutex_lock(&runs_lock);
     int32_t slot = 0;
@@ -28,7 +28,8 @@ int32_t bapq_run_begin(bapq_store *store, int64_t *ticket, bapq_error *error) {
         uint32_t generation = (run->generation + 1) & 0x7FFFFFFF;
         *run = (bapq_run){.store = store,
                           .ticket = (int64_t)generation << 32 | (slot + 1),
-                          .generation = generation};
+                          .generation = generation,
+                          .measured = measured != 0};
     }
     pthread_mutex_unlock(&runs_lock);
     if (!run)
@@ -87,8 +88,7 @@ int32_t bapq_run_end(int64_t ticket, bapq_run_report *report, bapq_error *error)
     int32_t status = run->error.status;
     if (status != BAPQ_OK) *error = run->error;
     *report = (bapq_run_report){.plan_number = run->plan->number,
-                                .wait_ns = run->wait_ns,
-                                .rss_bytes = bapq_rss_bytes(store),
+                                .rss_bytes = run->measured ? bapq_rss_bytes(store) : 0,
                                 .degraded = run->degraded,
                                 .degraded_by = run->degraded_by};
     plan *p = run->plan;

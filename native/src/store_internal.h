@@ -157,9 +157,9 @@ struct bapq_run {
     plan *plan;
     int64_t ticket;
     uint32_t generation;
+    bool measured;  /* its report tells memory */
     int32_t *asked; /* layers in the order in which the run asked for them; NULL: not noted */
     int32_t asked_layers;
-    int64_t wait_ns;
     int32_t degraded; /* chunks that ran below their level because a read failed */
     bapq_error error;
     bapq_error degraded_by;

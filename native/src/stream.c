@@ -368,7 +368,6 @@ int32_t bapq_run_acquire(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_vie
     }
     if (waited_since != 0) {
         int64_t waited = bapq_now_ns() - waited_since;
-        run->wait_ns += waited;
         store->wait_ns += waited;
         bapq_trace_end(store, (bapq_trace_event){BAPQ_TRACE_WAIT, chunk, -1, status,
                                                  .start_ns = waited_since});

@@ -200,7 +200,7 @@ typedef struct {
 static int32_t run_once(bapq_store *store, uint64_t *state, bool faults) {
     int64_t ticket;
     bapq_error error = {0};
-    if (bapq_run_begin(store, &ticket, &error) != BAPQ_OK) {
+    if (bapq_run_begin(store, (int32_t)draw(state, 2), &ticket, &error) != BAPQ_OK) {
         check(false, "begin: %s", error.message);
         return error.status;
     }
@@ -375,11 +375,11 @@ static void play_round(uint64_t *state, bool direct, bool faults) {
     check(status == BAPQ_OK, "open: %s", error.message);
     if (status != BAPQ_OK) return;
     int64_t ticket;
-    check(bapq_run_begin(store, &ticket, &error) == BAPQ_ARGUMENT, "a run without a plan");
+    check(bapq_run_begin(store, 0, &ticket, &error) == BAPQ_ARGUMENT, "a run without a plan");
     plan_count = 0;
     region_count = 0;
     publish(store, state, false);
-    check(bapq_run_begin(store, &ticket, &error) == BAPQ_OK, "begin: %s", error.message);
+    check(bapq_run_begin(store, 0, &ticket, &error) == BAPQ_OK, "begin: %s", error.message);
     check(bapq_store_close(store, &error) == BAPQ_ARGUMENT, "closed under an open run");
     bapq_run_report report;
     check(bapq_run_end(ticket, &report, &error) == BAPQ_OK, "end: %s", error.message);

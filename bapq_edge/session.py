@@ -413,12 +413,12 @@ class Session:
                 return
             self._closed = True
         with self._lock:
-            while self._running:
-                self._idle.wait()
+            self._idle.wait_for(lambda: not self._running)
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         self._graphs.close()
         self._store.close()
+        self._replanner.close()
         trim_heap()
         self._record("close", "closed")
 

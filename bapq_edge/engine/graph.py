@@ -17,6 +17,7 @@ from ..errors import (
     RequestError,
     RunInputError,
 )
+from .code_pages import release_code
 from .library import library_path
 
 __all__ = ["RUN_INPUT", "Graph", "Graphs", "Part", "open_graph"]
@@ -137,12 +138,14 @@ def open_graph(model: bytes, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Measured: the arena without memory patterns has the lowest peak, and it does not grow from run
-    # to run (docs/explanation/design.md).
+    # to run (docs/decisions/0014-arena.md).
     options.enable_mem_pattern = False
     options.log_severity_level = 4  # what fails is raised, with its own words, not logged as well
     # Idle threads that spin would take the core that a prefetch thread or another program needs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.register_custom_ops_library(str(library_path()))
+    library = onnxruntime.capi.onnxruntime_pybind11_state.__file__
+    release_code(library)  # the importing of it is over
     try:
         session = onnxruntime.InferenceSession(
             model, sess_options=options, providers=["CPUExecutionProvider"]
@@ -151,6 +154,8 @@ def open_graph(model: bytes, threads: int) -> Any:
         raise BankFormatError(
             f"ONNX Runtime refuses the bank's graph: {_one_line(error)}"
         ) from error
+    finally:
+        release_code(library)  # the loading, too: a run touches a third of it
     return session
 
 

@@ -8,6 +8,9 @@ it is what the process has more at the end of a run than before the session, les
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from ..errors import BudgetTooSmallError
 from ..telemetry import peak_rss_bytes, rss_bytes
 from ..units import format_size
@@ -25,7 +28,9 @@ class MemoryLedger:
     def __init__(self) -> None:
         """Open the account: everything that comes from here on counts."""
         self._rss_before_bytes = rss_bytes()
+        self._peak_before_bytes = peak_rss_bytes()
         self._largest_load = 0
+        self._loading_bytes = 0
         self.overhead_bytes = 0
         """The most that was ever measured besides weights."""
 
@@ -36,6 +41,19 @@ class MemoryLedger:
     def held_bytes(self) -> int:
         """What the process holds now beyond what it had when the account was opened."""
         return max(0, rss_bytes() - self._rss_before_bytes)
+
+    @contextlib.contextmanager
+    def opening(self) -> Iterator[None]:
+        """While a session opens, a budget is to hold what loading the graph took, too.
+
+        That does not count where the process once had more.
+        """
+        risen = peak_rss_bytes() > self._peak_before_bytes
+        self._loading_bytes = self.growth_bytes() if risen else 0
+        try:
+            yield
+        finally:
+            self._loading_bytes = 0
 
     def settle(self, process_bytes: int, weight_bytes: int) -> None:
         """After the open and after every run: learn the overhead.
@@ -65,13 +83,18 @@ class MemoryLedger:
         """
         margin = max(_MARGIN_BYTES, int(budget_bytes * _MARGIN_SHARE))
         limit = budget_bytes - self.overhead_bytes - margin
-        if limit < smallest_bytes:
+        if limit < smallest_bytes or budget_bytes < self._loading_bytes:
             needed = self.overhead_bytes + smallest_bytes
             works = max(needed + _MARGIN_BYTES, int(needed / (1 - _MARGIN_SHARE)) + 1)
-            raise BudgetTooSmallError(
-                f"memory_budget is {budget_bytes} bytes ({format_size(budget_bytes)}), "
-                f"the smallest that works is {works} bytes ({format_size(works)}): "
+            parts = (
                 f"{format_size(smallest_bytes)} for weights, {format_size(self.overhead_bytes)} "
                 "for ONNX Runtime and activations"
+            )
+            if works < self._loading_bytes + _MARGIN_BYTES:
+                works = self._loading_bytes + _MARGIN_BYTES
+                parts = f"{format_size(self._loading_bytes)} to load the graph"
+            raise BudgetTooSmallError(
+                f"memory_budget is {budget_bytes} bytes ({format_size(budget_bytes)}), "
+                f"the smallest that works is {works} bytes ({format_size(works)}): {parts}"
             )
         return limit

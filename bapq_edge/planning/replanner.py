@@ -34,6 +34,10 @@ __all__ = ["Replanner"]
 _MEASURED = "measured what a run needs besides weights"
 
 
+def _tell_nobody(event: Event) -> None:
+    pass
+
+
 @dataclass(frozen=True, eq=False)
 class _Terms:
     """What plans are made for."""
@@ -108,11 +112,19 @@ class Replanner:
         if self._terms.budget_bytes is None:
             self.adopt(self._make(self._terms))
             return
-        self.adopt(self._make(self._terms, minimal=True))
-        measured = warm_up()
-        plans = self._make(self._terms)
+        with self._ledger.opening():
+            self.adopt(self._make(self._terms, minimal=True))
+            measured = warm_up()
+            plans = self._make(self._terms)
         # Else the first real run measures.
         self.adopt(plans if measured else self._make_minimal(plans))
+
+    def close(self) -> None:
+        """Let go of the listener, the session as a rule, which holds this.
+
+        In a circle of references both would keep their tables until the garbage collector runs.
+        """
+        self._on_switch = _tell_nobody
 
     # ---- what is planned now ----
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -371,3 +373,16 @@ print(sorted(set(sys.modules) - loaded))
         [sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True
     )
     assert result.stdout == "[]\n"
+
+
+def test_a_closed_session_goes_with_its_last_reference(bank, x):
+    gc.disable()  # which would find it later, if it stood in a circle of references
+    try:
+        session = Session(bank, level=8, on_switch=print)
+        session.run(None, {"x": x})
+        session.close()
+        gone = weakref.ref(session)
+        del session
+        assert gone() is None
+    finally:
+        gc.enable()

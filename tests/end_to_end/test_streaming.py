@@ -272,12 +272,13 @@ def test_going_down_a_level_gives_its_memory_back_without_a_read(large):
 
 
 def python(script, *arguments):
-    """Run a script in a process of its own: memory is measured there."""
+    """What a script prints, run in a process of its own: memory is measured there."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=200, env={**os.environ}
     )
     assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def test_a_process_grows_by_no_more_than_its_budget(large):
@@ -370,3 +371,50 @@ def test_a_budget_too_small_for_streaming_names_one_that_works(tmp_path):
             session.set_memory_budget(1)
         np.testing.assert_array_equal(run(session, x), expected)
         assert settled(session).live_plans == 1
+
+
+def test_the_smallest_budget_that_is_named_works(tmp_path):
+    script = """
+import sys
+import warnings
+import numpy as np
+from bapq_edge import Session
+from bapq_edge.errors import BudgetTooSmallError
+from bapq_edge.telemetry import peak_rss_bytes, rss_bytes
+
+x = np.ones((1, 96), np.float32)
+warnings.simplefilter("error")
+if sys.argv[2] == "0":
+    try:
+        Session(sys.argv[1], memory_budget="64KiB", level=8, threads=1)
+    except BudgetTooSmallError as error:
+        print(str(error).split("works is ")[1].split()[0])
+else:
+    before, budget = rss_bytes(), int(sys.argv[2])
+    with Session(sys.argv[1], memory_budget=budget, level=8, threads=1) as session:
+        for _ in range(5):
+            session.run(None, {"x": x})
+        assert peak_rss_bytes() - before <= 1.05 * budget, (peak_rss_bytes() - before, budget)
+"""
+    path = chain_bank(tmp_path / "m.bank")
+    works = python(script, path, 0).strip()
+    assert int(works) > 1 << 20
+    python(script, path, works)
+
+
+def test_code_that_only_loading_needs_is_given_back(tmp_path):
+    python(
+        """
+import sys
+from bapq_edge import Session
+
+def file_bytes():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssFile:"))
+
+before = file_bytes()
+session = Session(sys.argv[1], level=8, threads=1)
+assert file_bytes() < before, (before, file_bytes())
+""",
+        chain_bank(tmp_path / "m.bank"),
+    )

@@ -26,13 +26,14 @@ PACKAGES = {
 ROOMS: dict[str, list[str]] = {
     "bapq_edge": [
         "errors",
-        "units array_files",
+        "units array_files runs_in_flight",
         "sensors telemetry",
         "bank",
         "engine",
         "policy",
         "adaptive control",
-        "options planning",
+        "planning",
+        "options",
         "internals",
         "session",
         "profiling doctor",

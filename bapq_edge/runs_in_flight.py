@@ -1,12 +1,17 @@
-"""The runs in flight of a session: closing waits for them, and none begins afterwards."""
+"""The runs of a session that it must end before it closes: those in flight, and those queued."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from .errors import RequestError, SessionClosedError
 
-__all__ = ["RunsInFlight"]
+__all__ = ["RunQueue", "RunsInFlight"]
+
+T = TypeVar("T")
 
 
 class RunsInFlight:
@@ -64,3 +69,31 @@ class RunsInFlight:
         """Wait until no run is in flight."""
         with self._lock:
             self._idle.wait_for(lambda: not self._threads)
+
+
+class RunQueue:
+    """Makes runs one after the other, on a thread that starts with the first of them."""
+
+    def __init__(self) -> None:
+        """There is no thread yet."""
+        self._pool: ThreadPoolExecutor | None = None
+        self._futures: set[Future[Any]] = set()  # which are not done
+
+    def submit(self, run: Callable[..., T], *arguments: object) -> Future[T]:
+        """Queue a run. Only one thread at a time may call this, and none after `close`."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="bapq-run")
+        future = self._pool.submit(run, *arguments)
+        self._futures.add(future)
+        future.add_done_callback(self._futures.discard)
+        return future
+
+    def close(self) -> None:
+        """Cancel the runs that have not begun; the thread ends with the one that has.
+
+        Nobody waits for the thread: it may be the one that calls this, in a future's callback.
+        """
+        for future in list(self._futures):
+            future.cancel()  # the pool would do it under its lock, where a callback cannot close
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)

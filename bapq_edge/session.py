@@ -16,7 +16,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ from .planning.passes import Passes
 from .planning.publisher import Publisher
 from .planning.replanner import Replanner
 from .policy import Policy
-from .runs_in_flight import RunsInFlight
+from .runs_in_flight import RunQueue, RunsInFlight
 from .telemetry import Event, EventLog, RunTotals, SessionStats, trim_heap
 from .units import counted, format_size
 
@@ -142,10 +142,10 @@ class Session:
         self._runner = self._open_runner(options)
 
         self._runs = RunsInFlight(str(self._bank.path))
-        self._lock = threading.Lock()  # short: totals and the pool
+        self._lock = threading.Lock()  # short: totals and the queue
         self._giving_back = threading.RLock()  # who closes waits for another who does
         self._totals = RunTotals()
-        self._pool: ThreadPoolExecutor | None = None
+        self._queue = RunQueue()
         self._monitor: Monitor | None = None
 
         with contextlib.ExitStack() as undo:
@@ -278,9 +278,7 @@ class Session:
             self._runs.check_open()
             check_feed(self._graphs.input_names, input_feed)
             names = checked_names(self._graphs.output_names, output_names)
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(1, thread_name_prefix="bapq-run")
-            return self._pool.submit(self.run, list(names), dict(input_feed))
+            return self._queue.submit(self.run, list(names), dict(input_feed))
 
     def _answer(
         self, feed: Mapping[str, Any], names: Sequence[str], run_options: Any
@@ -427,9 +425,7 @@ class Session:
             self._monitor.stop()
         with self._replanner.lock, self._lock:
             self._runs.close()
-        if self._pool is not None:
-            # Its thread may be the one that closes, in a future's callback: nobody waits for it.
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._queue.close()
         self._runs.wait()
         with self._giving_back:
             self._parts.close()  # each part once, whoever comes first

@@ -103,7 +103,7 @@ class MemoryLedger:
                 f"{format_size(self._loading_bytes)} to load the graph, "
                 f"{format_size(_MARGIN_BYTES)} kept free"
             )
-        unsure = "" if self.is_measured else " at least, and what your inputs take on top"
+        unsure = "" if self.is_measured else " at least, as your inputs may take more"
         return too_small("memory_budget", budget_bytes, works, f"{unsure}: {parts}")
 
 

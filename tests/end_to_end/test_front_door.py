@@ -26,6 +26,7 @@ from bapq_edge.options import SessionOptions
 from bapq_edge.policy import Choice
 from support.banks import graph_bytes, node, write_bank
 from support.boundaries import HIGH, LOW, model, with_boundary
+from support.command_line import bapq
 from support.streaming import LINEAR, RELU, chain_bank, layer, run
 
 X = np.abs(np.random.default_rng(1).standard_normal((1, 96))).astype(np.float32)
@@ -351,6 +352,21 @@ def test_a_degraded_run_is_logged_and_warned_of_at_the_caller(bank, tmp_path, ca
     assert heard[0].filename == __file__
     (line,) = [r.getMessage() for r in caplog.records if "degraded" in r.getMessage()]
     assert "ran at a lower level" in line
+
+
+def test_degraded_runs_are_counted_in_what_the_command_line_prints(bank, tmp_path):
+    import json
+    import shutil
+
+    copy = shutil.copytree(bank, tmp_path / "c.bank")
+    np.savez(tmp_path / "x.npz", x=X)
+    command = ("run", copy, "--input", tmp_path / "x.npz", "--level", "8")
+    assert "degraded" not in bapq(*command)[0]
+    plane = copy / "planes" / "r8.bin"
+    plane.write_bytes(bytes(plane.stat().st_size))
+    assert "\n1 run degraded: " in bapq(*command)[0]
+    assert "\n2 runs degraded: " in bapq(*command, "--repeat", "2")[0]
+    assert json.loads(bapq(*command, "--repeat", "2", "--json")[0])["degraded"] == 2
 
 
 def test_without_a_handler_nothing_is_printed(bank):

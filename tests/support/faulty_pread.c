@@ -57,6 +57,8 @@ ssize_t pread(int fd, void *target, size_t bytes, off_t offset) {
     interrupted = 0;
     if (faults->microseconds) usleep((useconds_t)faults->microseconds);
     int failing = 0;
+    /* Each once: the test may change them meanwhile. */
+    int32_t largest = faults->largest, error = faults->error;
     pthread_mutex_lock(&lock);
     faults->reads++;
     if (faults->pass != 0) {
@@ -65,14 +67,14 @@ ssize_t pread(int fd, void *target, size_t bytes, off_t offset) {
         if (faults->fail > 0) faults->fail--;
         failing = 1;
     }
-    if (faults->largest > 0 && bytes > 1) {
-        size_t most = 1 + (size_t)rand_r(&seed) % (size_t)faults->largest;
+    if (largest > 0 && bytes > 1) {
+        size_t most = 1 + (size_t)rand_r(&seed) % (size_t)largest;
         if (bytes > most) bytes = most;
     }
     pthread_mutex_unlock(&lock);
-    if (failing && faults->error == 0) return 0;
+    if (failing && error == 0) return 0;
     if (failing) {
-        errno = faults->error;
+        errno = error;
         return -1;
     }
     return real_pread(fd, target, bytes, offset);

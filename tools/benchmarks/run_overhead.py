@@ -1,6 +1,6 @@
 """What `Session.run` adds to the ONNX Runtime call in it, layer by layer, on tiny models.
 
-    PYTHONPATH=tools python -m benchmarks.run_overhead [--format table|md|json] [-r ROUNDS]
+    PYTHONPATH=tools python -m benchmarks.run_overhead [-r ROUNDS] [--format table|md|json]
 
 Each layer calls the one before it, and a column is what it adds. One thread on one core; medians of
 rounds that take all layers in turns, in time of the thread: the turns of other programs do not
@@ -119,8 +119,10 @@ def _layers(session: Session, feed: dict[str, np.ndarray]) -> Iterator[dict[str,
         lambda: parts.passes.run("whole", precision, feed, names),
         lambda: session.run(None, feed),
     )
-    yield dict(zip(LAYERS, runs, strict=True))
-    store.end_run(run)
+    try:
+        yield dict(zip(LAYERS, runs, strict=True))
+    finally:
+        store.end_run(run)
 
 
 def _warm_us(layers: Mapping[str, Layer], rounds: int) -> dict[str, float]:

@@ -67,7 +67,7 @@ def open_engine(folder: Path, engine: str, feed: Feed) -> tuple[Callable[[], obj
     if engine == "ncnn":
         return open_ncnn(folder / "ncnn", feed)
     from bapq_edge import Session, __version__
-    from bapq_edge.engine.native import kernels_name
+    from bapq_edge.engine.library import kernels_name
 
     ours = Session(folder / "model.bank", level=int(engine), threads=1)
     return lambda: ours.run(None, feed), f"bapq-edge {__version__}, {kernels_name()}"

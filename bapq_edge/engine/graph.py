@@ -138,8 +138,9 @@ def open_graph(model: bytes, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Measured: the arena without memory patterns has the lowest peak, and it does not grow from run
-    # to run (docs/decisions/0014-arena.md).
+    # Measured (docs/decisions/0014-arena.md): tensors take least in the arena that our library
+    # offers, next in ONNX Runtime's own without memory patterns.
+    options.add_session_config_entry("session.use_env_allocators", "1")
     options.enable_mem_pattern = False
     options.log_severity_level = 4  # what fails is raised, with its own words, not logged as well
     # Idle threads that spin would take the core that a prefetch thread or another program needs.

@@ -61,8 +61,8 @@ class MemoryLedger:
     def settle(self, process_bytes: int, weight_bytes: int) -> None:
         """After the open and after every run: learn the overhead.
 
-        Both as the process had them at the same moment, the run's buffers included. ONNX Runtime's
-        arena keeps what it once had, so the end of a run shows its peak.
+        Both as the process had them at the same moment, the run's buffers included. The arena
+        keeps what it once had, so the end of a run shows its peak.
         """
         overhead_bytes = process_bytes - self._rss_before_bytes - weight_bytes
         self.overhead_bytes = max(self.overhead_bytes, overhead_bytes)

@@ -20,6 +20,8 @@ typedef struct OrtKernelInfo OrtKernelInfo;
 typedef struct OrtKernelContext OrtKernelContext;
 typedef struct OrtSessionOptions OrtSessionOptions;
 typedef struct OrtCustomOpDomain OrtCustomOpDomain;
+typedef struct OrtEnv OrtEnv;
+typedef struct OrtMemoryInfo OrtMemoryInfo;
 
 typedef struct {
     void *slot[275];
@@ -33,11 +35,23 @@ typedef struct {
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };
 enum { ORT_FLOAT = 1, ORT_INT64 = 7 };
 enum { ORT_MEMORY_DEFAULT = 0 };
+enum { ORT_DEVICE_ALLOCATOR = 0 };
+enum { ORT_LOG_FATAL = 4 };
 enum { ORT_INPUT_REQUIRED = 0 };
+
+/* What tensors are allocated with, up to the members of version 17. */
+typedef struct OrtAllocator OrtAllocator;
+struct OrtAllocator {
+    uint32_t version;
+    void *(*Alloc)(OrtAllocator *, size_t);
+    void (*Free)(OrtAllocator *, void *);
+    const OrtMemoryInfo *(*Info)(const OrtAllocator *);
+};
 
 /* Each macro gives the function at its slot, typed. */
 #define ORT_FUNCTION(api, slot_, result, ...) ((result(*)(__VA_ARGS__))(api)->slot[slot_])
 #define ORT_CreateStatus(api) ORT_FUNCTION(api, 0, OrtStatus *, int, const char *)
+#define ORT_CreateEnv(api) ORT_FUNCTION(api, 3, OrtStatus *, int, const char *, OrtEnv **)
 #define ORT_CreateCustomOpDomain(api) \
     ORT_FUNCTION(api, 26, OrtStatus *, const char *, OrtCustomOpDomain **)
 #define ORT_CustomOpDomain_Add(api) \
@@ -51,6 +65,8 @@ enum { ORT_INPUT_REQUIRED = 0 };
     ORT_FUNCTION(api, 62, OrtStatus *, const OrtShapeInfo *, int64_t *, size_t)
 #define ORT_GetTensorTypeAndShape(api) \
     ORT_FUNCTION(api, 65, OrtStatus *, const OrtValue *, OrtShapeInfo **)
+#define ORT_CreateCpuMemoryInfo(api) ORT_FUNCTION(api, 69, OrtStatus *, int, int, OrtMemoryInfo **)
+#define ORT_GetAllocatorWithDefaultOptions(api) ORT_FUNCTION(api, 78, OrtStatus *, OrtAllocator **)
 #define ORT_KernelInfoGetAttribute_float(api) \
     ORT_FUNCTION(api, 85, OrtStatus *, const OrtKernelInfo *, const char *, float *)
 #define ORT_KernelInfoGetAttribute_int64(api) \
@@ -63,6 +79,7 @@ enum { ORT_INPUT_REQUIRED = 0 };
 #define ORT_ReleaseStatus(api) ORT_FUNCTION(api, 93, void, OrtStatus *)
 #define ORT_ReleaseShapeInfo(api) ORT_FUNCTION(api, 99, void, OrtShapeInfo *)
 #define ORT_ReleaseCustomOpDomain(api) ORT_FUNCTION(api, 101, void, OrtCustomOpDomain *)
+#define ORT_RegisterAllocator(api) ORT_FUNCTION(api, 176, OrtStatus *, OrtEnv *, OrtAllocator *)
 #define ORT_KernelContext_ParallelFor(api)                                                  \
     ORT_FUNCTION(api, 274, OrtStatus *, const OrtKernelContext *, void (*)(void *, size_t), \
                  size_t, size_t, void *)

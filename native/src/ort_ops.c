@@ -7,9 +7,11 @@
 
 #include <limits.h>
 #include <pthread.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "arena.h"
 #include "error.h"
 #include "ops.h"
 
@@ -298,6 +300,48 @@ static OrtStatus *make_domain(const OrtApi *api) {
     return NULL;
 }
 
+/* ---- allocation ---- */
+
+/* ONNX Runtime's own: what the arena has no room for, it finds or refuses by an exception, which
+ * passes through our frames (hence -fexceptions in CMakeLists.txt). ONNX Runtime does not look
+ * whether an allocator gave NULL. */
+static OrtAllocator *fallback;
+
+static void *allocate(OrtAllocator *self, size_t bytes) {
+    (void)self;
+    void *memory = bapq_arena_take(bytes);
+    return memory ? memory : fallback->Alloc(fallback, bytes);
+}
+static void deallocate(OrtAllocator *self, void *memory) {
+    (void)self;
+    if (!bapq_arena_give(memory)) fallback->Free(fallback, memory);
+}
+static OrtMemoryInfo *memory_info;
+static const OrtMemoryInfo *get_memory_info(const OrtAllocator *self) {
+    (void)self;
+    return memory_info;
+}
+static OrtAllocator allocator = {ORT_API_VERSION, allocate, deallocate, get_memory_info};
+
+/* For sessions that ask for what the environment has. Called with domain_lock held. */
+static OrtStatus *register_arena(const OrtApi *api) {
+    OrtEnv *env = NULL;
+    TRY(ORT_GetAllocatorWithDefaultOptions(api)(&fallback)); /* lives as long as the process */
+    TRY(ORT_CreateEnv(api)(ORT_LOG_FATAL, "bapq",
+                           &env)); /* one more hold on the only one there is */
+    if (memory_info == NULL)
+        TRY(ORT_CreateCpuMemoryInfo(api)(ORT_DEVICE_ALLOCATOR, ORT_MEMORY_DEFAULT, &memory_info));
+    return ORT_RegisterAllocator(api)(env, &allocator);
+}
+
+/* Where ONNX Runtime refuses, or Python's environment is another one, sessions keep their own. */
+static void offer_arena(const OrtApi *api) {
+    static bool tried;
+    OrtStatus *status = tried || !bapq_arena_open() ? NULL : register_arena(api);
+    tried = true;
+    if (status != NULL) ORT_ReleaseStatus(api)(status);
+}
+
 /* The entry that SessionOptions.register_custom_ops_library looks up. */
 __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options,
                                                                     const OrtApiBase *base) {
@@ -308,6 +352,7 @@ __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOp
     }
     pthread_mutex_lock(&domain_lock);
     OrtStatus *status = domain == NULL ? make_domain(api) : NULL;
+    if (status == NULL) offer_arena(api);
     pthread_mutex_unlock(&domain_lock);
     if (status != NULL) return status;
     return ORT_AddCustomOpDomain(api)(options, domain);

@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "arena.h"
 #include "error.h"
 #include "store_internal.h"
 
@@ -262,6 +263,7 @@ int32_t bapq_store_close(bapq_store *store, bapq_error *error) {
     pthread_mutex_unlock(&store->lock);
     if (open_runs > 0) return bapq_fail(error, BAPQ_ARGUMENT, "%d runs are still open", open_runs);
     free_store(store);
+    bapq_arena_trim(); /* of the tensors of its graphs */
     return BAPQ_OK;
 }
 

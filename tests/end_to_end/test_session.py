@@ -11,6 +11,7 @@ import weakref
 
 import numpy as np
 import pytest
+from onnx import helper, numpy_helper
 
 from bapq_edge import Session
 from bapq_edge.bank.layout import LEVELS
@@ -18,6 +19,7 @@ from bapq_edge.errors import (
     BankIntegrityError,
     BudgetTooSmallError,
     DegradedWarning,
+    ExecutionError,
     MissingPlaneWarning,
     PlatformError,
     RequestError,
@@ -386,3 +388,32 @@ def test_a_closed_session_goes_with_its_last_reference(bank, x):
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_a_tensor_that_no_memory_can_hold_is_an_error(tmp_path):
+    rng = np.random.default_rng(0)
+    codes = random_codes(rng, 64, 96, SCALE_COLUMNS, True)
+    description = {
+        "rows": 64,
+        "columns": 96,
+        "chunk_rows": 16,
+        "residual_steps": 15,
+        "scale_columns": SCALE_COLUMNS,
+        "has_bias": True,
+    }
+    shape = numpy_helper.from_array(np.array([10**11, 64], np.int64))
+    nodes = [
+        node("Gemm", "x", "h", layer=0, use_bias=1, clip_low=0.0, clip_high=NO_CLIP),
+        helper.make_node("Constant", [], ["shape"], value=shape),
+        helper.make_node("Expand", ["h", "shape"], ["huge"]),
+        helper.make_node("ReduceMax", ["huge"], ["y"], axes=[0]),
+    ]
+    path = write_bank(
+        tmp_path / "m.bank",
+        graph_bytes(nodes, [1, 96], [1, 64]),
+        [("first", "Gemm", codes, description)],
+    )
+    with Session(path, level=8) as session:
+        for _ in range(2):
+            with pytest.raises(ExecutionError, match="alloc"):
+                session.run(None, {"x": np.ones((1, 96), np.float32)})

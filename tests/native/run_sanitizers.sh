@@ -1,5 +1,5 @@
 #!/bin/sh
-# Run the store's stress test under the thread sanitizer, and under the address and undefined
+# Run the stress tests of store and arena under the thread sanitizer, and under the address and undefined
 # behaviour sanitizers. Usage: run_sanitizers.sh [SECONDS_EACH] [SEED]
 set -eu
 build=$(dirname "$0")/build.sh
@@ -15,4 +15,7 @@ for preset in thread address; do
     stress=$("$build" $preset store_stress)
     # shellcheck disable=SC2086
     TSAN_OPTIONS=halt_on_error=1 $fixed "$stress" "$work" "${1:-10}" "${2:-1}"
+    stress=$("$build" $preset arena_stress)
+    # shellcheck disable=SC2086
+    TSAN_OPTIONS=halt_on_error=1 $fixed "$stress" "${1:-10}" "${2:-1}"
 done

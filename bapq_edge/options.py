@@ -45,7 +45,7 @@ class SessionOptions:
 
     bank: str | os.PathLike[str]
     memory_budget: int | Literal["auto"] | None = None
-    """Bytes; a size such as "64MiB" is taken too, and becomes a number."""
+    """The budget in bytes; a size such as "64MiB" is taken too, and becomes a number."""
     level: Level | Literal["auto"] = "auto"
     """A level as text is taken too, and becomes a number."""
     bits: float | None = None
@@ -53,7 +53,7 @@ class SessionOptions:
     target_agreement: float | None = None
     latency_ms: float | None = None
     weight_budget: int | None = None
-    """Bytes; a size such as "1MiB" is taken too, and becomes a number."""
+    """The budget in bytes; a size such as "1MiB" is taken too, and becomes a number."""
     threads: int | None = None
     controller: Literal["auto"] | None = None
     profile: str | os.PathLike[str] | None = None

@@ -310,8 +310,9 @@ class Session:
             budget_bytes, found = self._budget_of(wanted)
             reason = f"set_memory_budget({budget!r})" + (f": {found}" if found else "")
             self._replanner.set_budget(budget_bytes, reason)
-            if (monitor := self._monitor) is not None:
-                envelope = monitor.set_budget(budget_bytes, self._replanner.smallest_limit())
+            if self._monitor is not None:
+                least_bytes = self._replanner.smallest_limit()
+                envelope = self._monitor.set_budget(budget_bytes, least_bytes)
                 self._replanner.set_envelope(envelope, "budget", reason)
 
     def set_level(self, level: Level | str) -> None:

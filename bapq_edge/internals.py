@@ -34,4 +34,4 @@ class Internals:
     passes: Passes
     log: EventLog
     monitor: Monitor | None
-    """None without a controller, and after closing."""
+    """The controller's thread; None without a controller."""

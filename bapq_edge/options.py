@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from .bank.boundary import Precision
 from .bank.layout import LEVELS, Level
 from .errors import ProfileError, RequestError, SizeError, UnknownLevelError
+from .planning.planner import Request
 from .policy import Policy
 from .telemetry import Event
 from .units import parse_size
@@ -28,6 +29,10 @@ __all__ = [
 PolicyName = Literal["static", "gate", "escalate"]
 
 _MOST_BITS = 32
+
+_MOST_THREADS = 1024
+"""More than any board has cores; every thread takes memory and time to start."""
+
 _SHOWN_LENGTH = 80
 
 
@@ -40,7 +45,7 @@ class SessionOptions:
 
     bank: str | os.PathLike[str]
     memory_budget: int | Literal["auto"] | None = None
-    """Bytes; a size such as "64MiB" is taken too, and becomes a number."""
+    """The budget in bytes; a size such as "64MiB" is taken too, and becomes a number."""
     level: Level | Literal["auto"] = "auto"
     """A level as text is taken too, and becomes a number."""
     bits: float | None = None
@@ -48,7 +53,7 @@ class SessionOptions:
     target_agreement: float | None = None
     latency_ms: float | None = None
     weight_budget: int | None = None
-    """Bytes; a size such as "1MiB" is taken too, and becomes a number."""
+    """The budget in bytes; a size such as "1MiB" is taken too, and becomes a number."""
     threads: int | None = None
     controller: Literal["auto"] | None = None
     profile: str | os.PathLike[str] | None = None
@@ -69,6 +74,8 @@ class SessionOptions:
         _check(whole, "threads", self.threads, "a whole number from 1 up, or None")
         if self.threads is not None and self.threads < 1:
             raise RequestError(f"threads is {self.threads}, the least is 1")
+        if self.threads is not None and self.threads > _MOST_THREADS:
+            raise RequestError(f"threads is {self.threads}, the most is {_MOST_THREADS}")
         automatic = isinstance(self.controller, str) and self.controller == "auto"
         known = self.controller is None or automatic
         _check(known, "controller", self.controller, '"auto" or None')
@@ -90,13 +97,23 @@ class SessionOptions:
             raise RequestError("target_agreement is for policies by name: leave it out")
         if self.steered and named and self.level != "auto":
             raise RequestError(f"level {self.level} and a policy are both asked for: choose one")
-        if self.bits is not None and self.level != "auto":
+        if self.target_agreement is not None and self.bits is not None:
             raise RequestError(
-                f"level {self.level} and {self.bits:g} bits are both asked for: choose one"
+                f"target_agreement {self.target_agreement:g} and {self.bits:g} bits are both asked "
+                "for: choose one"
             )
+        Request(level=self.level, bits=self.bits)  # refuses both
 
     def _become(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # as a frozen dataclass sets its own fields
+
+    def request(self, storage_bytes_s: float | None) -> Request:
+        """What is asked of the planner, given the read speed of the storage.
+
+        A policy turns `bits` into precisions of its own.
+        """
+        bits = None if self.steered else self.bits
+        return Request(self.level, bits, latency_s=self.latency_s, storage_bytes_s=storage_bytes_s)
 
     @property
     def steered(self) -> bool:

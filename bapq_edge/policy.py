@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bank.boundary import Precision
+from .errors import RequestError
 
 __all__ = ["Choice", "Policy", "PolicyContext", "Precision"]
 
@@ -48,6 +49,14 @@ class Choice:
     """Region of the input, for `stats()` and the drift detector."""
     late: bool = False
     """Whether the answer stands for want of time; counted, and an event."""
+
+    def __post_init__(self) -> None:
+        """Refuse a level or a number of bits that is no Precision yet."""
+        if not isinstance(self.precision, Precision):
+            raise RequestError(
+                f"a Choice's precision is {self.precision!r}: give a Precision, such as "
+                "Precision(level=8)"
+            )
 
 
 class Policy(Protocol):

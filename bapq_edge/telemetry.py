@@ -55,6 +55,8 @@ class SessionStats:
     """Mean of the bits per weight over all runs; 0 before the first."""
     runs: int
     """Number of finished runs."""
+    degraded: int
+    """Number of runs in which chunks ran below their level, because they could not be read."""
     switches: int
     """Number of times that the plan changed levels."""
     escalated: int
@@ -74,13 +76,15 @@ class RunTotals:
     """Bits per weight, of all runs together."""
     last_bits: float = 0.0
     """Bits per weight of the last run."""
+    degraded: int = 0
     escalated: int = 0
     late: int = 0
     region: int | None = None
 
-    def count(self, bits: float) -> None:
-        """Add a run that read so many bits per weight."""
+    def count(self, bits: float, degraded: bool) -> None:
+        """Add a run that read so many bits per weight, with chunks below their level or not."""
         self.runs += 1
+        self.degraded += degraded
         self.last_bits = bits
         self.bits += bits
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
+from typing import Literal
 
 from .errors import SizeError
 
-__all__ = ["format_size", "parse_size"]
+__all__ = ["counted", "format_size", "parse_size"]
 
 _UNITS = {"": 1, "B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):
@@ -38,10 +40,22 @@ def parse_size(size: int | str) -> int:
     )
 
 
-def format_size(size_bytes: float) -> str:
-    """The size in the largest binary unit that keeps it above one, such as `12.5 MiB`."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(size_bytes) < 1024:
-            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1024
-    return f"{size_bytes:.1f} GiB"
+def format_size(size_bytes: float, towards: Literal["nearest", "up", "down"] = "nearest") -> str:
+    """The size in the largest binary unit that keeps it above one, such as `12.5 MiB`.
+
+    What is rounded up may be given as a budget where the size itself is needed.
+    """
+    size, unit = float(size_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if abs(size) >= 1024:
+            size, unit = size / 1024, larger
+    if unit == "B":
+        return f"{size:.0f} B"
+    if towards != "nearest":
+        size = (math.ceil if towards == "up" else math.floor)(size * 10) / 10
+    return f"{size:.1f} {unit}"
+
+
+def counted(count: int, noun: str) -> str:
+    """The number with its noun, in the plural where there are others than one: `2 chunks`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -115,9 +115,11 @@ def open_policy(
         try:
             found.append((model, model.point(target_agreement, bits)))
         except RequestError as error:
-            refusals.append(error)
+            refusals.append((model, error))
     if not found:
-        raise refusals[0]
+        # The model that comes nearest says what can be had.
+        _, refusal = min(refusals, key=lambda each: _distance(each[0], bits is None))
+        raise refusal
     if bits is None:
         model, point = min(found, key=lambda each: each[1].bits)
     else:
@@ -125,3 +127,10 @@ def open_policy(
     if model.description.stage == "answer":
         return Escalate(model, point, latency_s)
     return Gate(model, point)
+
+
+def _distance(model: BoundaryModel, by_agreement: bool) -> float:
+    """Smaller for a model that can state more agreement, or be run at fewer bits."""
+    if by_agreement:
+        return -max(point.agreement_bound for point in model.points)
+    return min(point.bits for point in model.points)

@@ -24,14 +24,15 @@ _AGAIN_WEIGHT = 0.2
 
 
 class RunPart(Protocol):
-    """Runs a part of the graph; gives the values by name, and the bits per weight read.
+    """Runs a part of the graph: `planning.passes.Passes.run`.
 
-    `names` are outputs of the part, None: all of them.
+    Gives the values by name, the bits per weight that were read, and whether a lower level stood in
+    for the one of the precision. `names` are outputs of the part, None: all of them.
     """
 
     def __call__(
         self, part: Part, precision: Precision, feed: Mapping[str, Any], names: Sequence[str] | None
-    ) -> tuple[dict[str, Any], float]:
+    ) -> tuple[dict[str, Any], float, bool]:
         """Run it."""
         ...
 
@@ -51,6 +52,8 @@ class Answer(NamedTuple):
     """Whether the input was answered again."""
     late: bool
     """Whether it was not answered again for want of time."""
+    degraded: bool
+    """Whether a lower level stood in for one that could not be read, in any pass."""
 
 
 class PolicyRunner:
@@ -66,8 +69,7 @@ class PolicyRunner:
         self.splits: bool = bool(getattr(policy, "splits", False))
         """Whether the policy looks between the two halves of the graph."""
         self._reads: tuple[str, ...] = tuple(getattr(policy, "reads", ()))
-        shares: Mapping[Precision, float] = getattr(policy, "shares", None) or {default: 1.0}
-        self.shares: Mapping[Precision, float] = dict(shares)
+        self.shares: Mapping[Precision, float] = _shares_of(policy) or {default: 1.0}
         """Share of the runs that read each precision, as far as the policy tells."""
         expected = getattr(policy, "expected_regions", None)
         self._drift = DriftDetector(expected) if isinstance(expected, ExpectedRegions) else None
@@ -78,7 +80,8 @@ class PolicyRunner:
         """Answer one input; `names` are the outputs that the caller wants."""
         started_s = time.perf_counter()
         asked = list(dict.fromkeys([*names, *self._reads]))
-        precision, region, total_bits, late = self._default, None, 0.0, False
+        precision, region, late = self._default, None, False
+        total_bits, degraded = 0.0, False
 
         def ask(stage: Literal["start", "gate", "answer"], values: Mapping[str, Any]) -> bool:
             """Whether the precision is another one now."""
@@ -98,24 +101,32 @@ class PolicyRunner:
             region = region if choice.region is None else choice.region
             return changed
 
+        def run_pass(
+            part: Part, values: Mapping[str, Any], names: Sequence[str] | None
+        ) -> dict[str, Any]:
+            nonlocal total_bits, degraded
+            outputs, bits, lower = run(part, precision, values, names)
+            total_bits += bits
+            degraded |= lower
+            return outputs
+
         ask("start", feed)
         for answers in range(_MOST_ANSWERS):
             begun_s = time.perf_counter()
             values: Mapping[str, Any] = feed
             if self.splits:
-                tap, bits = run("head", precision, feed, None)
-                total_bits += bits
+                tap = run_pass("head", feed, None)
                 if not answers:
                     ask("gate", tap)
                 values = {**feed, **tap}
-            outputs, bits = run("body" if self.splits else "whole", precision, values, asked)
-            total_bits += bits
+            outputs = run_pass("body" if self.splits else "whole", values, asked)
             if answers:
                 self._learn(time.perf_counter() - begun_s)
             made_at = precision
             if not ask("answer", outputs):
                 self._note(region, late)
-                return Answer(outputs, total_bits, made_at, region, answers > 0, late)
+                again = answers > 0
+                return Answer(outputs, total_bits, made_at, region, again, late, degraded)
         raise RequestError(f"the policy asked for more than {_MOST_ANSWERS} answers to one input")
 
     def _learn(self, rerun_s: float) -> None:
@@ -132,3 +143,13 @@ class PolicyRunner:
             reason = self._drift.saw(region)
         if reason is not None:
             self._tell("drift", reason)
+
+
+def _shares_of(policy: Policy) -> dict[Precision, float]:
+    shares = getattr(policy, "shares", None) or {}
+    if not isinstance(shares, Mapping) or not all(isinstance(key, Precision) for key in shares):
+        raise RequestError(
+            "the policy's shares are no mapping from a Precision to the share of runs: give "
+            "{Precision(level=8): 1.0}, or leave them out"
+        )
+    return dict(shares)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import RequestError
 from .fields import integer, number
 from .layer import Layer
 from .layout import Level
@@ -57,6 +59,12 @@ class Precision:
     bits: Annotated[float, number(1, 32)] | None = None
     region: Annotated[int, integer(0, MAX_REGIONS - 1)] | None = None
     """Region whose rows of low contribution are skipped; None: no row is."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no number; whether a bank can run at it, its planner says."""
+        for name, value, kind in (("bits", self.bits, Real), ("region", self.region, Integral)):
+            if value is not None and not isinstance(value, kind):
+                raise RequestError(f"{name} of a Precision is {value!r}: give a number, or None")
 
     def __str__(self) -> str:
         """The precision as a message names it."""

@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import RequestError, StorageError
 from ..session import Session
 from ..telemetry import SessionStats
-from ..units import format_size
+from ..units import counted, format_size
 from .feeds import FeedSource, add_input
 from .options import add_json, add_precision, add_session, session_options
 from .paths import check_writable
@@ -122,6 +122,9 @@ def _print_stats(stats: SessionStats) -> None:
         f"read {format_size(stats.streamed_bytes)}, "
         f"process grew by {format_size(stats.peak_bytes)} at its peak"
     )
+    if stats.degraded:
+        runs = counted(stats.degraded, "run")
+        print(f"{runs} degraded: chunks that could not be read ran at a lower level")
     if stats.region is not None:
         again = ", answered again" if stats.escalated else ""
         print(f"region {stats.region} of the boundary model{again}")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 
 from ..errors import RunInputError
 
-__all__ = ["check_feed", "checked_names", "element_count", "zeros"]
+__all__ = [
+    "check_feed",
+    "checked_names",
+    "element_count",
+    "has_open_axes",
+    "in_native_order",
+    "zeros",
+]
 
 _NUMPY_TYPES = {
     "tensor(float)": np.float32,
@@ -24,23 +31,52 @@ _NUMPY_TYPES = {
 
 
 def check_feed(needed: Set[str], feed: Mapping[str, Any]) -> None:
-    """Raise RunInputError where the feed has not the names of the model's inputs."""
+    """Raise RunInputError where the feed is none, or has not the names of the model's inputs."""
+    if not isinstance(feed, Mapping):
+        raise RunInputError(
+            f"input_feed is of type {type(feed).__name__}: give a dict, an array for each of "
+            f"{sorted(needed)}"
+        )
     if set(feed) != needed:
-        raise RunInputError(f"the feed has {sorted(feed)}, the model needs {sorted(needed)}")
+        raise RunInputError(
+            f"the feed has {sorted(feed, key=str)}, the model needs {sorted(needed)}"
+        )
 
 
-def checked_names(there: Sequence[str], names: Sequence[str] | None) -> Sequence[str]:
+def checked_names(there: Sequence[str], names: Iterable[str] | None) -> Sequence[str]:
     """The names of the outputs to return: all of the model's, or those asked for.
 
     Raises RunInputError for a name that is none of the model's.
     """
+    if names is None:
+        return there
     if isinstance(names, str):
         raise RunInputError(f"output_names is {names!r}: give a list of names, [{names!r}]")
-    asked = there if names is None or not len(names) else list(names)
+    if not isinstance(names, Iterable):
+        raise RunInputError(
+            f"output_names is of type {type(names).__name__}: give a list of names, or None for all"
+        )
+    asked = list(names)
     for name in asked:
-        if name not in there:
+        if not isinstance(name, str) or name not in there:
             raise RunInputError(f"the model has no output {name!r}, it has {[*there]}")
-    return asked
+    return asked or there
+
+
+def in_native_order(value: Any) -> Any:
+    """The array in this machine's byte order: ONNX Runtime would misread another one."""
+    if not isinstance(value, np.ndarray) or value.dtype.isnative:
+        return value
+    return value.astype(value.dtype.newbyteorder("="))
+
+
+def has_open_axes(inputs: Sequence[Any]) -> bool:
+    """Whether `onnxruntime.NodeArg` inputs have axes whose length only a feed tells."""
+    return any(_is_open(size) for value in inputs for size in value.shape)
+
+
+def _is_open(size: int | str | None) -> bool:
+    return not isinstance(size, int) or size <= 0
 
 
 def zeros(inputs: Sequence[Any]) -> dict[str, Any] | None:
@@ -53,11 +89,14 @@ def zeros(inputs: Sequence[Any]) -> dict[str, Any] | None:
         dtype = _NUMPY_TYPES.get(value.type)
         if dtype is None:
             return None
-        shape = [size if isinstance(size, int) and size > 0 else 1 for size in value.shape]
+        shape = [1 if _is_open(size) else size for size in value.shape]
         feed[value.name] = np.zeros(shape, dtype)
     return feed
 
 
 def element_count(feed: Mapping[str, Any]) -> int:
     """Elements of all arrays: how heavy a run is."""
-    return sum(np.asarray(value).size for value in feed.values())
+    return sum(
+        value.size if isinstance(value, np.ndarray) else np.asarray(value, object).size
+        for value in feed.values()
+    )

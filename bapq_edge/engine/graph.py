@@ -18,9 +18,10 @@ from ..errors import (
     RunInputError,
 )
 from .code_pages import release_code
+from .feeds import in_native_order
 from .library import library_path
 
-__all__ = ["RUN_INPUT", "Graph", "Graphs", "Part", "open_graph"]
+__all__ = ["RUN_INPUT", "Graph", "Graphs", "Part", "check_run_options", "open_graph"]
 
 Part = Literal["whole", "head", "body"]
 """The whole graph, or one of the two halves that a gate looks between."""
@@ -68,7 +69,7 @@ class Graph:
         The feed may hold more than the graph takes. Raises RunInputError or ExecutionError.
         """
         names = self._output_names if names is None else list(names)
-        own = {name: feed[name] for name in self._input_names if name in feed}
+        own = {name: in_native_order(feed[name]) for name in self._input_names if name in feed}
         try:
             outputs = self._session.run(names, own, run_options)
         except Exception as error:  # ONNX Runtime raises classes of its own, without a common base
@@ -158,6 +159,17 @@ def open_graph(model: bytes, threads: int) -> Any:
     finally:
         release_code(library)  # the loading, too: a run touches a third of it
     return session
+
+
+def check_run_options(run_options: Any) -> None:
+    """Raise RequestError for what is neither an onnxruntime.RunOptions nor None."""
+    if run_options is None or isinstance(_onnxruntime, ImportError):
+        return
+    if not isinstance(run_options, _onnxruntime.RunOptions):
+        raise RequestError(
+            f"run_options is of type {type(run_options).__name__}: give an "
+            "onnxruntime.RunOptions, or None"
+        )
 
 
 def _is_input_error(error: Exception) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,7 @@ __all__ = [
     "PlanStruct",
     "ReportStruct",
     "StatsStruct",
+    "Status",
     "kernels_name",
     "library_path",
     "load_library",
@@ -44,6 +46,26 @@ TRACE_EVENT = np.dtype(
     ]
 )
 """One event of a trace: `bapq_trace_event`."""
+
+
+class Status(IntEnum):
+    """`bapq_status`: how a call went."""
+
+    OK = 0
+    ARGUMENT = 1
+    """A caller's mistake: a wrong index, shape or level."""
+    NO_MEMORY = 2
+    """The system refused memory."""
+    IO = 3
+    """A read failed; `os_errno` says how."""
+    TRUNCATED = 4
+    """A plane file ends before the chunk does."""
+    CHECKSUM = 5
+    """The bytes of a chunk differ from their checksum."""
+    NO_LEVEL = 6
+    """A chunk cannot run at the level that a plan gives it."""
+    NO_KERNEL = 7
+    """BAPQ_ISA names kernels that this CPU cannot run."""
 
 
 class ErrorStruct(ctypes.Structure):

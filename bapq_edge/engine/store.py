@@ -23,6 +23,7 @@ from .library import (
     PlanStruct,
     ReportStruct,
     StatsStruct,
+    Status,
     load_library,
 )
 
@@ -31,15 +32,15 @@ __all__ = ["Run", "RunReport", "Store", "StoreStats"]
 _NO_LIMIT = 2**62
 _ROW_CACHE_SLOTS = 64
 
-_STORAGE_STATUSES = (3, 4, 5)
+_STORAGE_STATUSES = (Status.IO, Status.TRUNCATED, Status.CHECKSUM)
 _STATUS_ERRORS: dict[int, type[errors.BapqError]] = {
-    1: errors.RunInputError,
-    2: errors.StorageError,
-    3: errors.StorageError,
-    4: errors.BankTruncatedError,
-    5: errors.BankIntegrityError,
-    6: errors.UnknownLevelError,
-    7: errors.PlatformError,
+    Status.ARGUMENT: errors.RunInputError,
+    Status.NO_MEMORY: errors.StorageError,
+    Status.IO: errors.StorageError,
+    Status.TRUNCATED: errors.BankTruncatedError,
+    Status.CHECKSUM: errors.BankIntegrityError,
+    Status.NO_LEVEL: errors.UnknownLevelError,
+    Status.NO_KERNEL: errors.PlatformError,
 }
 
 
@@ -48,19 +49,19 @@ class StoreStats:
     """What the native store holds right now."""
 
     home_bytes: int
-    """Pinned chunks in memory, those of all living plans."""
+    """Bytes of the pinned chunks in memory, those of all living plans."""
     ring_bytes: int
-    """Buffer of the chunks that pass through, as far as it was touched."""
+    """Bytes of the buffer that streamed chunks pass through, as far as it was touched."""
     row_cache_bytes: int
-    """Buffer of embedding rows, as far as it was touched."""
+    """Bytes of the buffer of embedding rows, as far as it was touched."""
     row_cache_limit_bytes: int
-    """Size of the buffer of embedding rows."""
+    """Bytes of the whole buffer of embedding rows."""
     read_bytes: int
-    """Read from storage since the store was opened."""
+    """Bytes read from storage since the store was opened."""
     wait_ns: int
     """Time that operators waited for reads, all runs together."""
     scratch_bytes: int
-    """Buffers of the operators, all open runs together."""
+    """Bytes of the operators' buffers, all open runs together."""
     live_plans: int
     """Number of plans in use: the published one, and those that open runs still hold."""
 
@@ -89,7 +90,7 @@ class RunReport(NamedTuple):
     """Resident memory of the process when the run ended, its buffers still there; 0: the run was
     not measured, or the system does not tell."""
     weight_bytes: int
-    """Weights in that memory: pinned chunks, ring and row cache."""
+    """Bytes of weights in that memory: pinned chunks, ring and row cache."""
     degraded_chunks: int
     """Number of chunks that ran below their level because a read failed."""
     degraded_by: BapqError | None
@@ -275,7 +276,7 @@ class Store:
         self._check(error)
 
     def _check(self, error: ErrorStruct) -> None:
-        if error.status != 0:
+        if error.status != Status.OK:
             raise self._exception(error)
 
     def _exception(self, error: ErrorStruct) -> BapqError:

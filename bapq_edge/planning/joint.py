@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..bank.boundary import Precision
 from ..bank.layout import PLANES, PLANES_OF_LEVEL
 from ..bank.reader import Bank
-from ..errors import BudgetTooSmallError
+from ..errors import BudgetTooSmallError, RequestError
 from ..units import format_size
 from .planner import (
     ChunkCosts,
@@ -117,6 +117,11 @@ def _wanted(joint: JointCosts, precision: Precision, request: Request) -> _Wante
     levels = costs.runs_at[rows, columns]
     error = float(costs.sensitivity[rows, columns].sum(dtype=np.float64))
     if precision.region is not None and joint.skipped is not None:
+        if not 0 <= precision.region < len(joint.skipped):
+            raise RequestError(
+                f"region {precision.region} is asked for, the bank's boundary models have regions "
+                f"0 to {len(joint.skipped) - 1}"
+            )
         levels = np.where(joint.skipped[precision.region], 0, levels).astype(np.uint8)
     planes = np.zeros(joint.plane_bytes.shape, np.bool_)
     for held, read in PLANES_OF_LEVEL.items():

@@ -15,7 +15,7 @@ from ..errors import BudgetTooSmallError
 from ..telemetry import peak_rss_bytes, rss_bytes
 from ..units import format_size
 
-__all__ = ["MemoryLedger"]
+__all__ = ["MemoryLedger", "too_small"]
 
 _MARGIN_SHARE = 1 / 32
 _MARGIN_BYTES = 512 << 10
@@ -33,6 +33,9 @@ class MemoryLedger:
         self._loading_bytes = 0
         self.overhead_bytes = 0
         """The most that was ever measured besides weights."""
+        self.is_measured = False
+        """Whether a run as those to come was measured: one on inputs of the caller's, or on zeros
+        where no axis is open."""
 
     def growth_bytes(self) -> int:
         """Growth of the process's peak since the account was opened."""
@@ -84,17 +87,30 @@ class MemoryLedger:
         margin = max(_MARGIN_BYTES, int(budget_bytes * _MARGIN_SHARE))
         limit = budget_bytes - self.overhead_bytes - margin
         if limit < smallest_bytes or budget_bytes < self._loading_bytes:
-            needed = self.overhead_bytes + smallest_bytes
-            works = max(needed + _MARGIN_BYTES, int(needed / (1 - _MARGIN_SHARE)) + 1)
-            parts = (
-                f"{format_size(smallest_bytes)} for weights, {format_size(self.overhead_bytes)} "
-                "for ONNX Runtime and activations"
-            )
-            if works < self._loading_bytes + _MARGIN_BYTES:
-                works = self._loading_bytes + _MARGIN_BYTES
-                parts = f"{format_size(self._loading_bytes)} to load the graph"
-            raise BudgetTooSmallError(
-                f"memory_budget is {budget_bytes} bytes ({format_size(budget_bytes)}), "
-                f"the smallest that works is {works} bytes ({format_size(works)}): {parts}"
-            )
+            raise self._too_small(budget_bytes, smallest_bytes)
         return limit
+
+    def _too_small(self, budget_bytes: int, smallest_bytes: int) -> BudgetTooSmallError:
+        needed = self.overhead_bytes + smallest_bytes
+        works = max(needed + _MARGIN_BYTES, int(needed / (1 - _MARGIN_SHARE)) + 1)
+        parts = (
+            f"{format_size(smallest_bytes)} for weights, {format_size(self.overhead_bytes)} "
+            f"for ONNX Runtime and activations, {format_size(works - needed)} kept free"
+        )
+        if works < self._loading_bytes + _MARGIN_BYTES:
+            works = self._loading_bytes + _MARGIN_BYTES
+            parts = (
+                f"{format_size(self._loading_bytes)} to load the graph, "
+                f"{format_size(_MARGIN_BYTES)} kept free"
+            )
+        unsure = "" if self.is_measured else " at least, as your inputs may take more"
+        return too_small("memory_budget", budget_bytes, works, f"{unsure}: {parts}")
+
+
+def too_small(setting: str, size_bytes: int, works_bytes: int, more: str) -> BudgetTooSmallError:
+    """The error for a setting, with the smallest size that works; `more` ends its message."""
+    # Rounded apart, so that they never look the same; what works does so as it is written.
+    return BudgetTooSmallError(
+        f"{setting} is {size_bytes} bytes ({format_size(size_bytes, 'down')}), the smallest that "
+        f"works is {works_bytes} bytes ({format_size(works_bytes, 'up')}){more}"
+    )

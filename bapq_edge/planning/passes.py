@@ -7,12 +7,14 @@ from typing import Any
 
 from ..bank.boundary import Precision
 from ..engine.executor import execute
-from ..engine.feeds import element_count, zeros
+from ..engine.feeds import element_count, has_open_axes, zeros
 from ..engine.graph import Graphs, Part
-from ..engine.store import Run, RunReport, Store
+from ..engine.store import RunReport, Store
 from ..errors import DegradedWarning, ExecutionError, RunInputError
 from ..telemetry import warn_caller
+from ..units import counted
 from .ledger import MemoryLedger
+from .publisher import Publisher
 from .replanner import Replanner
 
 __all__ = ["Passes"]
@@ -22,14 +24,19 @@ _WARM_UP_RUNS = 2
 
 
 class Passes:
-    """Runs the parts of a bank's graph at the plans of a replanner. Thread-safe."""
+    """Runs the parts of a bank's graph, each on the plan of a precision. Thread-safe."""
 
     def __init__(
-        self, store: Store, graphs: Graphs, replanner: Replanner, ledger: MemoryLedger
+        self,
+        store: Store,
+        graphs: Graphs,
+        publisher: Publisher,
+        replanner: Replanner,
+        ledger: MemoryLedger,
     ) -> None:
         """Take the parts of an open session."""
         self._store, self._graphs = store, graphs
-        self._replanner, self._ledger = replanner, ledger
+        self._publisher, self._replanner, self._ledger = publisher, replanner, ledger
 
     def run(
         self,
@@ -38,22 +45,22 @@ class Passes:
         feed: Mapping[str, Any],
         names: Sequence[str] | None,
         run_options: Any = None,
-    ) -> tuple[dict[str, Any], float]:
-        """One pass; its outputs by name, all or those of `names`, and the bits per weight read.
+    ) -> tuple[dict[str, Any], float, bool]:
+        """One pass; its outputs by name, all or those of `names`, the bits per weight that it
+        read, and whether it is degraded: a lower level stood in for one that could not be read.
 
-        Raises what `execute` raises. Where a lower level stood in for one that could not be read,
-        that is an event and a DegradedWarning.
+        Raises what `execute` raises. A degraded pass is an event and a DegradedWarning.
         """
         outputs, bits, report = self._pass(part, precision, feed, names, run_options)
-        if report is not None:
-            if report.degraded_by is not None:
-                reason = (
-                    f"{report.degraded_chunks} chunks ran at a lower level: {report.degraded_by}"
-                )
-                self._replanner.record("degraded", reason)
-                warn_caller(reason, DegradedWarning)
-            self._replanner.settle(report)
-        return outputs, bits
+        if report is None:
+            return outputs, bits, False
+        if report.degraded_by is not None:
+            chunks = counted(report.degraded_chunks, "chunk")
+            reason = f"{chunks} ran at a lower level: {report.degraded_by}"
+            self._replanner.record("degraded", reason)
+            warn_caller(reason, DegradedWarning)
+        self._replanner.settle(report)
+        return outputs, bits, report.degraded_by is not None
 
     def warm_up(self) -> bool:
         """Run on zeros and measure what runs need besides weights.
@@ -74,6 +81,7 @@ class Passes:
                         self._ledger.settle(report.rss_bytes, report.weight_bytes)
             except (RunInputError, ExecutionError):
                 return False  # a model that zeros of the smallest shape do not fit
+        self._ledger.is_measured = not has_open_axes(self._graphs.inputs)
         return True
 
     def _pass(
@@ -84,13 +92,9 @@ class Passes:
         names: Sequence[str] | None = None,
         run_options: Any = None,
     ) -> tuple[dict[str, Any], float, RunReport | None]:
-        bits = 0.0
-
-        def begin() -> Run:
-            nonlocal bits
-            run, bits = self._replanner.begin(part, precision)
-            return run
-
-        graph = self._graphs[part]
-        outputs, report = execute(self._store, graph, feed, names, run_options, begin=begin)
+        graph, run, bits = self._graphs[part], None, 0.0
+        if graph.takes_ticket:
+            self._replanner.learn(precision)
+            run, bits = self._publisher.begin_run(part, precision)
+        outputs, report = execute(self._store, graph, feed, names, run_options, run=run)
         return outputs, bits, report

@@ -39,10 +39,11 @@ _LEAST_RING_CHUNKS = 2
 """One being computed on, one being read."""
 
 _RING_SHARE = 8
+"""Where an eighth of the limit is more than `_RING_CHUNKS`, the ring takes that much."""
+
 _RING_BYTES = 4 << 20
-"""Where an eighth of the limit is more than three chunks, the ring takes it, up to 4 MiB: it rides
-out 100 ms of a slow card (40 MB/s). A larger ring would be better spent on pinned chunks: it reads
-no byte less."""
+"""No ring is larger: this one rides out 100 ms of a slow card (40 MB/s). More memory is better
+spent on pinned chunks: a larger ring reads no byte less."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,7 @@ class Request:
         """Refuse what contradicts itself."""
         if self.bits is not None and self.level != "auto":
             raise RequestError(
-                f"level {self.level} and {self.bits} bits are both asked for: choose one"
+                f"level {self.level} and {self.bits:g} bits are both asked for: choose one"
             )
 
 

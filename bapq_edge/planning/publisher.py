@@ -18,43 +18,48 @@ __all__ = ["Publisher", "register_regions"]
 
 
 class Publisher:
-    """Publishes the plans of a set as runs need them. Safe to use from several threads."""
+    """Holds the plans of a session and publishes each as runs need it.
 
-    def __init__(self, bank: Bank, store: Store, weights: NDArray[np.int64]) -> None:
-        """`weights` (chunks,) are the numbers of weights; `adopt` comes before any run."""
-        self._store, self._weights = store, weights
-        split, layers = bank.manifest.split, bank.manifest.layers
-        head_layers = split.head_layers if split else 0
-        self._body_chunk = (
-            layers[head_layers].first_chunk if head_layers < len(layers) else len(weights)
-        )
-        self._plans: PlanSet
-        self._bits: dict[Precision | None, dict[Part, float]]
-        self._published: Plan
+    Safe to use from several threads.
+    """
+
+    def __init__(self, store: Store) -> None:
+        """There are no plans yet: `publish` comes before any run."""
+        self._store = store
+        self._plans: PlanSet | None = None
+        self._published: Plan | None = None
         self._lock = threading.Lock()  # short: a run begins on the plan just published
 
-    def adopt(self, plans: PlanSet) -> None:
-        """Make these the plans of the runs that begin from now on."""
-        bits = {key: self._bits_by_part(made) for key, made in plans.by_precision.items()}
+    @property
+    def plans(self) -> PlanSet | None:
+        """The plans of the runs that begin now; None before the first."""
+        return self._plans
+
+    def publish(self, plans: PlanSet) -> None:
+        """Take these for the runs that begin from now on.
+
+        Raises UnknownLevelError where the store refuses the plan, and then keeps those before.
+        """
         with self._lock:
             self._publish(plans.main_plan, plans.threads)
-            self._plans, self._bits = plans, bits
+            self._plans = plans
 
-    def begin(
-        self, part: Part, precision: Precision | None, *, measured: bool
-    ) -> tuple[Run, float]:
+    def begin_run(self, part: Part, precision: Precision | None) -> tuple[Run, float]:
         """Begin a run on the plan of a precision; it, and the bits per weight that it reads."""
         with self._lock:
-            made = self._plans.by_precision[precision]
+            plans = self._plans
+            assert plans is not None, "a run came before the first plans"
+            made = plans.by_precision[precision]
             if made is not self._published:
-                self._publish(made, self._plans.threads)
-            return self._store.begin_run(measured=measured), self._bits[precision][part]
+                self._publish(made, plans.threads)
+            return self._store.begin_run(measured=plans.measured), plans.bits(part, precision)
 
     def publish_main(self) -> None:
-        """Go back to the main plan: what only rare runs need gives its memory back at once."""
+        """After a run's last pass: what only rare runs need gives its memory back at once."""
         with self._lock:
-            if self._published is not self._plans.main_plan:
-                self._publish(self._plans.main_plan, self._plans.threads)
+            plans = self._plans
+            if plans is not None and plans.main_plan is not self._published:
+                self._publish(plans.main_plan, plans.threads)
 
     def _publish(self, made: Plan, threads: int) -> None:
         self._store.publish(
@@ -67,12 +72,6 @@ class Publisher:
             region=made.region,
         )
         self._published = made
-
-    def _bits_by_part(self, made: Plan) -> dict[Part, float]:
-        """Bits per weight, all weights of the bank counted, that a run of each part reads."""
-        weights, end = self._weights, self._body_chunk
-        head = float((made.levels * weights)[:end].sum()) / float(weights.sum())
-        return {"whole": made.bits_per_weight, "head": head, "body": made.bits_per_weight - head}
 
 
 def register_regions(bank: Bank, store: Store) -> NDArray[np.bool_] | None:

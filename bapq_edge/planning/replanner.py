@@ -2,8 +2,8 @@
 
 request, budget, envelope ──► terms ──┐
 ledger: what is not weights ──────────┼──► PlanMaker.make ──► PlanSet ──► Publisher ──► store
-what is pinned now ───────────────────┘        pure            adopted     runs that began before
-                                                               or not      keep their plan
+what is pinned now ───────────────────┘        pure           adopted      runs that began before
+                                                              as a whole   keep their plan
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 from ..bank.boundary import Precision
 from ..bank.reader import Bank
 from ..engine.feeds import element_count
-from ..engine.graph import Part
-from ..engine.store import Run, RunReport, Store
+from ..engine.store import RunReport, Store
 from ..errors import BudgetExceededWarning, BudgetTooSmallError
 from ..telemetry import Event, EventLog, logger, rss_bytes, warn_caller
-from .ledger import MemoryLedger
+from .ledger import MemoryLedger, too_small
 from .plan_set import PlanMaker, PlanSet
 from .planner import ChunkCosts, Request
 from .publisher import Publisher, register_regions
@@ -33,9 +32,8 @@ __all__ = ["Replanner"]
 
 _MEASURED = "measured what a run needs besides weights"
 
-
-def _tell_nobody(event: Event) -> None:
-    pass
+_ROUNDED_UP = 1 + 1e-9
+"""A mean of bits is rounded; times this, it is a bound that does not fall short of the mean."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +60,7 @@ class Replanner:
         self,
         bank: Bank,
         store: Store,
+        publisher: Publisher,
         ledger: MemoryLedger,
         log: EventLog,
         *,
@@ -75,7 +74,8 @@ class Replanner:
 
         Args:
             bank: the open bank.
-            store: where plans are published.
+            store: where the weights are.
+            publisher: holds the plans that are adopted.
             ledger: the session's account, opened before the store.
             log: where changes are recorded.
             request: what is wanted.
@@ -88,16 +88,16 @@ class Replanner:
         """Held while plans change."""
         self.on_switch = on_switch
         """Called with every Event of kind "switch", on the thread that switched; assignable."""
-        self._store, self._ledger, self._log = store, ledger, log
+        self._store, self._publisher, self._ledger, self._log = store, publisher, ledger, log
         skipped = None if shares is None else register_regions(bank, store)
         self._maker = PlanMaker(bank, shares, skipped)
-        self._publisher = Publisher(bank, store, self._maker.costs.weights)
         self._steered = shares is not None
         self._threads = threads
         self._weight_budget_bytes = weight_budget_bytes
-        self._untold: list[Event] = []
+        self._switches: list[Event] = []
+        self._warnings: list[str] = []
         self._terms = _Terms(request, None, None, self._maker.announced)
-        self._adopted: PlanSet | None = None
+        self._closed = False
         ledger.settle(rss_bytes(), weight_bytes=0)
 
     def open(
@@ -108,36 +108,41 @@ class Replanner:
         With a budget `warm_up` runs the model, on plans that hold as little as can be, so that a
         budget too small is refused now; it tells whether that measured what runs need.
         """
-        self._terms = replace(self._terms, budget_bytes=budget_bytes, envelope=envelope)
-        if self._terms.budget_bytes is None:
-            self.adopt(self._make(self._terms))
+        terms = replace(self._terms, budget_bytes=budget_bytes, envelope=envelope)
+        self._terms = terms
+        if budget_bytes is None:
+            self.adopt(self._make(terms))
             return
         with self._ledger.opening():
-            self.adopt(self._make(self._terms, minimal=True))
+            self.adopt(self._make(terms, minimal=True))
             measured = warm_up()
-            plans = self._make(self._terms)
+            plans = self._make(terms)
         # Else the first real run measures.
         self.adopt(plans if measured else self._make_minimal(plans))
 
     def close(self) -> None:
-        """Let go of the listener, the session as a rule, which holds this.
+        """Follow no controller from now on, and let go of the listener.
 
-        In a circle of references both would keep their tables until the garbage collector runs.
+        The listener may hold the session, which holds this: in a circle of references both would
+        keep their memory until the garbage collector runs.
         """
-        self._on_switch = _tell_nobody
+        with self.lock:
+            self._closed = True
+            self.on_switch = None
 
     # ---- what is planned now ----
 
     @property
     def is_open(self) -> bool:
         """Whether there are plans."""
-        return self._adopted is not None
+        return self._publisher.plans is not None
 
     @property
     def plans(self) -> PlanSet:
         """The plans of the runs that begin now."""
-        assert self._adopted is not None, "the replanner was not opened"
-        return self._adopted
+        plans = self._publisher.plans
+        assert plans is not None, "the replanner was not opened"
+        return plans
 
     @property
     def costs(self) -> ChunkCosts:
@@ -173,70 +178,74 @@ class Replanner:
             if heavier and not self.plans.minimal:
                 self.adopt(self._make_minimal(self.plans))
 
-    def begin(self, part: Part, precision: Precision | None) -> tuple[Run, float]:
-        """Begin a run at a precision; it, and the bits per weight that it reads.
+    def learn(self, precision: Precision | None) -> None:
+        """Before a pass: plan for its precision, if no policy announced it.
 
-        A precision that no policy announced is planned for first; raises what that raises.
+        Raises UnknownLevelError, RequestError or BudgetTooSmallError.
         """
-        if precision not in self.plans.by_precision:
-            self._learn(precision)
-        budgeted = self._terms.budget_bytes is not None
-        return self._publisher.begin(part, precision, measured=budgeted)
-
-    def publish_main(self) -> None:
-        """After the last pass of a run: what only rare runs need gives its memory back at once."""
-        self._publisher.publish_main()
-
-    def settle(self, report: RunReport) -> None:
-        """After a run: follow what it needed besides weights."""
-        if self._terms.budget_bytes is None:
+        if precision in self.plans.by_precision:
             return
-        with self.lock:
-            self._ledger.settle(report.rss_bytes, report.weight_bytes)
-            plans = self.plans
-            if not plans.minimal and not self._ledger.outgrows(plans.overhead_bytes):
-                return
-        with self.changing():
-            self._follow_ledger()
-
-    def _learn(self, precision: Precision | None) -> None:
         with self.lock:
             if precision in self.plans.by_precision:
                 return
             terms = replace(self._terms, precisions=(*self._terms.precisions, precision))
-            self.adopt(self._make(terms, minimal=self.plans.minimal))
+            now = self.plans
+            learnt = self._make(terms, minimal=now.minimal)
+            self.adopt(replace(learnt, over_budget=now.over_budget))
             self._terms = terms
 
-    def _follow_ledger(self) -> None:
-        try:
-            self._replan(self._terms, "memory", _MEASURED)
-        except BudgetTooSmallError as error:
-            # The run is over and its answer right: keep as little as can be, and say it.
-            if not self.plans.minimal:
-                self.adopt(self._make(self._terms, minimal=True))
-            self.record("budget", f"exceeded: {error}")
-            warn_caller(str(error), BudgetExceededWarning)
+    def settle(self, report: RunReport) -> None:
+        """After a pass: follow what it needed besides weights."""
+        if self._terms.budget_bytes is None:
+            return
+        with self.lock:
+            self._ledger.settle(report.rss_bytes, report.weight_bytes)
+            self._ledger.is_measured = True
+            plans = self.plans
+            waits = plans.minimal and not plans.over_budget  # for this measurement
+            if not waits and not self._ledger.outgrows(plans.overhead_bytes):
+                return
+        with self.changing():
+            try:
+                self._replan(self._terms, "memory", _MEASURED)
+            except BudgetTooSmallError as error:  # the run is over, and its answer right
+                if not self.plans.over_budget:  # else it was said
+                    self._warnings.append(str(error))
+                self._exceed(self._terms, "memory", _MEASURED, error)
 
     # ---- changes ----
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
-        """Holds the lock; the switches made meanwhile are told once it is free again."""
+        """Holds the lock; switches and warnings made meanwhile are told once it is free again."""
         with self.lock:
             try:
                 yield
             finally:
-                untold, self._untold = self._untold, []
-        for event in untold:
+                switches, self._switches = self._switches, []
+                warnings, self._warnings = self._warnings, []
+        for event in switches:
             if (listener := self.on_switch) is not None:
                 listener(event)
+        for text in warnings:
+            warn_caller(text, BudgetExceededWarning)
 
     def set_request(self, request: Request, reason: str) -> None:
         """Run as this asks, from the next run on.
 
-        Raises UnknownLevelError, RequestError or BudgetTooSmallError.
+        Where runs need more than the budget already, a request that needs no more than the present
+        one is taken all the same, with a BudgetExceededWarning. Raises UnknownLevelError,
+        RequestError or BudgetTooSmallError.
         """
-        self._replan(replace(self._terms, request=request), "request", reason)
+        terms = replace(self._terms, request=request)
+        try:
+            self._replan(terms, "request", reason)
+        except BudgetTooSmallError as error:
+            least = self._maker.smallest_limit(request, terms.precisions)
+            if least > self.plans.main_plan.resident_bytes:
+                raise
+            self._exceed(terms, "request", reason, error)
+            self._warnings.append(str(error))
 
     def set_budget(self, budget_bytes: int | None, reason: str) -> None:
         """Take another budget. Raises BudgetTooSmallError."""
@@ -247,13 +256,14 @@ class Replanner:
         terms = replace(self._terms, envelope=envelope)
         try:
             self._replan(terms, kind, reason)
-        except BudgetTooSmallError:  # told after the run that needed more than the budget
-            self._terms = terms
-            self.adopt(self._make(terms, minimal=True))
+        except BudgetTooSmallError as error:
+            self._exceed(terms, kind, reason, error)
 
     def follow(self, step: Callable[[int], Decision]) -> None:
         """Called by the monitor after every reading; `step` decides, given the weight bytes now."""
         with self.changing():
+            if self._closed:
+                return
             decision = step(self.weight_bytes())
             for name in decision.lost:
                 self.record("sensor", f"{name} can no longer be read; its limits stay")
@@ -262,29 +272,37 @@ class Replanner:
                 self.set_envelope(decision.envelope, "controller", cause)
 
     def _replan(self, terms: _Terms, kind: str, reason: str) -> None:
-        """Adopt what fits these terms, if it is other than what is there, and say so."""
-        before, after = self.plans, self._make(terms)
-        if after.differs(before):
-            self.adopt(after)
-            if after.levels_differ(before):
-                previous_bits = before.main_plan.bits_per_weight
-                self._untold.append(self.record("switch", reason, previous_bits))
-            else:
-                self.record(kind, reason)
-        else:
-            self._adopted = after  # it leaves room for more overhead, or is no longer minimal
+        """Adopt what fits the terms; they hold from then on.
+
+        Raises what making the plans raises, and then the terms before still hold.
+        """
+        self._change(terms, self._make(terms), kind, reason)
+
+    def _exceed(self, terms: _Terms, kind: str, reason: str, error: BudgetTooSmallError) -> None:
+        """Take terms that nothing fits: keep as little as can be, and say it."""
+        least = self._make(terms, minimal=True)
+        self._change(terms, replace(least, over_budget=True), kind, reason)
+        self.record("budget", f"exceeded: {error}")
+
+    def _change(self, terms: _Terms, after: PlanSet, kind: str, reason: str) -> None:
+        """Adopt plans made for these terms, and say where runs are made otherwise."""
+        before = self.plans
+        self.adopt(after)
         self._terms = terms
+        if after.levels_differ(before):
+            previous_bits = before.main_plan.bits_per_weight
+            self._switches.append(self.record("switch", reason, previous_bits))
+        elif after.differs(before):
+            self.record(kind, reason)
 
     def adopt(self, plans: PlanSet) -> None:
         """Make these the plans of the runs that begin from now on."""
-        with self.lock:
-            self._publisher.adopt(plans)
-            self._adopted = plans
+        self._publisher.publish(plans)
         logger.info("%s: plan: %s", self._log.source, plans.main_plan.reason)
 
     def record(self, kind: str, reason: str, previous_bits: float | None = None) -> Event:
         """Record an event, with what is planned after it."""
-        plan = None if self._adopted is None else self._adopted.main_plan
+        plan = self.plans.main_plan if self.is_open else None
         return self._log.record(
             kind,
             reason,
@@ -309,14 +327,13 @@ class Replanner:
         if envelope is not None and envelope.weight_bytes_limit is not None:
             allowed = envelope.weight_bytes_limit
             limit = max(smallest, allowed if limit is None else min(limit, allowed))
-        resident = None if self._adopted is None else self._adopted.main_plan.pinned
-        return PlanSet(
-            by_precision=self._maker.make(
-                replace(request, weight_bytes_limit=limit), terms.precisions, resident
-            ),
-            main=self._maker.main,
+        return self._maker.make(
+            replace(request, weight_bytes_limit=limit),
+            terms.precisions,
+            resident=self.plans.main_plan.pinned if self.is_open else None,
             threads=threads,
             overhead_bytes=self._ledger.overhead_bytes,
+            measured=terms.budget_bytes is not None,
             minimal=minimal,
         )
 
@@ -325,20 +342,18 @@ class Replanner:
         request = self._terms.request
         if not self._steered and request.level == "auto" and request.bits is None:
             # Left to itself the planner meets a small limit with low levels.
-            bits = plans.main_plan.bits_per_weight * (1 + 1e-9)  # rounded up
-            request = replace(request, bits=bits)
+            request = replace(request, bits=plans.main_plan.bits_per_weight * _ROUNDED_UP)
         return self._make(self._terms, minimal=True, request=request)
 
     def _weight_limit_bytes(self, terms: _Terms, smallest_bytes: int) -> int | None:
         """What the budgets leave for weights, rows that are read one by one aside."""
         row_cache_bytes = self._store.stats().row_cache_limit_bytes
+        least_bytes = smallest_bytes + row_cache_bytes
         limits = []
-        if terms.budget_bytes is not None:
-            limits.append(
-                self._ledger.weight_limit_bytes(
-                    terms.budget_bytes, smallest_bytes + row_cache_bytes
-                )
-            )
-        if self._weight_budget_bytes is not None:
-            limits.append(self._weight_budget_bytes)
+        if (budget_bytes := terms.budget_bytes) is not None:
+            limits.append(self._ledger.weight_limit_bytes(budget_bytes, least_bytes))
+        if (budget_bytes := self._weight_budget_bytes) is not None:
+            if budget_bytes < least_bytes:
+                raise too_small("weight_budget", budget_bytes, least_bytes, ": allow more")
+            limits.append(budget_bytes)
         return min(limits) - row_cache_bytes if limits else None

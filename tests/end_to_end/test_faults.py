@@ -165,7 +165,7 @@ def test_a_flipped_bit_is_named_or_a_lower_level_stands_in(original, bank, level
             levels = base.levels.copy()
             levels[chunk] = LOWER[plane]
             for _ in range(2):
-                with pytest.warns(DegradedWarning, match=f"^1 chunks ran .*{message}"):
+                with pytest.warns(DegradedWarning, match=f"^1 chunk ran .*{message}"):
                     y = run(session, x)
                 assert session.events()[-1].kind == "degraded"
                 with Session(original[0]) as sound:

@@ -6,6 +6,7 @@ import logging
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
@@ -25,6 +26,7 @@ from bapq_edge.options import SessionOptions
 from bapq_edge.policy import Choice
 from support.banks import graph_bytes, node, write_bank
 from support.boundaries import HIGH, LOW, model, with_boundary
+from support.command_line import bapq
 from support.streaming import LINEAR, RELU, chain_bank, layer, run
 
 X = np.abs(np.random.default_rng(1).standard_normal((1, 96))).astype(np.float32)
@@ -80,6 +82,41 @@ def test_outputs_come_as_they_are_asked_for(two_outputs, policy):
             session.run("y", {"x": X})
 
 
+@pytest.mark.parametrize("budget", [None, "1GiB"])
+def test_what_is_no_feed_or_no_list_of_names_is_named(two_outputs, budget):
+    with Session(two_outputs, level=8, memory_budget=budget) as session:
+        (y,) = session.run((name for name in ("y",)), {"x": X})
+        assert y.shape == (1, 32)
+        for call in (session.run, session.run_async):
+            for feed in ([X], X, None, 5):
+                with pytest.raises(RunInputError, match="input_feed is of type"):
+                    call(None, feed)
+            with pytest.raises(RunInputError, match=r"the feed has \[1, 'x'\]"):
+                call(None, {"x": X, 1: X})
+            with pytest.raises(RunInputError, match="output_names is of type int"):
+                call(5, {"x": X})
+            for name in (None, 5, X, ["y"]):
+                with pytest.raises(RunInputError, match="the model has no output"):
+                    call([name], {"x": X})
+        for value in (None, "x", [[1.0], [1.0, 2.0]], object()):
+            with pytest.raises(RunInputError):
+                session.run(None, {"x": value})
+        for options in (5, "fast", {}):
+            with pytest.raises(RequestError, match="give an onnxruntime"):
+                session.run(None, {"x": X}, options)
+        session.run(None, {"x": X}, onnxruntime.RunOptions())
+
+
+def test_arrays_of_either_byte_order_are_the_same_numbers(bank):
+    with Session(bank, level=8) as session:
+        expected = run(session, X)
+        for order in ("<f4", ">f4"):
+            np.testing.assert_array_equal(run(session, X.astype(order)), expected)
+        np.testing.assert_array_equal(
+            session.run_async(None, {"x": X.astype(">f4")}).result()[0], expected
+        )
+
+
 def test_a_policy_sees_the_outputs_that_it_reads_whatever_was_asked_for(two_outputs, tmp_path):
     answer = model(two_outputs, stage="answer", tap="y", pool=(2,), node_threshold=np.full(3, -1e9))
     fitted = with_boundary(two_outputs, tmp_path / "e.bank", answer)
@@ -110,8 +147,15 @@ def test_a_closed_session_tells_its_events_and_nothing_else(bank):
         "get_outputs": session.get_outputs,
         "stats": session.stats,
         "set_level": lambda: session.set_level(8),
+        "set_level(3)": lambda: session.set_level(3),
         "set_bits": lambda: session.set_bits(3),
+        "set_bits('3')": lambda: session.set_bits("3"),
         "set_memory_budget": lambda: session.set_memory_budget(None),
+        "set_memory_budget(True)": lambda: session.set_memory_budget(True),
+        "on_switch": lambda: session.on_switch,
+        "on_switch = print": lambda: setattr(session, "on_switch", print),
+        "internals": lambda: session.internals,
+        "with": session.__enter__,
     }
     for name, call in calls.items():
         with pytest.raises(SessionClosedError, match="open a new one"):
@@ -139,6 +183,8 @@ MISTAKES = [
     ({"threads": "2"}, RequestError, "threads is '2'"),
     ({"threads": True}, RequestError, "threads is True"),
     ({"threads": -3}, RequestError, "threads is -3, the least is 1"),
+    ({"threads": 30000}, RequestError, "threads is 30000, the most is 1024"),
+    ({"threads": 10**12}, RequestError, "threads is 1000000000000, the most is 1024"),
     ({"bits": "3"}, RequestError, "bits is '3': give a number of bits per weight from 1 to 32"),
     ({"bits": 99}, RequestError, "bits is 99"),
     ({"bits": 0.5}, RequestError, "bits is 0.5"),
@@ -146,6 +192,7 @@ MISTAKES = [
     ({"bits": True}, RequestError, "bits is True"),
     ({"bits": 3, "level": 4}, RequestError, "level 4 and 3 bits are both asked for"),
     ({"target_agreement": 99}, RequestError, "target_agreement is 99: give a share from 0 to 1"),
+    ({"target_agreement": 0.9, "bits": 4}, RequestError, "0.9 and 4 bits are both asked for"),
     ({"target_agreement": NAN}, RequestError, "target_agreement is nan"),
     ({"policy": object()}, RequestError, "policy of type object has no method choose: choose"),
     ({"policy": "clever"}, RequestError, "policy 'clever' is unknown"),
@@ -300,9 +347,26 @@ def test_a_degraded_run_is_logged_and_warned_of_at_the_caller(bank, tmp_path, ca
         session.set_level(8)
         with pytest.warns(DegradedWarning) as heard:
             session.run(None, {"x": X})
+        stats = session.stats()
+    assert (stats.runs, stats.degraded) == (2, 1)
     assert heard[0].filename == __file__
     (line,) = [r.getMessage() for r in caplog.records if "degraded" in r.getMessage()]
     assert "ran at a lower level" in line
+
+
+def test_degraded_runs_are_counted_in_what_the_command_line_prints(bank, tmp_path):
+    import json
+    import shutil
+
+    copy = shutil.copytree(bank, tmp_path / "c.bank")
+    np.savez(tmp_path / "x.npz", x=X)
+    command = ("run", copy, "--input", tmp_path / "x.npz", "--level", "8")
+    assert "degraded" not in bapq(*command)[0]
+    plane = copy / "planes" / "r8.bin"
+    plane.write_bytes(bytes(plane.stat().st_size))
+    assert "\n1 run degraded: " in bapq(*command)[0]
+    assert "\n2 runs degraded: " in bapq(*command, "--repeat", "2")[0]
+    assert json.loads(bapq(*command, "--repeat", "2", "--json")[0])["degraded"] == 2
 
 
 def test_without_a_handler_nothing_is_printed(bank):

@@ -286,6 +286,8 @@ def test_what_a_policy_may_not_ask_for(bank, tmp_path):
 
     for answer, error, message in (
         (lambda context: HIGH, RequestError, "gave Precision, expected Choice or None"),
+        (lambda context: Choice(8), RequestError, "a Choice's precision is 8: give a Precision"),
+        (lambda context: Choice(Precision(bits="3")), RequestError, "bits of a Precision is '3'"),
         (
             lambda context: Choice(Precision(level=3)),
             UnknownLevelError,
@@ -302,6 +304,8 @@ def test_what_a_policy_may_not_ask_for(bank, tmp_path):
             pytest.raises(error, match=message),
         ):
             run(session, PLUS)
+    with pytest.raises(RequestError, match="shares are no mapping from a Precision"):
+        Session(bank, policy=Script(shares={8: 1.0}))
     with Session(bank, policy=Script((LOW,)), threads=1) as session:
         with pytest.raises(RequestError, match="a policy decides"):
             session.set_level(4)
@@ -316,8 +320,24 @@ def test_a_target_beyond_the_bank_says_what_can_be_stated(bank, tmp_path):
         Session(fitted, policy="gate", bits=1.5)
 
 
+def test_a_refused_target_names_the_best_of_all_models(bank, tmp_path):
+    better = {"outlook": np.array([[1.9, 0.94, 0.9], [3.5, 0.99, 0.98]])}
+    models = [model(bank), model(bank, name="better", **better), model(bank, name="last")]
+    fitted = with_boundary(bank, tmp_path / "b.bank", *models)
+    with pytest.raises(RequestError, match=r"model better can state 0.9800 at most"):
+        Session(fitted, target_agreement=0.99)
+    with pytest.raises(RequestError, match=r"model better needs 1.9 on average"):
+        Session(fitted, policy="gate", bits=1.5)
+
+
 def test_a_weight_budget_too_small_names_the_smallest(bank):
     with pytest.raises(BudgetTooSmallError, match="allow more"):
         Session(bank, policy=Script(shares={HIGH: 1.0}), weight_budget=1000)
-    with pytest.raises(BapqError):
+    with pytest.raises(BapqError, match=r"weight_budget is 1000 bytes \(1000 B\)") as refused:
         Session(bank, level=8, weight_budget=1000)
+    works = int(str(refused.value).split("works is ")[1].split()[0])
+    with Session(bank, level=8, weight_budget=works) as session:
+        run(session, PLUS)
+        assert session.stats().resident_bytes <= works
+    with pytest.raises(BapqError, match="weight_budget"):
+        Session(bank, level=8, weight_budget=works - 1)

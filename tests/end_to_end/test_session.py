@@ -156,9 +156,9 @@ def test_stats_count_runs_and_bits(bank, x):
         session.set_level(2)
         session.run(None, {"x": x})
         stats = session.stats()
+        assert stats.resident_bytes == bank_of(session).weight_bytes(2)
     assert (stats.runs, stats.switches, stats.level) == (2, 1, 2)
     assert (stats.bits_per_weight, stats.mean_bits_per_weight) == (2.0, 5.0)
-    assert stats.resident_bytes == bank_of(session).weight_bytes(2)
     with pytest.raises(AttributeError):
         stats.runs = 0
 

@@ -6,6 +6,7 @@ Every import counts, also one inside a function or for the type checker: a reade
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -13,6 +14,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from bapq_edge.engine.library import Status
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,13 +29,14 @@ PACKAGES = {
 ROOMS: dict[str, list[str]] = {
     "bapq_edge": [
         "errors",
-        "units array_files",
+        "units array_files runs_in_flight",
         "sensors telemetry",
         "bank",
         "engine",
         "policy",
         "adaptive control",
-        "options planning",
+        "planning",
+        "options",
         "internals",
         "session",
         "profiling doctor",
@@ -149,6 +153,13 @@ def test_the_device_needs_few_packages():
         if other.partition(".")[0] not in DEVICE_NEEDS | DEVICE_MAY_USE | sys.stdlib_module_names
     ]
     assert sorted(strange) == []
+
+
+def test_the_statuses_are_those_of_the_header():
+    header = (ROOT / "native/include/bapq.h").read_text()
+    enum = re.search(r"typedef enum \{(.*?)\} bapq_status;", header, re.DOTALL)[1]
+    assert re.findall(r"BAPQ_(\w+)", re.sub(r"/\*.*?\*/", "", enum)) == [s.name for s in Status]
+    assert [*Status] == [*range(len(Status))]
 
 
 def test_tests_share_nothing_but_support():

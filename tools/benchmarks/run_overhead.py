@@ -110,7 +110,7 @@ def _layers(session: Session, feed: dict[str, np.ndarray]) -> Iterator[dict[str,
     names = [value.name for value in session.get_outputs()]
     graph, store, precision = parts.graphs["whole"], parts.store, parts.replanner.main
     reference = open_graph(parts.bank.file_bytes(parts.bank.manifest.graph), threads=1)
-    run, _ = parts.replanner.begin("whole", precision)
+    run = store.begin_run()
     own_feed = {**feed, RUN_INPUT: run.ticket}
     runs = (
         lambda: reference.run(names, own_feed),

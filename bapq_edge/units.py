@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes and counts as people write them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from .errors import SizeError
 
-__all__ = ["format_size", "parse_size"]
+__all__ = ["counted", "format_size", "parse_size"]
 
 _UNITS = {"": 1, "B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):
@@ -45,3 +45,8 @@ def format_size(size_bytes: float) -> str:
             return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
         size_bytes /= 1024
     return f"{size_bytes:.1f} GiB"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts, such as `1 layer` and `1,200 layers`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

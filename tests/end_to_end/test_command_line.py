@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +87,26 @@ def bapq(capsys, made, tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def ordinary_user():
+    """A folder that everybody may enter, unlike those of pytest."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def as_ordinary_user() -> Iterator[None]:
+    """Give up the rights of root, whom no permissions stop."""
+    if os.getuid() == 0:
+        os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        if os.getresuid()[2] == 0:
+            os.setresuid(0, 0, 0)
+
+
+@pytest.fixture
 def refused(bapq, tmp_path):
     """Runs a command that must fail in one line and leave the folder as it was."""
 
@@ -106,6 +130,20 @@ def test_bare_bapq_lists_its_commands(bapq):
     assert bapq("--help")[0] == out
 
 
+def test_help_is_a_command_too(bapq):
+    assert bapq("help") == bapq("--help")
+    assert bapq("help", "run") == bapq("run", "--help")
+
+
+def test_every_argument_is_explained_in_words_of_its_own(bapq):
+    for command in COMMANDS:
+        text, _ = bapq(command, "--help")
+        arguments = re.findall(r"^  (\S.*?)(?:\n {10,}| {2,}|\n)(\S*)", text, re.MULTILINE)
+        assert len(arguments) >= 3
+        for name, first_word in arguments:
+            assert first_word not in ("", "of", "to", "there", "default:"), (command, name)
+
+
 def test_python_m_bapq_edge_is_the_command():
     command = [sys.executable, "-m", "bapq_edge", "--version"]
     assert subprocess.run(command, capture_output=True, check=True, text=True).stdout == (
@@ -122,6 +160,8 @@ def test_python_m_bapq_edge_is_the_command():
         (["run", "a.bank", "--memory-bugdet=1GiB"], "did you mean --memory-budget?"),
         (["bench", "a.bank", "--frmat", "md"], "did you mean --format?"),
         (["fit", "a.bank", "--calibratoin", "a.npz"], "did you mean --calibration?"),
+        (["inspect", "a.bank", "--levle"], "there is no option --levle; see"),
+        (["help", "rnu"], "there is no command 'rnu'; did you mean run?"),
         (["inspect", "a.bank", "--zebra"], "there is no option --zebra; see 'bapq inspect --help'"),
         (["--versoin"], "did you mean --version?"),
         (["run", "a.bank"], "the following arguments are required: --input"),
@@ -243,6 +283,7 @@ def test_a_warning_is_one_line_without_a_place_in_the_code(made, bapq):
         out, err = bapq("inspect", "a.bank", "--json")
         assert err.startswith("bapq: warning: a.bank: without planes/m1.bin ")
         assert ".py" not in err and err.count("\n") == 1 and json.loads(out)
+    assert "are intact; absent: planes/m1.bin" in bapq("verify", "a.bank")[0]
     assert warnings.showwarning is before
 
 
@@ -272,7 +313,7 @@ def test_a_bank_is_named_after_its_model(made, bapq, refused, tmp_path):
 
 
 def test_a_missing_model_is_told_before_missing_calibration(refused):
-    assert "none.onnx is missing" in refused(errors.ModelFormatError, "build", "none.onnx")
+    assert "none.onnx cannot be read" in refused(errors.InputFileError, "build", "none.onnx")
 
 
 def test_a_rebuild_says_which_boundary_models_are_discarded(made, bapq, tmp_path):
@@ -292,7 +333,91 @@ def test_a_rebuild_says_which_boundary_models_are_discarded(made, bapq, tmp_path
         )
 
 
+# ---- files ----
+
+
+def test_a_file_that_is_missing_ends_every_command_alike_and_before_the_work(made, refused):
+    bank, data = made / "one.bank", made / "one.npz"
+    model, new = made / "one.onnx", ("-o", "new.bank")
+    for command in (
+        ("build", "absent", *new),
+        ("build", model, *new, "--calibration", "absent"),
+        ("build", model, *new, "--recipe", "absent"),
+        ("fit", bank, *new, "--calibration", "absent"),
+        ("fit", bank, *new, "--calibration", data, "--model", "absent"),
+        ("run", bank, "--input", "absent"),
+        ("run", bank, "--input", "."),
+        ("run", bank, "--input", data, "--profile", "absent.yaml"),
+        ("bench", bank, "--input", "absent"),
+        ("bench", bank, "--against", model, "absent"),
+        ("profile", bank, "-o", "t.json", "--input", "absent"),
+    ):
+        assert " cannot be read: " in refused(errors.InputFileError, *command)
+
+
+def test_a_directory_that_is_missing_is_named(made, refused):
+    bank, data = made / "one.bank", made / "one.npz"
+    for command in (
+        ("unpack", bank, "usb/tree"),
+        ("build", made / "one.onnx", "-o", "usb/one.bank"),
+        ("fit", bank, "--calibration", data, "-o", "usb/one.bank"),
+        ("run", bank, "--input", data, "-o", "usb/y.npz"),
+        ("profile", bank, "-o", "usb/t.json"),
+    ):
+        assert "/usb is no directory" in refused(errors.StorageError, *command)
+    message = refused(errors.StorageError, "install", bank, "usb/one.bank")
+    assert message.endswith("/usb\n") and "create the directory /" in message
+
+
+@pytest.mark.parametrize(("broken", "told"), [("planes/p4.bin", "p4.bin"), ("", "manifest.json")])
+def test_what_may_not_be_read_is_not_called_absent(made, bapq, ordinary_user, broken, told):
+    bapq("install", made / "one.bank", ordinary_user / "a.bank")
+    (ordinary_user / "a.bank" / broken).chmod(0)
+    with as_ordinary_user():
+        for command in ("inspect", "verify"):
+            _, err = bapq(command, ordinary_user / "a.bank", code=errors.StorageError.exit_code)
+            assert f"{told} cannot be read: Permission denied: check the permissions" in err
+
+
+def test_a_full_disk_behind_stdout_is_told_in_a_line(made):
+    bapq = Path(sys.executable).with_name("bapq")
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    for arguments in (["inspect", made / "one.bank"], ["--help"]):
+        command = [bapq, *arguments]
+        with open("/dev/full", "w") as full:
+            ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=buffered)
+        assert ended.returncode == errors.StorageError.exit_code
+        assert ended.stderr == b"bapq: the output cannot be written: No space left on device\n"
+
+
 # ---- nothing is written onto or into what is read ----
+
+
+def test_an_output_is_never_what_is_read(made, bapq, refused):
+    bapq("install", made / "one.bank", "a.bank")
+    Path("in.npz").write_bytes((made / "one.npz").read_bytes())
+    Path("model.json").write_bytes((made / "one.onnx").read_bytes())
+    os.link("in.npz", "hard.npz")
+    os.symlink("in.npz", "soft.npz")
+    run = ("run", "a.bank", "--input", "in.npz", "-o")
+    bench, profile = ("bench", "a.bank", "-o"), ("profile", "a.bank", "-o")
+    for command in (
+        *((*run, name) for name in ("in.npz", "hard.npz", "soft.npz", "a.bank/o.npz")),
+        (*bench, "model.json", "--against", "model.json"),
+        (*bench, "a.bank/manifest.json"),
+        (*bench, "in.npz", "--format", "md", "--input", "in.npz"),
+        (*profile, "a.bank/planes/t.json"),
+        (*profile, "a.bank/planes/p4.bin"),
+    ):
+        refused(errors.RequestError, *command)
+    assert Path("in.npz").read_bytes() == (made / "one.npz").read_bytes()
+    bapq("verify", "a.bank")
+
+
+def test_an_output_is_named_after_what_it_holds(made, refused):
+    bench, profile = ("bench", made / "one.bank", "-o"), ("profile", made / "one.bank", "-o")
+    assert "md, csv, json, jsonl" in refused(errors.RequestError, *bench, "t.xlsx")
+    assert "must end in .json" in refused(errors.RequestError, *profile, "t.txt")
 
 
 def test_a_bank_is_not_copied_onto_or_into_itself(made, bapq, refused):

@@ -26,7 +26,8 @@ PACKAGES = {
 ROOMS: dict[str, list[str]] = {
     "bapq_edge": [
         "errors",
-        "units array_files",
+        "units input_files",
+        "array_files",
         "sensors telemetry",
         "bank",
         "engine",

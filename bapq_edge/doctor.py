@@ -62,8 +62,9 @@ def examine(
     try:
         sensors = sensors or open_sensors(root, environment)
     except (SensorError, InputFileError) as error:
+        found = str(error).removesuffix(": check the path")
         fix = "unset BAPQ_SENSORS, or correct it"
-        return [*findings, Finding("sensors", "note", str(error), fix)]
+        return [*findings, Finding("sensors", "note", found, fix)]
     readings = sensors.read()
     sensors.close()
     profile = find_profile(root)

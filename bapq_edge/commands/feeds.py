@@ -106,7 +106,10 @@ def _zero_feed(inputs: Sequence[Any], shapes: Mapping[str, Sequence[int]]) -> di
     for name, shape in shapes.items():
         if name not in feed:
             raise RunInputError(f"the model has no input {name!r}; it has {', '.join(feed)}")
-        feed[name] = np.zeros(shape, feed[name].dtype)
+        try:
+            feed[name] = np.zeros(shape, feed[name].dtype)
+        except (MemoryError, ValueError) as error:  # more than there is, or than can be counted
+            raise RunInputError(f"input {name} cannot have shape {[*shape]}: {error}") from error
     return feed
 
 

@@ -159,6 +159,8 @@ def test_precisions_that_cannot_be_are_refused_in_a_line(place):
         (("--levels", "2"), errors.UnknownLevelError),
         (("--shape", "image"), errors.RunInputError),
         (("--levels", "8", "--shape", "picture=1,2"), errors.RunInputError),
+        (("--levels", "8", "--shape", "image=1,1,8,9999999999999"), errors.RunInputError),
+        (("--levels", "8", "--shape", "image=9999999999999999999999"), errors.RunInputError),
         (("--runs", "0"), errors.RequestError),
         (("--input", place / "absent.npz", "--levels", "8"), errors.InputFileError),
     ]:

@@ -18,7 +18,7 @@ OLDEST_NUMPY = $(shell $(PYTHON) -c 'import sys; print("numpy<2" if sys.version_
 
 .PHONY: help demo test test-arm test-pi test-walk test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary bench-arm bench-kernels docs lint format clean
 help:  ## list the targets
-	@grep -E '^[a-z0-9_-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9_-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
 demo: $(VENV)/.ready $(MINILM)  ## show memory, time and answers of MiniLM under a budget (two minutes)
 	PYTHONPATH=tools $(BIN)/python examples/demo.py

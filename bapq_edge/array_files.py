@@ -10,16 +10,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .input_files import input_file_errors
+
 __all__ = ["read_arrays"]
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]] | NDArray[Any]:
     """The arrays of an .npz by name, or the one array of an .npy, whatever the file is called.
 
-    Raises OSError when it cannot be read, ValueError when it holds anything but plain arrays.
+    Raises InputFileError when it cannot be read, ValueError when it holds anything but plain
+    arrays.
     """
     try:
-        with open(path, "rb") as file:  # np.load leaves a damaged file open
+        # np.load leaves a damaged file open.
+        with input_file_errors(path), open(path, "rb") as file:
             loaded = np.load(file, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
                 return loaded

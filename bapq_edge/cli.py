@@ -21,35 +21,61 @@ from .commands.run import add_run
 from .commands.verify import add_verify
 from .commands.warning_lines import warning_lines
 from .engine.library import library_path
-from .errors import BapqError
+from .errors import BapqError, StorageError
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code, that of the error's class when it failed."""
+    code = 0
     try:
-        library_path()  # a 32-bit Python or a broken install says so before anything else
-        parser = _parser()
-        _complete(parser)
-        parsed = parser.parse_args(arguments)
-        if parsed.command is None:
-            parser.print_help()
-            return 0
-        with warning_lines():
-            parsed.command(parsed)
-        return 0
-    except BapqError as error:
-        if os.environ.get("BAPQ_DEBUG") == "1":
-            traceback.print_exc()
-        print(f"bapq: {error}", file=sys.stderr)
-        return error.exit_code
+        try:
+            _run(sys.argv[1:] if arguments is None else arguments)
+        except SystemExit as end:  # argparse has said all there is to say
+            code = int(end.code or 0)
+        except BapqError as error:
+            _tell(str(error))
+            code = error.exit_code
+        if sys.stdout is not None:  # None: the shell closed it
+            sys.stdout.flush()  # here, not when Python ends, is where a full disk can be told
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        _discard_output()
+    except OSError as error:
+        _tell(f"{error.filename or 'the output cannot be written'}: {error.strerror or error}")
+        _discard_output()
+        code = StorageError.exit_code
     except KeyboardInterrupt:
         print("bapq: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        code = 130
+    return code
+
+
+def _tell(message: str) -> None:
+    """Print one line for the exception that is being handled."""
+    if os.environ.get("BAPQ_DEBUG") == "1":
+        traceback.print_exc()
+    print(f"bapq: {message}", file=sys.stderr)
+
+
+def _run(arguments: Sequence[str]) -> None:
+    library_path()  # a 32-bit Python or a broken install says so before anything else
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
+    parser = _parser()
+    _complete(parser)
+    parsed = parser.parse_args(arguments)
+    if parsed.command is None:
+        parser.print_help()
+        return
+    with warning_lines():
+        parsed.command(parsed)
+
+
+def _discard_output() -> None:
+    """Let Python, when it ends, write what is left of the output to nowhere."""
+    with contextlib.suppress(OSError):  # it has no descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _parser() -> Parser:

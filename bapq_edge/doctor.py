@@ -19,7 +19,7 @@ from typing import Literal
 from .bank.reader import Bank
 from .control.device_profile import DeviceProfile, find_profile
 from .engine.library import kernels_name
-from .errors import BapqError, InterruptedUpdateWarning, SensorError
+from .errors import BapqError, InputFileError, InterruptedUpdateWarning, SensorError
 from .sensors import Readings, Sensors, open_sensors
 from .sensors.files import read_text
 from .units import format_size
@@ -61,9 +61,10 @@ def examine(
     findings = [_python(), *_packages(), _kernels(base, environment), _page_size(), _cores()]
     try:
         sensors = sensors or open_sensors(root, environment)
-    except SensorError as error:
+    except (SensorError, InputFileError) as error:
+        found = str(error).removesuffix(": check the path")
         fix = "unset BAPQ_SENSORS, or correct it"
-        return [*findings, Finding("sensors", "note", str(error), fix)]
+        return [*findings, Finding("sensors", "note", found, fix)]
     readings = sensors.read()
     sensors.close()
     profile = find_profile(root)
@@ -280,7 +281,8 @@ def _bank(path: Path, profile: DeviceProfile | None) -> Iterator[Finding]:
             warnings.simplefilter("always")
             bank = Bank.open(path)
     except BapqError as error:
-        yield Finding("bank", "BAD", str(error), "build it again, or copy it again")
+        found, _, fix = str(error).rpartition(": ")  # a message ends with the next step
+        yield Finding("bank", "BAD", found, fix)
         return
     levels = ", ".join(map(str, bank.levels))
     for warning in caught:

@@ -32,6 +32,7 @@
     ├── SessionClosedError              the session was closed before
     ├── ExecutionError                  the graph engine failed during a run
     ├── StorageError                    the disk: full, unreadable, not writable
+    │   └── InputFileError              a file that was named is missing or cannot be read
     ├── PlatformError                   this machine cannot run BAPQ-Edge
     ├── ClusterError                    the Dask cluster of a build cannot be used
     ├── WorkerError                     a process of a build was killed
@@ -74,6 +75,7 @@ __all__ = [
     "ClusterError",
     "DegradedWarning",
     "ExecutionError",
+    "InputFileError",
     "InterruptedUpdateWarning",
     "MissingExtraError",
     "MissingPlaneWarning",
@@ -290,6 +292,12 @@ class StorageError(BapqError, OSError):
     """The disk is full, unreadable or not writable."""
 
     exit_code = 50
+
+
+class InputFileError(StorageError):
+    """A file that was named as an input is missing or cannot be read."""
+
+    exit_code = 51
 
 
 class PlatformError(BapqError, RuntimeError):

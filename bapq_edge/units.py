@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes and counts as people write them."""
 
 from __future__ import annotations
 
@@ -56,6 +56,6 @@ def format_size(size_bytes: float, towards: Literal["nearest", "up", "down"] = "
     return f"{size:.1f} {unit}"
 
 
-def counted(count: int, noun: str) -> str:
-    """The number with its noun, in the plural where there are others than one: `2 chunks`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts, such as `1 layer` and `1,200 layers`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

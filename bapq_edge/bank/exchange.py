@@ -27,7 +27,7 @@ from .manifest import MANIFEST_FILE, BoundaryEntry, FileEntry, Manifest
 from .npy import SENSITIVITY_DTYPE, check_sensitivity, from_npy, to_npy
 from .reader import Bank, read_manifest
 from .rows import DROPPED_BIAS, ROW_ORDER, ROW_TABLES
-from .staging import TEMPORARY_SUFFIXES, Staging, storage_errors
+from .staging import TEMPORARY_SUFFIXES, Staging, check_parent, storage_errors
 from .writer import BankWriter
 
 __all__ = ["pack", "unpack"]
@@ -40,8 +40,10 @@ _HEADER_LIMIT = 1 << 16
 def unpack(bank_path: str | os.PathLike[str], directory: str | os.PathLike[str]) -> Path:
     """Write the exchange form of a bank below `directory`; returns data/bank/<model> in it.
 
-    An exchange form of the same model that stands there is replaced. On failure nothing changes.
+    An exchange form of the same model that stands there is replaced; `directory` is created, those
+    above it are not. On failure nothing changes.
     """
+    check_parent(Path(directory))
     bank = Bank.open(bank_path)
     for plane, entry in bank.manifest.planes.items():
         if plane not in bank.planes:

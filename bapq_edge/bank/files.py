@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -13,7 +14,16 @@ try:
 except ImportError:  # a Python other than CPython
     from hashlib import blake2b
 
-__all__ = ["REPAIR", "digest_of", "file_size", "inside", "raw_digest_of", "read_at"]
+__all__ = [
+    "REPAIR",
+    "digest_of",
+    "digest_of_file",
+    "exists",
+    "file_size",
+    "inside",
+    "raw_digest_of",
+    "read_at",
+]
 
 REPAIR = "copy or build the bank again"
 """Next step of every message about damaged files."""
@@ -29,6 +39,15 @@ def digest_of(data: bytes) -> str:
     return raw_digest_of(data).hex()
 
 
+def digest_of_file(path: str | os.PathLike[str]) -> str:
+    """BLAKE2b-128 of a file of any size, as the manifest writes it."""
+    digest = blake2b(digest_size=DIGEST_BYTES)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def inside(root: str, file: str) -> str:
     """Real path of a file below `root`, a real path itself; BankPathError when a link leads out."""
     target = os.path.realpath(os.path.join(root, file))
@@ -40,8 +59,22 @@ def inside(root: str, file: str) -> str:
     return target
 
 
+def exists(path: str | os.PathLike[str], *, follow_symlinks: bool = True) -> bool:
+    """Whether there is something at the path; StorageError where the system does not tell.
+
+    Without `follow_symlinks` a link that leads nowhere is something, too.
+    """
+    try:
+        os.stat(path, follow_symlinks=follow_symlinks)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise _unreadable(os.fspath(path), error) from error
+    return True
+
+
 def file_size(path: str) -> int:
-    """Size of a regular file: opening a pipe or a device could block or never end."""
+    """Size of a regular file that may be read: opening a pipe or a device could block for ever."""
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -50,6 +83,8 @@ def file_size(path: str) -> int:
         raise _unreadable(path, error) from error
     if not stat.S_ISREG(status.st_mode):
         raise BankFormatError(f"{path} is not a regular file: {REPAIR}")
+    if not os.access(path, os.R_OK):
+        raise _unreadable(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     return status.st_size
 
 

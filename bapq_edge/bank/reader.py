@@ -21,11 +21,12 @@ from ..errors import (
     BankTruncatedError,
     InterruptedUpdateWarning,
     MissingPlaneWarning,
+    RequestError,
 )
 from .boundary import Boundary, BoundaryArrays
 from .codes import LayerCodes, join_rows, unpack_chunk
 from .consistency import parse_manifest
-from .files import REPAIR, digest_of, file_size, inside, raw_digest_of, read_at
+from .files import REPAIR, digest_of, exists, file_size, inside, raw_digest_of, read_at
 from .layer import Layer
 from .layout import PLANES, PLANES_OF_LEVEL, Level, Plane, level_within
 from .manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Manifest
@@ -85,7 +86,7 @@ class Bank:
         self._plane_files = {
             plane: self._sized(entry.file, entry.bytes)
             for plane, entry in manifest.planes.items()
-            if os.path.lexists(path / entry.file)
+            if exists(path / entry.file, follow_symlinks=False)
         }
         self._chunks = {p: table for p, table in tables.items() if p in self._plane_files}
         self.planes = tuple(self._chunks)
@@ -96,23 +97,24 @@ class Bank:
         """Open and check a bank.
 
         Raises BankNotFoundError, BankFormatError, BankVersionError, BankPathError,
-        BankTruncatedError, BankIntegrityError (of a table) or StorageError. Warns with
-        MissingPlaneWarning when plane files are absent, with InterruptedUpdateWarning when the old
-        bank is opened where a cut-off update has left it.
+        BankTruncatedError, BankIntegrityError (of a table), StorageError, or RequestError for what
+        is no path. Warns with MissingPlaneWarning when plane files are absent, with
+        InterruptedUpdateWarning when the old bank is opened where a cut-off update has left it.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise RequestError(f"the bank is {path!r:.80}: give its path")
         path = Path(path)
-        if not path.exists():
+        if not exists(path):
             path = _set_aside(path)
         if not path.is_dir():
             raise BankFormatError(f"{path} is a file, a bank is a directory: build one")
-        if not os.path.lexists(path / MANIFEST_FILE):
+        if not exists(path / MANIFEST_FILE, follow_symlinks=False):
             raise BankNotFoundError(
                 f"{path} is not a bank, it holds no {MANIFEST_FILE}: check the name, or build it"
             )
         bank = cls(path, read_manifest(path))
-        absent = set(bank.manifest.planes) - set(bank.planes)
-        if absent:
-            files = ", ".join(sorted(bank.manifest.planes[plane].file for plane in absent))
+        if bank.absent_files:
+            files = ", ".join(bank.absent_files)
             for layer in bank.manifest.layers:
                 if not bank._runnable(layer.levels):
                     raise BankFormatError(
@@ -125,6 +127,12 @@ class Bank:
                 stacklevel=2,
             )
         return bank
+
+    @property
+    def absent_files(self) -> tuple[str, ...]:
+        """Files of the planes that are not there."""
+        planes = self.manifest.planes
+        return tuple(sorted(planes[plane].file for plane in set(planes) - set(self.planes)))
 
     def level_of(self, layer: Layer, level: Level) -> Level:
         """Level that the layer runs at where `level` is asked for and some planes may be absent.

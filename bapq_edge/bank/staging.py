@@ -16,7 +16,15 @@ from pathlib import Path
 
 from ..errors import BapqError, StorageError
 
-__all__ = ["TEMPORARY_SUFFIXES", "Staging", "aside_of", "storage_errors", "sync_directory"]
+__all__ = [
+    "TEMPORARY_SUFFIXES",
+    "Staging",
+    "aside_of",
+    "check_parent",
+    "lock_directory",
+    "storage_errors",
+    "sync_directory",
+]
 
 TEMPORARY_SUFFIXES = (".bapq-building", ".bapq-replaced")
 """Endings of the final name: where a build works, and where the old directory waits if need be."""
@@ -39,10 +47,17 @@ def storage_errors(path: Path) -> Iterator[None]:
             errno.EFBIG: "raise the file size limit or choose another place",
             errno.EACCES: "check the permissions or choose another place",
             errno.EROFS: "choose a place that is writable",
-            errno.ENOENT: "create the directory that should hold it",
+            errno.ENOENT: f"create the directory {path.absolute().parent}",
         }.get(error.errno or 0, "check the disk")
         reason = error.strerror or type(error).__name__
         raise StorageError(f"{path}: {reason}: {step}") from error
+
+
+def check_parent(path: Path) -> None:
+    """Raise StorageError where the directory that should hold `path` is not there."""
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise StorageError(f"{parent} is no directory: create it first")
 
 
 def sync_directory(path: Path) -> None:
@@ -87,7 +102,7 @@ class Staging:
                 self._remove_leftover()
             self.path.mkdir()
             try:
-                self._locks.append(_locked(self.path))
+                self._locks.append(lock_directory(self.path))
             except BaseException:
                 with contextlib.suppress(OSError):
                     self.path.rmdir()
@@ -107,7 +122,7 @@ class Staging:
             if os.path.lexists(self.final):
                 self._check_replaceable(self.final)
                 # It takes the temporary name: no other build may begin there until it is removed.
-                self._locks.append(_locked(self.final))
+                self._locks.append(lock_directory(self.final))
                 if not _exchange(self.path, self.final):
                     self._replace_in_two_steps()
             else:
@@ -128,7 +143,7 @@ class Staging:
     def _remove_leftover(self) -> None:
         if not self.path.is_dir() or self.path.is_symlink():
             raise StorageError(f"{self.path}: is in the way of the build: rename or remove it")
-        lock = _locked(self.path)
+        lock = lock_directory(self.path)
         try:
             shutil.rmtree(self.path)
         finally:
@@ -142,8 +157,11 @@ class Staging:
             self._settle_aside()
 
 
-def _locked(path: Path) -> int:
-    """Lock a directory, so that no other build takes it for a leftover; returns what to close."""
+def lock_directory(path: Path) -> int:
+    """Lock a directory, so that no other build takes it for a leftover; returns what to close.
+
+    Raises StorageError when another build has it.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -32,6 +32,8 @@ class VerifyReport:
 
     path: Path
     files: tuple[FileReport, ...]
+    absent: tuple[str, ...] = ()
+    """Files of planes that are not there, which a bank may do without."""
 
     @property
     def ok(self) -> bool:
@@ -41,7 +43,8 @@ class VerifyReport:
     def __str__(self) -> str:
         if self.ok:
             size = sum(file.bytes for file in self.files)
-            return f"{self.path}: {len(self.files)} files of {size} bytes in all are intact"
+            text = f"{self.path}: {len(self.files)} files of {size} bytes in all are intact"
+            return text + (f"; absent: {', '.join(self.absent)}" if self.absent else "")
         bad = [file for file in self.files if file.problems]
         return "; ".join(f"{file.file}: problems: {file.problems}: {file.first}" for file in bad)
 
@@ -67,7 +70,7 @@ def verify(path: str | os.PathLike[str]) -> VerifyReport:
         entry = bank.manifest.planes[plane]
         reports.append(_report(entry.file, entry.bytes, _plane_checks(bank, plane)))
         reports += (_report(table.file, table.bytes, iter(())) for table in entry.tables)
-    return VerifyReport(bank.path, tuple(reports))
+    return VerifyReport(bank.path, tuple(reports), bank.absent_files)
 
 
 def _report(file: str, size: int, checks: Iterator[Callable[[], object]]) -> FileReport:

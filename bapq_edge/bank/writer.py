@@ -43,7 +43,7 @@ from .manifest import (
 from .npy import CHUNK_DTYPE, DIGEST_BYTES, SENSITIVITY_DTYPE, check_sensitivity, to_npy
 from .reader import Bank
 from .rows import DROPPED_BIAS, ROW_ORDER, ROW_TABLES, RowTable
-from .staging import Staging, storage_errors, sync_directory
+from .staging import Staging, check_parent, storage_errors, sync_directory
 
 __all__ = ["BankWriter", "chunk_rows_for"]
 
@@ -316,6 +316,18 @@ def _check_rows(layer: Layer, table: RowTable, values: NDArray[Any] | None) -> N
             table.check(layer, values)
         except ValueError as error:
             raise ValueError(f"layer {layer.name}: {error}") from None
+
+
+def check_bank_target(out: Path) -> None:
+    """Find out, before any work, whether a bank can be put there.
+
+    Raises BankFormatError where something else stands, StorageError where there is no directory.
+    """
+    with storage_errors(out):
+        if os.path.lexists(out):
+            check_is_bank(out)
+        else:
+            check_parent(out)
 
 
 def check_is_bank(path: Path) -> None:

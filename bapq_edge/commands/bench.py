@@ -9,18 +9,27 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..bank.reader import Bank
-from ..errors import BapqError, RequestError, StorageError, UnknownLevelError
+from ..errors import BapqError, BapqWarning, RequestError, StorageError, UnknownLevelError
+from ..input_files import check_input_file
 from .bench_row import Row, Subject
 from .bench_table import FIELDS, FORMATS, to_text
 from .feeds import add_feed, parse_shapes
-from .options import add_session, session_options
-from .paths import check_writable
+from .options import add_bank, add_session, session_options
+from .paths import check_output
 
 __all__ = ["add_bench"]
+
+_COLUMNS = (
+    "load is the time of one opening, run the median of the runs with their standard deviation, "
+    "peak growth that of the row's process. The first model of --against runs between a row's "
+    "runs, too, and the ratio is to these: so it is not the quotient of two rows."
+)
 
 _WARM_UP_RUNS = 2
 _PAUSE_S = 0.005
@@ -29,8 +38,10 @@ _PAUSE_S = 0.005
 
 def add_bench(commands: Any) -> None:
     """Add `bench`."""
-    command = commands.add_parser("bench", help="measure speed and memory, level by level")
-    command.add_argument("bank", type=Path)
+    command = commands.add_parser(
+        "bench", help="measure speed and memory, level by level", epilog=_COLUMNS
+    )
+    add_bank(command)
     command.add_argument(
         "--against",
         nargs="+",
@@ -38,7 +49,7 @@ def add_bench(commands: Any) -> None:
         default=[],
         type=Path,
         metavar="MODEL.onnx",
-        help="models to run in ONNX Runtime as it comes; times are given over the first one's",
+        help="models to run in ONNX Runtime as it comes; the ratio is to the first one",
     )
     command.add_argument(
         "--levels", "--level", help="a row for each, such as 8,4 or auto (default: all but 32)"
@@ -47,11 +58,11 @@ def add_bench(commands: Any) -> None:
         "--bits", type=float, metavar="B", help="a row at so many bits per weight, such as 3.5"
     )
     command.add_argument(
-        "-r", "--runs", type=int, default=20, metavar="N", help="of each row (default: 20)"
+        "-r", "--runs", type=int, default=20, metavar="N", help="runs of each row (default: 20)"
     )
-    command.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the table there")
+    command.add_argument("-o", "--output", type=Path, metavar="FILE", help="file for the table")
     command.add_argument(
-        "--format", choices=FORMATS, help="of the table (default: as FILE ends, or else md)"
+        "--format", choices=FORMATS, help="format of the table (default: as FILE ends, or else md)"
     )
     command.add_argument(
         "--json", action="store_const", const="json", dest="format", help="short for --format json"
@@ -65,7 +76,11 @@ def _bench(arguments: argparse.Namespace) -> None:
     if arguments.runs < 1:
         raise RequestError(f"--runs is {arguments.runs}, it must be at least 1")
     if arguments.output:
-        check_writable(arguments.output)
+        check_output(arguments.output, arguments.bank, arguments.input, *arguments.against)
+    style = _format(arguments)
+    for path in (arguments.input, *arguments.against):
+        if path is not None:
+            check_input_file(path)
     common: dict[str, Any] = {
         "threads": arguments.threads,
         "input_path": arguments.input,
@@ -80,7 +95,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     ]
     failures: list[BapqError] = []
     results = _measure(subjects, arguments.runs, failures)
-    _put(to_text(results, _format(arguments)), arguments.output)
+    _put(to_text(results, style), arguments.output)
     if failures:
         raise failures[0]
 
@@ -88,8 +103,14 @@ def _bench(arguments: argparse.Namespace) -> None:
 def _format(arguments: argparse.Namespace) -> str:
     if arguments.format is not None:
         return str(arguments.format)
-    suffix = arguments.output.suffix[1:] if arguments.output else ""
-    return suffix if suffix in FORMATS else "md"
+    if arguments.output is None:
+        return "md"
+    suffix: str = arguments.output.suffix[1:]
+    if suffix not in FORMATS:
+        raise RequestError(
+            f"--output {arguments.output} must end in one of {', '.join(FORMATS)}, or give --format"
+        )
+    return suffix
 
 
 def _put(text: str, path: Path | None) -> None:
@@ -118,7 +139,9 @@ def _rows_of_bank(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _levels(path: Path, wanted: str | None) -> list[str]:
-    held = [str(level) for level in Bank.open(path).levels]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BapqWarning)  # the rows will tell
+        held = [str(level) for level in Bank.open(path).levels]
     if wanted is None:
         return [level for level in held if level != "32"] or held
     levels = [level.strip() for level in wanted.split(",")]
@@ -134,13 +157,14 @@ def _measure(subjects: list[Subject], runs: int, failures: list[BapqError]) -> l
     """One result per subject; the first model also runs between the others' runs."""
     results: list[dict[str, Any]] = []
     reference: Row | None = None
+    told: set[object] = set()
     for subject in subjects:
         times_ms: list[float] = []
         reference_ms: list[float] = []
         result: dict[str, Any] = dict.fromkeys(FIELDS)
         result["name"] = subject.name
         results.append(result)
-        row = Row(subject)
+        row = Row(subject, partial(_warn_once, told, subject.name))
         try:
             result["load_ms"] = row.open()
             for _ in range(_WARM_UP_RUNS):
@@ -170,3 +194,11 @@ def _measure(subjects: list[Subject], runs: int, failures: list[BapqError]) -> l
     if reference is not None:
         reference.close()
     return results
+
+
+def _warn_once(told: set[object], name: str, warning: Warning) -> None:
+    """Give a row's warning, unless this row has given one of its kind or another the same."""
+    keys = {str(warning), (name, type(warning))}
+    if not keys & told:
+        warnings.warn(type(warning)(f"{name}: {warning}"), stacklevel=2)
+    told |= keys

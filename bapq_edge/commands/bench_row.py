@@ -7,16 +7,17 @@ import gc
 import multiprocessing
 import signal
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from ..errors import BapqError, ExecutionError, ModelFormatError, PlatformError
+from ..errors import BapqError, BapqWarning, ExecutionError, ModelFormatError, PlatformError
 from ..telemetry import peak_rss_bytes, rss_bytes
 from .feeds import FeedSource
-from .warning_lines import warning_lines
 
 __all__ = ["Row", "Subject"]
 
@@ -56,14 +57,21 @@ def _precision(session: Mapping[str, Any]) -> str:
 class Row:
     """The parent's side of the process. Every method raises the BapqError that it failed with."""
 
-    def __init__(self, subject: Subject) -> None:
-        """Start the process; it does nothing yet."""
+    def __init__(self, subject: Subject, warn: Callable[[Warning], object]) -> None:
+        """Start the process; it does nothing yet. `warn` is called with what it warns of."""
+        self._warn = warn
         # A fresh interpreter: a fork would begin with this process's memory.
         context = multiprocessing.get_context("spawn")
         self._name = subject.name
         self._pipe, end = context.Pipe()
         self._process = context.Process(target=_serve, args=(end, subject), daemon=True)
-        self._process.start()
+        resource_tracker.ensure_running()  # `start` would, and take the mask away
+        # Ctrl-C is for the parent, which hangs up; the mask is the child's from its first moment.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         end.close()
 
     def open(self) -> float:
@@ -86,7 +94,7 @@ class Row:
     def _ask(self, question: str) -> Any:
         try:
             self._pipe.send(question)
-            answer = self._pipe.recv()
+            answer, warned = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join()
             code = self._process.exitcode or 0
@@ -95,6 +103,8 @@ class Row:
                 f"{self._name}: its process ended with {reason}"
                 + (": the system ran out of memory, most likely" if code == -9 else "")
             ) from None
+        for warning in warned:
+            self._warn(warning)
         if isinstance(answer, BapqError):
             raise answer
         return answer
@@ -107,9 +117,9 @@ class Row:
 
 def _serve(pipe: Connection, subject: Subject) -> None:
     """The process's side: answer questions until the parent hangs up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hangs up, then this ends
     runner = _Runner(subject)
-    with contextlib.suppress(EOFError, OSError), warning_lines():
+    with contextlib.suppress(EOFError, OSError), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", BapqWarning)
         while True:
             answer: Any
             try:
@@ -117,7 +127,8 @@ def _serve(pipe: Connection, subject: Subject) -> None:
                 answer = question()
             except BapqError as error:
                 answer = error
-            pipe.send(answer)
+            pipe.send((answer, [warning.message for warning in caught]))
+            caught.clear()
 
 
 class _Runner:
@@ -142,18 +153,21 @@ class _Runner:
         started_s = time.perf_counter()
         self._session = _open_model(subject) if subject.session is None else _open_bank(subject)
         load_ms = (time.perf_counter() - started_s) * 1e3
-        self._feed = source.feed(self._session.get_inputs())
+        self._inputs = self._session.get_inputs()
+        self._feed = source.feed(self._inputs)
+        self._explained = source.explained
         return load_ms
 
     def run(self) -> float:
         started_s = time.perf_counter()
-        try:
-            self._session.run(None, self._feed)
-        except BapqError:
-            raise
-        except Exception as error:  # ONNX Runtime raises classes without a common base
-            reason = str(error).splitlines()[0]
-            raise ExecutionError(f"{self._subject.name}: ONNX Runtime: {reason}") from None
+        with self._explained(self._inputs):
+            try:
+                self._session.run(None, self._feed)
+            except BapqError:
+                raise
+            except Exception as error:  # ONNX Runtime raises classes without a common base
+                reason = str(error).splitlines()[0]
+                raise ExecutionError(f"{self._subject.name}: ONNX Runtime: {reason}") from None
         self._runs += 1
         return (time.perf_counter() - started_s) * 1e3
 
@@ -189,7 +203,7 @@ def _open_model(subject: Subject) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised, not logged as well
     if subject.threads is not None:
         options.intra_op_num_threads = subject.threads
     try:

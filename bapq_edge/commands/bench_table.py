@@ -43,7 +43,7 @@ def _markdown(results: list[dict[str, Any]]) -> str:
             _size(result["peak_growth_bytes"]),
             _size(result["weight_bytes"]),
             _size(result["streamed_bytes_per_run"]),
-            _number(result["bits_per_weight"], 2) if result["error"] is None else "failed",
+            _number(result["bits_per_weight"], 2),
         )
         for result in results
     ]
@@ -56,6 +56,11 @@ def _markdown(results: list[dict[str, Any]]) -> str:
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         text += f"| {' | '.join(cells)} |\n"
+    if any(result["ratio"] is not None for result in results):
+        text += (
+            f"\nratio: run ms over those of {results[0]['name']} between the same runs, so not the "
+            "quotient of two rows\n"
+        )
     return text
 
 
@@ -68,6 +73,8 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _time(result: dict[str, Any]) -> str:
+    if result["error"] is not None:
+        return "failed"
     if result["run_ms"] is None:
         return ""
     return f"{result['run_ms']:.2f} ± {result['run_sd_ms']:.2f}"

@@ -18,7 +18,9 @@ __all__ = ["add_doctor"]
 def add_doctor(commands: Any) -> None:
     """Add `doctor`."""
     command = commands.add_parser("doctor", help="say what works on this board, and how to fix it")
-    command.add_argument("bank", type=Path, nargs="?", help="checks its storage as well")
+    command.add_argument(
+        "bank", type=Path, nargs="?", help="a bank to examine as well, and the storage it is on"
+    )
     add_json(command, "the findings")
     command.set_defaults(command=_doctor)
 
@@ -34,4 +36,4 @@ def _doctor(arguments: argparse.Namespace) -> None:
             print(f"{finding.state:4}  {finding.item:{width}}  {finding.found}{fix}")
     broken = [finding.item for finding in findings if finding.state == "BAD"]
     if broken:
-        raise PlatformError(f"{', '.join(broken)}: bapq cannot run before that is fixed")
+        raise PlatformError(f"{', '.join(broken)} must be fixed first: see what is marked BAD")

@@ -10,7 +10,7 @@ from typing import Any
 from ..bank.exchange import pack, unpack
 from ..bank.manifest import MANIFEST_FILE
 from ..errors import RequestError
-from .options import add_json
+from .options import add_bank, add_json
 from .paths import check_outside
 
 __all__ = ["add_exchange"]
@@ -19,13 +19,13 @@ __all__ = ["add_exchange"]
 def add_exchange(commands: Any) -> None:
     """Add `unpack` and `pack`."""
     command = commands.add_parser("unpack", help="write a bank as a tree of .npy files")
-    command.add_argument("bank", type=Path)
-    command.add_argument("directory", type=Path)
+    add_bank(command)
+    command.add_argument("directory", type=Path, help="where the tree is written")
     add_json(command, "the tree's path")
     command.set_defaults(command=_unpack)
     command = commands.add_parser("pack", help="make a bank of a tree that unpack wrote")
-    command.add_argument("directory", type=Path)
-    command.add_argument("bank", type=Path)
+    command.add_argument("directory", type=Path, help="the tree")
+    command.add_argument("bank", type=Path, help="the bank to write")
     add_json(command, "the bank's path")
     command.set_defaults(command=_pack)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..array_files import read_arrays
 from ..engine.feeds import zeros
-from ..errors import RunInputError
+from ..errors import ExecutionError, RunInputError
 
 __all__ = ["FeedSource", "add_feed", "add_input", "parse_shapes"]
 
@@ -36,7 +37,8 @@ def add_feed(command: Any) -> None:
         action="append",
         default=[],
         metavar="NAME=1,64",
-        help="of an input of zeros, where the model leaves it open (there: 1)",
+        help="shape of an input of zeros (default: as the model says, 1 on an axis that it leaves "
+        "open)",
     )
 
 
@@ -46,10 +48,32 @@ class FeedSource:
     def __init__(
         self, path: Path | None, shapes: Mapping[str, Sequence[int]] | None = None
     ) -> None:
-        """Read the file, None for zeros. Raises RunInputError."""
+        """Read the file, None for zeros. Raises InputFileError or RunInputError."""
         self._path = path
         self._shapes = shapes or {}
         self._read = {} if path is None else _read(path)
+
+    @contextlib.contextmanager
+    def explained(self, inputs: Sequence[Any]) -> Iterator[None]:
+        """Context of a run on the feed: where one fails that is of zeros, say what may help.
+
+        Zeros of length 1 stand in for axes that the model leaves open, which not all models take.
+        """
+        try:
+            yield
+        except (ExecutionError, RunInputError) as error:
+            guessed = [
+                value.name
+                for value in inputs
+                if value.name not in self._shapes
+                and not all(isinstance(size, int) and size > 0 for size in value.shape)
+            ]
+            if self._path is not None or not guessed:
+                raise
+            raise type(error)(
+                f"{error}; the feed was zeros, of length 1 where {', '.join(guessed)} has an open "
+                "axis: give --input, or the shape with --shape"
+            ) from error
 
     def feed(self, inputs: Sequence[Any]) -> dict[str, Any]:
         """The feed for these `onnxruntime.NodeArg` inputs. Raises RunInputError."""
@@ -69,9 +93,6 @@ class FeedSource:
 def _read(path: Path) -> dict[str, NDArray[Any]] | NDArray[Any]:
     try:
         return read_arrays(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise RunInputError(f"{path} cannot be read: {reason}") from error
     except ValueError as error:
         raise RunInputError(str(error)) from error
 
@@ -85,7 +106,10 @@ def _zero_feed(inputs: Sequence[Any], shapes: Mapping[str, Sequence[int]]) -> di
     for name, shape in shapes.items():
         if name not in feed:
             raise RunInputError(f"the model has no input {name!r}; it has {', '.join(feed)}")
-        feed[name] = np.zeros(shape, feed[name].dtype)
+        try:
+            feed[name] = np.zeros(shape, feed[name].dtype)
+        except (MemoryError, ValueError) as error:  # more than there is, or than can be counted
+            raise RunInputError(f"input {name} cannot have shape {[*shape]}: {error}") from error
     return feed
 
 

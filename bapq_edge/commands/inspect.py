@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ..adaptive.boundary_model import BoundaryModel
 from ..bank.layer import Layer
 from ..bank.layout import Level
 from ..bank.reader import Bank
-from ..units import format_size
-from .options import add_json
+from ..units import counted, format_size
+from .options import add_bank, add_json
 
 __all__ = ["add_inspect"]
 
 
 def add_inspect(commands: Any) -> None:
     """Add `inspect`."""
-    inspect = commands.add_parser("inspect", help="show what a bank holds")
-    inspect.add_argument("bank", type=Path)
-    add_json(inspect, "the manifest")
-    inspect.set_defaults(command=_inspect)
+    command = commands.add_parser("inspect", help="show what a bank holds")
+    add_bank(command)
+    add_json(command, "the manifest")
+    command.set_defaults(command=_inspect)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -32,8 +31,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
         return
     print(f"{bank.path}: {manifest.model.name}, made by {manifest.model.producer}")
     calibration = manifest.calibration
-    seen = f"{calibration.samples} calibration samples" if calibration else "no calibration"
-    print(f"{bank.weights:,} weights in {len(manifest.layers)} layers, {seen}\n")
+    seen = counted(calibration.samples, "calibration sample") if calibration else "no calibration"
+    layers = counted(len(manifest.layers), "layer")
+    print(f"{counted(bank.weights, 'weight')} in {layers}, {seen}\n")
     print("level  bits/weight  bytes in memory")
     for level in bank.levels:
         size = format_size(bank.weight_bytes(level))
@@ -64,8 +64,8 @@ def _show_boundary(model: BoundaryModel) -> None:
     about = model.description
     kind = "gate" if about.stage != "answer" else "escalate"
     print(
-        f"\nboundary model {about.name}: {kind} at {about.tap}, {about.kind} of {about.regions} "
-        f"regions, held out {about.samples} samples"
+        f"\nboundary model {about.name}: {kind} at {about.tap}, {about.kind} of "
+        f"{counted(about.regions, 'region')}, held out {counted(about.samples, 'sample')}"
     )
     print(f"    bits  agreement  at {about.confidence:.0%} confidence")
     for point in model.points:

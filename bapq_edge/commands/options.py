@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+from ..control.device_profile import load_profile
 from ..errors import UnknownLevelError
 from ..units import parse_size
 
 __all__ = [
+    "add_bank",
     "add_json",
     "add_precision",
     "add_session",
@@ -31,6 +34,11 @@ _OPTIONS = (
 )
 
 
+def add_bank(command: Any) -> None:
+    """Add the bank that a command reads."""
+    command.add_argument("bank", type=Path, help="directory of the bank")
+
+
 def add_json(command: Any, what: str) -> None:
     """Add --json."""
     command.add_argument("--json", action="store_true", help=f"print {what} as JSON")
@@ -39,7 +47,11 @@ def add_json(command: Any, what: str) -> None:
 def add_precision(command: Any) -> None:
     """Add --level and --bits."""
     precision = command.add_mutually_exclusive_group()
-    precision.add_argument("--level", default="auto", help="auto, 32, 8, 4, 2 or 1 (default: auto)")
+    precision.add_argument(
+        "--level",
+        default="auto",
+        help="level of all weights: auto, 32, 8, 4, 2 or 1 (default: auto)",
+    )
     precision.add_argument(
         "--bits", type=float, metavar="B", help="bits per weight on average, such as 3.5"
     )
@@ -70,7 +82,10 @@ def add_session(command: Any) -> None:
         "--latency-ms", type=float, metavar="MS", help="time that a run may take for reading"
     )
     session.add_argument(
-        "--threads", type=int, metavar="N", help="of one operator (default: one per core)"
+        "--threads",
+        type=int,
+        metavar="N",
+        help="most threads of one operator (default: one per core)",
     )
     session.add_argument(
         "--controller",
@@ -78,7 +93,9 @@ def add_session(command: Any) -> None:
         help="auto: let memory, power and temperature change the plan",
     )
     session.add_argument(
-        "--profile", metavar="NAME", help="device profile, or its file (default: the board's own)"
+        "--profile",
+        metavar="NAME",
+        help="device profile, or its .yaml file (default: the board's own)",
     )
     session.add_argument(
         "--direct-io", "--direct", action="store_true", help="read around the page cache"
@@ -86,11 +103,16 @@ def add_session(command: Any) -> None:
 
 
 def session_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for `Session`. Raises SizeError."""
+    """Keyword arguments for `Session`; a slip is told before the bank is opened.
+
+    Raises SizeError, ProfileError or InputFileError.
+    """
     options = {name: getattr(arguments, name) for name in _OPTIONS if name in arguments}
     for name in _SIZES:
         if options[name] not in (None, "auto"):
-            parse_size(options[name])  # a slip is told before the bank is opened
+            parse_size(options[name])
+    if options["profile"] is not None:
+        load_profile(options["profile"])
     return options
 
 

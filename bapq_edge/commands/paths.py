@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 from ..errors import RequestError, StorageError
 
-__all__ = ["check_outside", "check_writable"]
+__all__ = ["check_output", "check_outside"]
 
 
 def check_outside(source: Path, target: Path) -> None:
     """Raise RequestError where what is to be written is what is read, or lies in it."""
     read, written = Path(os.path.realpath(source)), Path(os.path.realpath(target))
-    if read == written:
+    if read == written or _are_one_file(read, written):
         raise RequestError(f"{target} would be read and written at once: name another place")
     if read in written.parents:
         raise RequestError(f"{target} is inside {source}: name a place outside of it to write to")
 
 
-def check_writable(file: Path) -> None:
-    """Raise StorageError for a file that cannot be written. Nothing is written yet."""
+def _are_one_file(first: Path, second: Path) -> bool:
+    """Whether two names, such as hard links, stand for one file."""
+    with contextlib.suppress(OSError):
+        return os.path.samefile(first, second)
+    return False
+
+
+def check_output(file: Path, *sources: Path | None) -> None:
+    """Raise RequestError or StorageError for a file that must not, or cannot, be written.
+
+    It must not be one of `sources`, which are read, nor lie in one. Nothing is written yet.
+    """
+    for source in sources:
+        if source is not None:
+            check_outside(source, file)
     folder = file.absolute().parent
     if file.is_dir():
         reason = "it is a directory"

@@ -12,10 +12,10 @@ from typing import Any
 from ..errors import RequestError, StorageError
 from ..profiling.trace import Recorder, Summary
 from ..session import Session
-from ..units import format_size
+from ..units import counted, format_size
 from .feeds import FeedSource, add_feed, parse_shapes
-from .options import add_json, add_precision, add_session, session_options
-from .paths import check_writable
+from .options import add_bank, add_json, add_precision, add_session, session_options
+from .paths import check_output
 
 __all__ = ["add_profile"]
 
@@ -25,9 +25,13 @@ _LAYERS_SHOWN = 5
 def add_profile(commands: Any) -> None:
     """Add `profile`."""
     command = commands.add_parser("profile", help="write a trace of reads, waits and runs")
-    command.add_argument("bank", type=Path)
-    command.add_argument("-o", "--output", required=True, type=Path, metavar="TRACE.json")
-    command.add_argument("--seconds", type=float, default=5.0, help="to run for (default: 5)")
+    add_bank(command)
+    command.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="TRACE.json", help="trace to write"
+    )
+    command.add_argument(
+        "--seconds", type=float, default=5.0, metavar="S", help="seconds to run for (default: 5)"
+    )
     add_precision(command)
     add_session(command)
     add_feed(command)
@@ -38,12 +42,15 @@ def add_profile(commands: Any) -> None:
 def _profile(arguments: argparse.Namespace) -> None:
     if not arguments.seconds > 0:
         raise RequestError(f"--seconds is {arguments.seconds}, it must be more than 0")
+    if arguments.output.suffix != ".json":
+        raise RequestError(f"--output {arguments.output} must end in .json")
+    check_output(arguments.output, arguments.bank, arguments.input)
     options = session_options(arguments)
     source = FeedSource(arguments.input, parse_shapes(arguments.shape))
-    check_writable(arguments.output)
     with Session(arguments.bank, **options) as session:
         feed = source.feed(session.get_inputs())
-        session.run(None, feed)  # the first run brings in what is pinned
+        with source.explained(session.get_inputs()):
+            session.run(None, feed)  # the first run brings in what is pinned
         with Recorder(session) as recorder:
             end_s = time.monotonic() + arguments.seconds
             while time.monotonic() < end_s:
@@ -67,15 +74,18 @@ def _profile(arguments: argparse.Namespace) -> None:
 
 def _print(summary: Summary) -> None:
     print(
-        f"{summary.runs} runs, median {summary.median_run_ms:.2f} ms, "
+        f"{counted(summary.runs, 'run')}, median {summary.median_run_ms:.2f} ms, "
         f"{summary.wait_share:.1%} of that waiting for weights"
     )
-    print(
-        f"read {summary.read_bytes / 1e6:.1f} MB ({summary.read_bytes_per_run / 1e6:.2f} MB a run) "
-        f"at {summary.read_bytes_s / 1e6:.1f} MB/s, "
-        f"while reading {summary.read_bytes_s_while_reading / 1e6:.1f} MB/s"
-    )
+    if summary.read_bytes:
+        print(
+            f"read {summary.read_bytes / 1e6:.1f} MB, {summary.read_bytes_per_run / 1e6:.2f} MB a "
+            f"run: {summary.read_bytes_s / 1e6:.1f} MB/s over all, "
+            f"{summary.read_bytes_s_while_reading / 1e6:.1f} MB/s while it was reading"
+        )
+    else:
+        print("read nothing: all weights stayed in memory")
     for name, wait_ms in list(summary.waits_by_layer_ms.items())[:_LAYERS_SHOWN]:
         print(f"  waited {wait_ms / max(1, summary.runs):8.3f} ms a run for {name}")
     if summary.lost_events:
-        print(f"{summary.lost_events} events found no room: the trace has holes")
+        print(f"{counted(summary.lost_events, 'event')} found no room: the trace has holes")

@@ -17,8 +17,8 @@ from ..session import Session
 from ..telemetry import SessionStats
 from ..units import counted, format_size
 from .feeds import FeedSource, add_input
-from .options import add_json, add_precision, add_session, session_options
-from .paths import check_writable
+from .options import add_bank, add_json, add_precision, add_session, session_options
+from .paths import check_output
 
 __all__ = ["add_run"]
 
@@ -26,7 +26,7 @@ __all__ = ["add_run"]
 def add_run(commands: Any) -> None:
     """Add `run`."""
     run = commands.add_parser("run", help="run a bank on inputs from a file")
-    run.add_argument("bank", type=Path)
+    add_bank(run)
     add_input(run)
     run.add_argument(
         "-o",
@@ -51,7 +51,7 @@ def add_run(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.repeat < 1:
         raise RequestError(f"--repeat is {arguments.repeat}, it must be at least 1")
-    _check_output(arguments.output)
+    _check_output(arguments)
     options = session_options(arguments)
     source = FeedSource(arguments.input)
     times_ms = []
@@ -59,7 +59,7 @@ def _run(arguments: argparse.Namespace) -> None:
     with Session(arguments.bank, **options) as session:
         load_ms = (time.perf_counter() - started_s) * 1e3
         names = [value.name for value in session.get_outputs()]
-        _check_output(arguments.output, names)
+        _check_output(arguments, names)
         feed = source.feed(session.get_inputs())
         for _ in range(arguments.repeat):
             started_s = time.perf_counter()
@@ -82,8 +82,9 @@ def _run(arguments: argparse.Namespace) -> None:
             print(f"{name}: {array.dtype} {list(array.shape)}")
 
 
-def _check_output(path: Path | None, names: list[str] | None = None) -> None:
+def _check_output(arguments: argparse.Namespace, names: list[str] | None = None) -> None:
     """Refuse early a file that the outputs, once their names are known, cannot be written to."""
+    path: Path | None = arguments.output
     if path is None:
         return
     if path.suffix not in (".npz", ".npy"):
@@ -93,7 +94,7 @@ def _check_output(path: Path | None, names: list[str] | None = None) -> None:
             f"--output {path} has room for one array, the model has {len(names)} outputs, "
             f"{', '.join(names)}: name an .npz"
         )
-    check_writable(path)
+    check_output(path, arguments.bank, arguments.input)
 
 
 def _write(path: Path, outputs: dict[str, Any]) -> None:

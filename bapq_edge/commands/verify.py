@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 from ..bank.verify import verify
 from ..errors import BankIntegrityError
-from .options import add_json
+from .options import add_bank, add_json
 
 __all__ = ["add_verify"]
 
@@ -18,7 +17,7 @@ __all__ = ["add_verify"]
 def add_verify(commands: Any) -> None:
     """Add `verify`."""
     command = commands.add_parser("verify", help="check every byte of a bank")
-    command.add_argument("bank", type=Path)
+    add_bank(command)
     add_json(command, "what was found, file by file,")
     command.set_defaults(command=_verify)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ProfileError
+from ..input_files import input_file_errors
 
 __all__ = ["DeviceProfile", "find_profile", "load_profile", "profile_names"]
 
@@ -73,20 +74,25 @@ def profile_names() -> list[str]:
 
 
 def load_profile(profile: str | os.PathLike[str]) -> DeviceProfile:
-    """The profile of that name, or of that YAML file. Raises ProfileError."""
+    """The profile of that name, or of that YAML file: its name ends in .yaml or has a slash.
+
+    Raises ProfileError, or InputFileError when the file cannot be read.
+    """
     import yaml
 
     path = Path(profile)
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix not in (".yaml", ".yml") and os.sep not in os.fspath(profile):
         path = _directory() / f"{profile}.yaml"
         if str(profile) not in profile_names():
             known = ", ".join(profile_names())
             raise ProfileError(f"no profile is named {str(profile)!r}; there are {known}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        with input_file_errors(path):
+            text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ProfileError(f"{path} cannot be read as YAML: {reason}") from error
+        raise ProfileError(f"{path} is no YAML: {reason}") from error
     keys = {field.name for field in dataclasses.fields(DeviceProfile)}
     if not isinstance(values, dict) or set(values) != keys:
         found = set(values) if isinstance(values, dict) else set()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SensorError
+from ..input_files import input_file_errors
 from .readings import Readings
 
 __all__ = ["MockSensors", "load_trace"]
@@ -29,7 +30,7 @@ class MockSensors:
         step: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Load the trace. Raises SensorError."""
+        """Load the trace. Raises SensorError, or InputFileError when it cannot be read."""
         self._rows = load_trace(path)
         self._times_s = [row.time_s for row in self._rows]
         self._step = step
@@ -57,13 +58,16 @@ class MockSensors:
 def load_trace(path: str | os.PathLike[str]) -> list[Readings]:
     """The rows of a trace: first column time_s, the others named as fields of Readings.
 
-    An empty cell is an absent reading. Raises SensorError with file, line and column.
+    An empty cell is an absent reading. Raises SensorError with file, line and column, or
+    InputFileError.
     """
     import csv
 
     try:
-        lines = list(csv.reader(Path(path).read_text(encoding="utf-8").splitlines()))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        with input_file_errors(path):
+            text = Path(path).read_text(encoding="utf-8")
+        lines = list(csv.reader(text.splitlines()))
+    except (UnicodeDecodeError, csv.Error) as error:
         raise SensorError(f"trace {path} cannot be read: {error}") from error
     if not lines:
         raise SensorError(f"trace {path} is empty: its first line names the columns, time_s first")

@@ -152,8 +152,10 @@ def test_models_that_cannot_be_built_are_refused(place, untouched):
     (inputs / "text.onnx").write_text("this is no model\n")
     (inputs / "half.onnx").write_bytes((place / "digits.onnx").read_bytes()[:5000])
     (inputs / "empty.onnx").write_bytes(b"")
-    for name in ("text.onnx", "half.onnx", "empty.onnx", "absent.onnx", "."):
+    for name in ("text.onnx", "half.onnx", "empty.onnx"):
         assert "onnx" in refused(errors.ModelFormatError, "build", inputs / name, *build).lower()
+    for name in ("absent.onnx", "."):
+        assert "cannot be read" in refused(errors.InputFileError, "build", inputs / name, *build)
     np.savez(inputs / "x.npz", x=np.ones((2, 8), np.float32))
     light = ("build", light_model(inputs / "light.onnx"), *build[:-1], inputs / "x.npz")
     message = refused(errors.NoHeavyLayerError, *light)
@@ -195,7 +197,7 @@ def test_runs_that_cannot_be_are_refused(place, untouched):
         errors.BudgetTooSmallError, *run, place / "input.npz", "--budget", "1KiB"
     )
     refused(errors.SizeError, *run, place / "input.npz", "--budget", "much")
-    refused(errors.RunInputError, *run, inputs / "absent.npz")
+    refused(errors.InputFileError, *run, inputs / "absent.npz")
     (inputs / "text.npz").write_text("no arrays\n")
     refused(errors.RunInputError, *run, inputs / "text.npz")
     np.savez(inputs / "other.npz", picture=np.zeros(3))

@@ -6,15 +6,22 @@ import csv
 import itertools
 import json
 import os
+import shutil
+import signal
+import subprocess
+import time
 
 import numpy as np
+import onnx
+import psutil
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from bapq_edge import errors
 from bapq_tools import build_bank
 from benchmarks.zoo import make_model
 from benchmarks.zoo.digits import calibration_npz, load_digits_split
-from support.command_line import bapq
+from support.command_line import BAPQ, bapq
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +60,69 @@ def test_bench_measures_every_level_beside_the_models(place):
         assert row["ratio"] > 0 and row["streamed_bytes_per_run"] == 0  # all of it is in memory
 
 
+def test_the_ratio_says_what_it_is_over(place):
+    bench = ("bench", place / "digits.bank", "-r", 2, "--levels", 8)
+    table, _ = bapq(*bench, "--against", place / "digits.onnx")
+    *rows, blank, note = table.splitlines()
+    assert len(rows) == 4 and blank == ""
+    assert note.startswith("ratio: run ms over those of digits.onnx")
+
+
+def test_the_rows_warn_once_of_what_concerns_them_all(place, tmp_path):
+    shutil.copytree(place / "digits.bank", tmp_path / "a.bank")
+    (tmp_path / "a.bank/planes/r8.bin").unlink()
+    bench = ("bench", tmp_path / "a.bank", "-r", 2, "--levels", "4,32,auto")
+    _, err = bapq(*bench, "--format", "json")
+    assert err.count("\n") == 1 and "without planes/r8.bin" in err
+
+
+def test_zeros_that_a_model_cannot_take_point_to_the_input(tmp_path):
+    """Two open axes that must fit each other: 1 and 3."""
+    weight = np.ones((64, 64), np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["p"]),
+            helper.make_node("Concat", ["p", "three"], ["y"], axis=1),
+        ],
+        "open",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None])],
+        [
+            numpy_helper.from_array(weight, "w"),
+            numpy_helper.from_array(np.ones((3, 2), np.float32), "three"),
+        ],
+    )
+    model = tmp_path / "open.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)]), model)
+    with pytest.warns(errors.UncalibratedWarning):
+        bank = build_bank(model, tmp_path / "a.bank", levels=(8,), progress=False).bank
+    bench = ("bench", bank, "--against", model, "-r", 2)
+    out, err = bapq(*bench, code=errors.ExecutionError.exit_code)
+    assert "where x has an open axis: give --input, or the shape with --shape" in err
+    assert err.count("\n") == 1 and "E:onnxruntime" not in err
+    assert [line.split("|")[3].strip() for line in out.splitlines()[2:4]] == ["failed", "failed"]
+    profile = ("profile", bank, "-o", tmp_path / "t.json", "--seconds", 0.1)
+    assert "--shape" in bapq(*profile, code=errors.ExecutionError.exit_code)[1]
+    bapq(*bench, "--shape", "x=3,64")
+
+
+def test_an_interrupted_bench_says_one_line(place):
+    command = [BAPQ, "bench", place / "digits.bank", "-r", "100000"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    ) as bench:
+        while not _is_row_starting(bench.pid):
+            time.sleep(0.01)
+        os.killpg(bench.pid, signal.SIGINT)
+        _, err = bench.communicate()
+    assert (bench.returncode, err) == (130, b"bapq: interrupted\n")
+
+
+def _is_row_starting(pid: int) -> bool:
+    rows = psutil.Process(pid).children()
+    return any("spawn_main" in " ".join(row.cmdline()) for row in rows)
+
+
 def test_bench_tables(place):
     bench = ("bench", place / "digits.bank", "-r", 2, "--levels", "32,auto", "--shape")
     markdown, _ = bapq(*bench, "image=2,1,8,8", "--format", "md")
@@ -89,8 +159,10 @@ def test_precisions_that_cannot_be_are_refused_in_a_line(place):
         (("--levels", "2"), errors.UnknownLevelError),
         (("--shape", "image"), errors.RunInputError),
         (("--levels", "8", "--shape", "picture=1,2"), errors.RunInputError),
+        (("--levels", "8", "--shape", "image=1,1,8,9999999999999"), errors.RunInputError),
+        (("--levels", "8", "--shape", "image=9999999999999999999999"), errors.RunInputError),
         (("--runs", "0"), errors.RequestError),
-        (("--input", place / "absent.npz", "--levels", "8"), errors.RunInputError),
+        (("--input", place / "absent.npz", "--levels", "8"), errors.InputFileError),
     ]:
         _, err = bapq(*bench, *arguments, code=error.exit_code)
         assert err.startswith("bapq: ") and err.count("\n") == 1
@@ -114,6 +186,7 @@ def test_profile_writes_a_trace_and_its_summary(place, tmp_path):
     assert summary["session"]["peak_bytes"] <= 24 << 20
     out, _ = bapq(*profile, "-o", tmp_path / "b.json", "--input", place / "input.npz")
     assert "runs, median" in out and "perfetto" in out
+    assert "read nothing: all weights stayed in memory" in out
 
 
 def test_a_controller_s_decision_is_in_the_trace_with_its_reading(place, tmp_path):
@@ -140,5 +213,6 @@ def test_doctor_tells_what_runs_and_fails_only_where_nothing_does(place):
     code = errors.PlatformError.exit_code
     out, err = bapq("doctor", place / "no.bank", code=code)
     assert "BAD   bank" in out and "bank" in err and err.count("\n") == 1
+    assert out.endswith("no.bank: there is no bank -> check the name, or build it\n")
     out, _ = bapq("doctor", code=code, BAPQ_ISA="mmx")
     assert "unset BAPQ_ISA" in out

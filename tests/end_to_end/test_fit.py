@@ -248,6 +248,12 @@ def images(count=600, **changes):
         ({"escalate": ["8:32"]}, errors.UnknownLevelError, "level 32 is not in the bank"),
         ({"target_agreement": 1.5}, errors.RequestError, "1.5, must be above 0"),
         ({"confidence": 1.0}, errors.RequestError, "confidence is 1.0"),
+        ({"confidence": "high"}, errors.RequestError, "confidence is 'high'"),
+        ({"seed": -5}, errors.RequestError, "seed is -5, must be a whole number from 0 on"),
+        ({"seed": 0.5}, errors.RequestError, "seed is 0.5"),
+        ({"tap": "pixels"}, errors.RequestError, r"give a list, such as \['pixels'\]"),
+        ({"escalate": "2:8"}, errors.RequestError, r"give a list, such as \['2:8'\]"),
+        ({"calibration": 5}, errors.CalibrationError, "of type int"),
         ({"groups": [1, 2]}, errors.RequestError, r"shape \(2,\), expected integers \(600,\)"),
         (
             {"calibration": {"pixels": np.zeros((100, 63), np.float32)}},
@@ -294,7 +300,7 @@ def test_a_model_of_another_interface_is_refused(place, tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"no model")
     with pytest.raises(errors.ModelFormatError, match=r"bad\.onnx: ONNX Runtime refuses it"):
         bapq_tools.fit(place / "mlp.bank", images(), tmp_path / "bad.onnx", progress=False)
-    with pytest.raises(errors.ModelFormatError, match=r"none\.onnx is missing"):
+    with pytest.raises(errors.InputFileError, match=r"none\.onnx cannot be read: No such file"):
         bapq_tools.fit(place / "mlp.bank", images(), tmp_path / "none.onnx", progress=False)
 
 

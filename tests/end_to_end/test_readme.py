@@ -40,7 +40,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bapq_tools.build_bank(
         folder / "model.onnx", demo / "minilm.bank", calibration=calibration, progress=False
     )
-    shutil.copytree(demo / "minilm.bank", folder / "usb" / "model.bank")
     for block in COMMANDS:
         run(["bash", "-euxc", block], folder)
     return folder

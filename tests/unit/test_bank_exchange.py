@@ -16,6 +16,7 @@ from bapq_edge.errors import (
     BankNotFoundError,
     BankTruncatedError,
     MissingPlaneWarning,
+    StorageError,
 )
 from support.bank_samples import PRUNED, RAGGED, Shape, files_of, write_bank
 
@@ -169,7 +170,9 @@ def test_a_failed_unpack_leaves_nothing(tmp_path):
     plane = tmp_path / "m.bank/planes/s1.bin"
     plane.write_bytes(b"\xff" + plane.read_bytes()[1:])
     with pytest.raises(BankIntegrityError):
-        unpack(tmp_path / "m.bank", tmp_path / "a/b")
+        unpack(tmp_path / "m.bank", tmp_path / "tree")
+    with pytest.raises(StorageError, match="/a is no directory: create it first"):
+        unpack(tmp_path / "m.bank", tmp_path / "a/tree")
     assert os.listdir(tmp_path) == ["m.bank"]
 
 

@@ -25,9 +25,12 @@ from bapq_edge.errors import (
     CalibrationError,
     CalibrationShapeError,
     CalibrationValueError,
+    InputFileError,
     MissingExtraError,
     ModelFormatError,
     NoHeavyLayerError,
+    RecipeError,
+    RequestError,
     StorageError,
     UncalibratedWarning,
     UnknownLevelError,
@@ -171,7 +174,7 @@ def refusals(tmp_path):
     )
     return [
         (ModelFormatError, text, None),
-        (ModelFormatError, tmp_path / "absent.onnx", None),
+        (InputFileError, tmp_path / "absent.onnx", None),
         (NoHeavyLayerError, light, None),
         (CalibrationArrayError, mlp(), {}),
         (CalibrationShapeError, mlp(), {"x": np.ones((2, 31), np.float32)}),
@@ -206,6 +209,32 @@ def test_what_is_no_bank_is_never_replaced(samples, tmp_path):
     assert (directory / "letter.txt").read_text() == file.read_text() == "dear"
     with pytest.raises(StorageError, match="no directory"):
         build_bank(tmp_path / "absent.onnx", tmp_path / "no" / "a.bank", calibration=samples)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"model": 5}, ModelFormatError, "the model is of type int: give an .onnx file"),
+        ({"out": 5}, RequestError, "out is 5: give the path"),
+        ({"calibration": 5}, CalibrationError, "of type int: give an .npz file"),
+        ({"calibration": np.ones((2, 32))}, CalibrationError, "of type ndarray"),
+        ({"recipe": 5}, RecipeError, "the recipe is 5: give a YAML file"),
+        ({"recipe": "absent.yaml"}, InputFileError, "absent.yaml cannot be read"),
+        ({"calibration": "absent.npz"}, InputFileError, "absent.npz cannot be read"),
+        ({"levels": 7}, UnknownLevelError, "level 7 was asked for"),
+        ({"levels": [8.0]}, UnknownLevelError, "level 8.0 was asked for"),
+        ({"workers": "2"}, RequestError, "workers is '2': give a whole number from 1 on"),
+        ({"workers": 0}, RequestError, "workers is 0"),
+    ],
+)
+def test_arguments_of_no_use_are_told_before_the_work(
+    tmp_path, monkeypatch, samples, arguments, error, message
+):
+    monkeypatch.setattr(driver, "load_model", lambda *_: pytest.fail("worked in vain"))
+    usual = {"model": mlp(), "out": tmp_path / "a.bank", "calibration": samples}
+    with pytest.raises(error, match=message) as caught:
+        build_bank(**{**usual, **arguments}, progress=False)
+    assert "\n" not in str(caught.value)
 
 
 def test_too_small_a_disk_is_found_before_the_work(model_file, samples, tmp_path, monkeypatch):
@@ -270,7 +299,7 @@ def test_command_builds_and_reports(model_file, samples, tmp_path, capsys):
     [
         (["--levels", "8,x"], UnknownLevelError.exit_code),
         (["--levels", "7"], UnknownLevelError.exit_code),
-        (["--calibration", "absent.npz"], StorageError.exit_code),
+        (["--calibration", "absent.npz"], InputFileError.exit_code),
     ],
 )
 def test_command_fails_in_one_line(model_file, tmp_path, capsys, arguments, code):

@@ -12,7 +12,7 @@ from bapq_edge.control.controller import (
     automatic_budget_bytes,
 )
 from bapq_edge.control.device_profile import load_profile
-from bapq_edge.errors import RequestError, SensorError
+from bapq_edge.errors import InputFileError, RequestError, SensorError
 from bapq_edge.sensors import Readings
 from benchmarks import controller_trace
 
@@ -405,7 +405,7 @@ def test_a_mock_trace_is_drawn_as_the_mock_would_play_it(tmp_path, capsys, monke
     times = [line.split(" s ")[0].strip() for line in capsys.readouterr().out.splitlines()[:-1]]
     assert times == ["10", "30"]
     monkeypatch.setattr("sys.argv", ["controller_trace", "--trace", str(tmp_path / "none.csv")])
-    assert controller_trace.main() == SensorError.exit_code
+    assert controller_trace.main() == InputFileError.exit_code
 
 
 # ---- configuration ----

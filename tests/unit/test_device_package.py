@@ -12,7 +12,7 @@ import pytest
 import bapq_edge
 from bapq_edge import errors
 from bapq_edge.control.device_profile import load_profile, profile_names
-from bapq_edge.units import format_size, parse_size
+from bapq_edge.units import counted, format_size, parse_size
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,6 +99,7 @@ def test_sizes():
     assert format_size(1536) == "1.5 KiB"
     assert format_size(64 << 20) == "64.0 MiB"
     assert format_size(12) == "12 B"
+    assert (counted(1, "layer"), counted(1200, "layer")) == ("1 layer", "1,200 layers")
     for size in (True, 0, -5, "64mib", "1e6", "MiB", "nan", "64", " 100 ", None):
         with pytest.raises(errors.SizeError):
             parse_size(size)
@@ -135,8 +136,12 @@ def test_a_malformed_profile_is_refused(tmp_path, change, message):
 def test_an_unknown_profile_is_refused_with_those_there_are(tmp_path):
     with pytest.raises(errors.ProfileError, match="raspberry_pi_4"):
         load_profile("raspberry_pi_6")
-    with pytest.raises(errors.ProfileError, match="cannot be read"):
-        load_profile(tmp_path / "absent.yaml")
+    for absent in ("absent.yaml", "absent"):
+        with pytest.raises(errors.InputFileError, match="cannot be read: No such file"):
+            load_profile(tmp_path / absent)
+    (tmp_path / "text").write_text("root:x:0:0\n")  # a path is a file's, whatever it is called
+    with pytest.raises(errors.ProfileError, match=r"text: missing keys"):
+        load_profile(tmp_path / "text")
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(errors.ProfileError, match="missing keys"):
         load_profile(tmp_path / "list.yaml")

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import quantization
 
-from bapq_edge.errors import ModelFormatError, UnsupportedModelError
+from bapq_edge.errors import InputFileError, ModelFormatError, UnsupportedModelError
 from bapq_tools.onnx_graph.importers.onnx_file import load_model
 from support import onnx_models as models
 from support.onnx_models import FLOAT, INT64, weights
@@ -54,11 +54,11 @@ def save_external(source: onnx.ModelProto, folder: Path) -> Path:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    refuse(tmp_path / "none.onnx", "missing")
+    refuse(tmp_path / "none.onnx", "No such file", InputFileError)
 
 
 def test_directory(tmp_path: Path) -> None:
-    refuse(tmp_path, "a directory")
+    refuse(tmp_path, "Is a directory", InputFileError)
 
 
 @pytest.mark.parametrize(

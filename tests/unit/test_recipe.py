@@ -14,7 +14,7 @@ from bapq_edge import Session
 from bapq_edge.bank.reader import Bank
 from bapq_edge.bank.verify import verify
 from bapq_edge.cli import main
-from bapq_edge.errors import RecipeError, StorageError
+from bapq_edge.errors import InputFileError, RecipeError
 from bapq_tools import build_bank
 from bapq_tools.quantize.options import LayerOptions
 from bapq_tools.recipe import load_recipe
@@ -117,7 +117,7 @@ def test_the_caller_stands_in_for_the_settings_of_all_layers(tmp_path):
         ("scale_columns: {4: 0}", "scale_columns.4 is '0', must be a multiple of 32"),
         ("scale_columns: {4: 32.0}", "scale_columns.4 is '32.0'"),
         ("keep_in_float: 1", "keep_in_float is '1', must be true or false"),
-        ("prune_tau: 1", "prune_tau is '1', must be a number from 0 up to, not with, 1"),
+        ("prune_tau: 1", "prune_tau is '1', must be a number from 0 to below 1, such as"),
         ("prune_tau: -0.1", "prune_tau is '-0.1'"),
         ("prune_tau: .nan", "prune_tau is 'nan'"),
         ("prune_tau: 1e-2", "prune_tau is '1e-2', must be a number"),  # text to YAML
@@ -166,7 +166,7 @@ def test_what_does_not_fit_the_model(recipe, message):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(StorageError, match=r"recipe .*no\.yaml cannot be read: No such file"):
+    with pytest.raises(InputFileError, match=r"no\.yaml cannot be read: No such file"):
         load_recipe(tmp_path / "no.yaml")
 
 

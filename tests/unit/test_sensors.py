@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from bapq_edge.control.device_profile import find_profile
-from bapq_edge.errors import SensorError
+from bapq_edge.errors import InputFileError, SensorError
 from bapq_edge.sensors import MockSensors, Readings, SystemSensors, open_sensors
 
 RECORDED = Path(__file__).resolve().parents[1] / "recorded"
@@ -401,7 +401,7 @@ def test_a_malformed_trace_is_refused(tmp_path, text, message):
 
 
 def test_a_trace_that_cannot_be_read_is_refused(tmp_path):
-    with pytest.raises(SensorError, match="cannot be read"):
+    with pytest.raises(InputFileError, match="cannot be read: No such file"):
         MockSensors(tmp_path / "absent.csv")
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SensorError, match="cannot be read"):

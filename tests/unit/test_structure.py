@@ -29,7 +29,8 @@ PACKAGES = {
 ROOMS: dict[str, list[str]] = {
     "bapq_edge": [
         "errors",
-        "units array_files runs_in_flight",
+        "units input_files runs_in_flight",
+        "array_files",
         "sensors telemetry",
         "bank",
         "engine",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import numbers
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ import onnx
 import onnxruntime
 
 from bapq_edge import __version__
+from bapq_edge.bank.files import digest_of_file
 from bapq_edge.bank.layout import (
     LEVELS,
     Level,
@@ -26,10 +28,11 @@ from bapq_edge.bank.layout import (
 )
 from bapq_edge.bank.manifest import Calibration, KeptNode, Manifest, SourceModel
 from bapq_edge.bank.reader import read_manifest
-from bapq_edge.bank.writer import BankWriter, check_is_bank
+from bapq_edge.bank.writer import BankWriter, check_bank_target
 from bapq_edge.errors import (
     BankError,
     BoundaryDroppedWarning,
+    RequestError,
     StorageError,
     UncalibratedWarning,
     UnknownLevelError,
@@ -40,11 +43,15 @@ from .build_support.heap import use_one_heap
 from .build_support.progress import Progress
 from .build_support.spill import Spill
 from .build_support.workers import Workers
-from .calibration.samples import CalibrationSource, load_calibration
+from .calibration.samples import (
+    CalibrationSource,
+    check_calibration_source,
+    load_calibration,
+)
 from .onnx_graph import graphs
 from .onnx_graph.assemble import assemble, drop_replaced
 from .onnx_graph.fold import fold
-from .onnx_graph.importers.onnx_file import load_model
+from .onnx_graph.importers.onnx_file import check_model_source, load_model
 from .onnx_graph.ir import LayerPlan
 from .onnx_graph.layers import find_layers
 from .quantize.checkpoint import Checkpoint
@@ -120,7 +127,9 @@ def build_bank(
         progress: show it on stderr.
 
     Raises:
+        RequestError: an argument that is of no use, such as no worker.
         RecipeError: the recipe, or `prune_tau`.
+        InputFileError: one of the files is missing or cannot be read.
         ModelError, CalibrationError: the source model or the calibration data.
         UnknownLevelError: a level that is none of 32, 8, 4, 2, 1, or no level at all.
         BankFormatError: something else than a bank stands at `out`.
@@ -131,10 +140,14 @@ def build_bank(
         None if levels is None else _checked_levels(levels), prune_tau
     )
     wanted = settings.levels
+    if not isinstance(out, str | os.PathLike):
+        raise RequestError(f"out is {out!r:.80}: give the path of the bank")
     out = Path(out)
-    _check_target(out)
-    if workers is None:
-        workers = len(os.sched_getaffinity(0))
+    check_bank_target(out)
+    workers = _checked_workers(workers)
+    check_model_source(model)
+    if calibration is not None:
+        check_calibration_source(calibration)
     stages = Progress(progress)
     use_one_heap()
 
@@ -206,9 +219,21 @@ def _digest_of(folded: onnx.ModelProto, plan: LayerPlan) -> str:
     return digest.hexdigest()
 
 
+def _checked_workers(workers: int | None) -> int:
+    if workers is None:
+        return len(os.sched_getaffinity(0))
+    if not _is_integer(workers) or workers < 1:
+        raise RequestError(f"workers is {workers!r:.80}: give a whole number from 1 on")
+    return int(workers)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def _checked_levels(levels: Iterable[int]) -> tuple[Level, ...]:
-    given = list(levels)
-    unknown = [level for level in given if level not in LEVELS or isinstance(level, bool)]
+    given = list(levels) if isinstance(levels, Iterable) else [levels]
+    unknown = [level for level in given if not _is_integer(level) or level not in LEVELS]
     if unknown or not given:
         found = f"level {unknown[0]!r}" if unknown else "no level"
         raise UnknownLevelError(
@@ -230,14 +255,6 @@ def _take_out_kept(
             reason = "the recipe keeps it in float"
             plan.kept_in_float.append(KeptNode(name, use.operator, layer.weight.size, reason))
     return options
-
-
-def _check_target(out: Path) -> None:
-    """Find out before any work whether the bank can be put at its name."""
-    if os.path.lexists(out):
-        check_is_bank(out)
-    elif not out.absolute().parent.is_dir():
-        raise StorageError(f"{out.absolute().parent} is no directory; create it to build there")
 
 
 def _warn_of_discarded(out: Path) -> None:
@@ -271,11 +288,8 @@ def _load(
 
 
 def _source(path: Path, name: str) -> SourceModel:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return SourceModel(name, path.stat().st_size, digest.hexdigest(), f"bapq-edge {__version__}")
+    digest = digest_of_file(path)
+    return SourceModel(name, path.stat().st_size, digest, f"bapq-edge {__version__}")
 
 
 def _check_space(

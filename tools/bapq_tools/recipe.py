@@ -22,7 +22,8 @@ from typing import Any
 import yaml
 
 from bapq_edge.bank.layout import BLOCK_COLUMNS, LEVELS, SCALED_PLANES, Level
-from bapq_edge.errors import RecipeError, StorageError
+from bapq_edge.errors import RecipeError
+from bapq_edge.input_files import input_file_errors
 
 from .quantize.options import LayerOptions
 
@@ -129,22 +130,22 @@ class Recipe:
 def load_recipe(source: RecipeSource | None) -> Recipe:
     """Read and check a recipe; None is an empty one.
 
-    Raises RecipeError for what is no recipe, StorageError for a file that cannot be read.
+    Raises RecipeError for what is no recipe, InputFileError for a file that cannot be read.
     """
     if source is None:
         return Recipe()
     if isinstance(source, Mapping):
         return _recipe("recipe", source)
+    if not isinstance(source, str | os.PathLike):
+        raise RecipeError(f"the recipe is {source!r:.80}: give a YAML file or a mapping")
     where = f"recipe {os.fspath(source)}"
     try:
-        text = Path(source).read_text(encoding="utf-8")
+        with input_file_errors(source):
+            text = Path(source).read_text(encoding="utf-8")
         return _recipe(where, yaml.load(text, _Loader))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{where} is not YAML: {reason}") from error
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StorageError(f"{where} cannot be read: {reason}; check the path") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -231,7 +232,7 @@ def _keep_in_float(where: str, value: Any) -> bool:
 
 def _prune_tau(where: str, value: Any) -> float:
     number = isinstance(value, float) or _is_integer(value)
-    _expect(number and 0 <= value < 1, where, value, "a number from 0 up to, not with, 1: 0.02")
+    _expect(number and 0 <= value < 1, where, value, "a number from 0 to below 1, such as 0.02")
     return float(value)
 
 

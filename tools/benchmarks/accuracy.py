@@ -30,7 +30,7 @@ from benchmarks.zoo import make_model
 from .cases import Case, judge, load_case
 from .measure import open_runtime
 from .models import WORK
-from .tables import add_format, print_table
+from .tables import add_format, add_names, print_table
 
 NAMES = ("minilm", "digits_cnn", "digits_mlp", "digits_resnet")
 LEVELS: tuple[Level, ...] = (8, 4, 2, 1)
@@ -41,12 +41,10 @@ LEVEL_SETS: tuple[tuple[Level, ...], ...] = ((8,), (8, 4), (8, 4, 2), (8, 4, 2, 
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="benchmarks.accuracy", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
+    add_names(parser, NAMES)
     add_format(parser, "json")
     arguments = parser.parse_args()
     names = arguments.names or NAMES
-    if unknown := set(names) - set(NAMES):
-        parser.error(f"no model {min(unknown)!r} with trained weights; of {', '.join(NAMES)}")
     results = []
     with Progress(True).stage("models", len(names)) as advance:
         for name in names:

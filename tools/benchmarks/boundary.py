@@ -18,7 +18,7 @@ from bapq_tools.build_support.progress import Progress
 
 from .boundary_experiment import NAMES, RESIDENT_SHARE, Experiment
 from .boundary_pictures import draw
-from .tables import add_format, print_table
+from .tables import add_format, add_names, print_table
 
 TABLES = (
     (
@@ -47,13 +47,11 @@ TABLES = (
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="benchmarks.boundary")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
+    add_names(parser, NAMES)
     add_format(parser, "json")
     parser.add_argument("--pictures", type=Path, help="folder that pictures are drawn into")
     arguments = parser.parse_args()
     names = arguments.names or NAMES
-    if unknown := set(names) - set(NAMES):
-        parser.error(f"no model {min(unknown)!r}; of {', '.join(NAMES)}")
     results = []
     with Progress(True).stage("models", len(names)) as advance:
         for name in names:

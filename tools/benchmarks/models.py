@@ -18,12 +18,11 @@ from typing import Any
 import onnxruntime
 
 from bapq_edge.engine.library import kernels_name
-from bapq_edge.units import format_size
 from bapq_tools.build_support.progress import Progress
 from benchmarks.zoo import MODELS
 
 from .measure import runtimes_of
-from .tables import add_format, print_table
+from .tables import add_format, add_names, format_mib, print_table
 
 WORK = Path(__file__).resolve().parents[2] / ".cache" / "bench"
 
@@ -34,12 +33,9 @@ RUN_HEADS = ("model", "runtime", "reads", "error", "answers", "memory", "time")
 def main() -> int:
     """Measure and print; 0, or 1 when a measurement failed."""
     parser = argparse.ArgumentParser(prog="benchmarks.models", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}")
+    add_names(parser, MODELS)
     add_format(parser, "json")
     arguments = parser.parse_args()
-    unknown = set(arguments.names) - set(MODELS)
-    if unknown:
-        parser.error(f"no model {min(unknown)!r}; choose of {', '.join(MODELS)}")
     try:
         results = [measure_model(name) for name in arguments.names or MODELS]
     except subprocess.CalledProcessError as error:
@@ -95,9 +91,9 @@ def _build_row(result: dict[str, Any]) -> list[str]:
     return [
         result["model"],
         f"{result['weights'] / 1e6:.2f} M",
-        _size(result["runs"][0]["bytes"]),
-        _size(result["bank_bytes"]),
-        _size(result["bank_bytes"] - result["f32_plane_bytes"]),
+        format_mib(result["runs"][0]["bytes"]),
+        format_mib(result["bank_bytes"]),
+        format_mib(result["bank_bytes"] - result["f32_plane_bytes"]),
         f"{result['build_s']:.1f} s",
     ]
 
@@ -107,19 +103,14 @@ def _run_rows(result: dict[str, Any]) -> list[list[str]]:
         [
             result["model"],
             _runtime(run["runtime"]),
-            _size(run["bytes"]),
+            format_mib(run["bytes"]),
             "" if run["runtime"] == "fp32" else f"{run['relative_error']:.2g}",
             _answers(run),
-            _size(run["peak_growth_bytes"]),
+            format_mib(run["peak_growth_bytes"]),
             f"{run['time_over_fp32']:.2f}",
         ]
         for run in result["runs"]
     ]
-
-
-def _size(size_bytes: int) -> str:
-    """In MiB where `format_size` would round to a tenth of a GiB."""
-    return format_size(size_bytes) if size_bytes < 1 << 30 else f"{size_bytes / (1 << 20):.1f} MiB"
 
 
 def _runtime(name: str) -> str:

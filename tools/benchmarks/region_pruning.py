@@ -41,7 +41,7 @@ from benchmarks.zoo.distorted import distort
 
 from .cases import load_case
 from .models import WORK
-from .tables import add_format, print_table
+from .tables import add_format, add_names, print_table
 
 NAMES = ("digits_cnn", "digits_resnet", "digits_mlp")
 LEVEL: Level = 8
@@ -74,12 +74,10 @@ class Outcome:
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="benchmarks.region_pruning")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
+    add_names(parser, NAMES)
     add_format(parser, "json")
     arguments = parser.parse_args()
     names = arguments.names or NAMES
-    if unknown := set(names) - set(NAMES):
-        parser.error(f"no model {min(unknown)!r}; of {', '.join(NAMES)}")
     results = []
     with Progress(True).stage("splits", SPLITS * len(names)) as advance:
         for name in names:

@@ -20,11 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bapq_edge.units import format_size
-
 from .cgroups import GroupError, memory_group, slow_reads_group, within
 from .models import WORK
-from .tables import add_format, print_table
+from .tables import add_format, add_names, format_mib, print_table
 
 BUDGETS = {"vgg19": "64MiB", "resnet50": "32MiB", "minilm": "16MiB", "densenet121": "32MiB"}
 STORAGE_BYTES_S = 40_000_000
@@ -83,10 +81,10 @@ def budgets() -> Section:
             [
                 name,
                 budget.replace("MiB", " MiB"),
-                _mib(growth),
-                _mib(fp32_growth),
+                format_mib(growth),
+                format_mib(fp32_growth),
                 f"{1 - growth / fp32_growth:.1%}",
-                _mib(two["read_bytes"]),
+                format_mib(two["read_bytes"]),
                 f"{two['ratio']:.2f}",
                 f"{one['ratio']:.2f}",
             ]
@@ -111,7 +109,7 @@ def cold() -> Section:
                     [
                         name,
                         BUDGETS[name].replace("MiB", " MiB"),
-                        _mib(found["read_bytes"]),
+                        format_mib(found["read_bytes"]),
                         *(f"{s:.2f} s" for s in times),
                         f"{over:.2f}",
                     ]
@@ -149,11 +147,11 @@ def switch() -> Section:
         section.rows.append(
             [
                 name,
-                _mib(found["freed_bytes"]),
+                format_mib(found["freed_bytes"]),
                 *(f"{found[key] * 1e3:.1f} ms" for key in ("down_s", "slowest_down_s")),
                 f"{found['read_down_bytes']} bytes",
-                _mib(found["read_up_bytes"]),
-                _mib(found["plane_bytes"]),
+                format_mib(found["read_up_bytes"]),
+                format_mib(found["plane_bytes"]),
             ]
         )
     return section
@@ -200,12 +198,9 @@ SECTIONS: dict[str, Callable[[], Section]] = {
 def main() -> int:
     """Measure and print; 0, or 1 when a measurement failed."""
     parser = argparse.ArgumentParser(prog="benchmarks.streaming", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
+    add_names(parser, SECTIONS, "section")
     add_format(parser, "json")
     arguments = parser.parse_args()
-    unknown = set(arguments.names) - set(SECTIONS)
-    if unknown:
-        parser.error(f"no section {min(unknown)!r}; choose of {', '.join(SECTIONS)}")
     results = {}
     try:
         for name in BUDGETS:
@@ -250,13 +245,6 @@ def _read_anew(bank: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             while file.read(1 << 20):
                 pass
-
-
-def _mib(size_bytes: float) -> str:
-    """In MiB where `format_size` would round to a tenth of a GiB."""
-    if size_bytes < 1 << 30:
-        return format_size(int(size_bytes))
-    return f"{size_bytes / (1 << 20):.1f} MiB"
 
 
 if __name__ == "__main__":

@@ -1,12 +1,31 @@
-"""Tables on a terminal or as Markdown."""
+"""What the programs share: the names that they are given, and tables as text or Markdown."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-__all__ = ["add_format", "print_table"]
+from bapq_edge.units import format_size
+
+__all__ = ["add_format", "add_names", "format_mib", "print_table"]
+
+
+def add_names(parser: argparse.ArgumentParser, known: Collection[str], what: str = "model") -> None:
+    """Add `names`: none, or some of those that are known."""
+    choice = f"of {', '.join(known)}"
+
+    def name(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"no {what} {text!r}; choose {choice}")
+        return text
+
+    parser.add_argument("names", nargs="*", type=name, metavar=what.upper(), help=choice)
+
+
+def format_mib(size_bytes: float) -> str:
+    """The size in MiB where `format_size` would round to a tenth of a GiB."""
+    return format_size(size_bytes) if size_bytes < 1 << 30 else f"{size_bytes / (1 << 20):.1f} MiB"
 
 
 def add_format(parser: argparse.ArgumentParser, *more: str) -> None:

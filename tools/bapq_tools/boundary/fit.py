@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import onnx
 from numpy.typing import ArrayLike
 
 from bapq_edge.bank.boundary import Boundary, BoundaryArrays
+from bapq_edge.bank.writer import check_bank_target
 from bapq_edge.errors import (
     BoundaryDroppedWarning,
     BoundaryWarning,
@@ -85,8 +89,15 @@ def fit(
         BankError: the bank.
         CalibrationError: the samples.
         ModelError: the float model.
+        InputFileError: one of the files is missing or cannot be read.
         StorageError: the disk.
     """
+    _check_request(target_agreement, confidence, seed)
+    for name, value in (("tap", tap), ("escalate", escalate)):
+        if isinstance(value, str):
+            raise RequestError(f"{name} is {value!r:.80}: give a list, such as [{value!r:.80}]")
+    if out is not None:
+        check_bank_target(Path(out))
     with Study(
         bank,
         calibration,
@@ -127,10 +138,7 @@ def fit_models(
     About half of them find features and regions; what is stated is measured on the others.
     Arguments and errors are those of `fit`.
     """
-    if target_agreement is not None and not 0 < target_agreement <= 1:
-        raise RequestError(f"target agreement is {target_agreement}, must be above 0 and at most 1")
-    if not 0.5 <= confidence < 1:
-        raise RequestError(f"confidence is {confidence}, must be from 0.5 to below 1")
+    _check_request(target_agreement, confidence, seed)
     chosen = _checked_rows(rows, study.samples)
     pairs = [parse_pair(text) for text in escalate] or default_pairs(study.bank)
     for precision in {precision for pair in pairs for precision in pair}:
@@ -162,6 +170,23 @@ def fit_models(
     cut = None if gate is None else gate.cut
     split = None if cut is None else (*study.halves(cut), cut.head_layers)
     return Fit([(each.model, each.arrays) for each in found], split, report)
+
+
+def _check_request(target_agreement: object, confidence: object, seed: object) -> None:
+    if target_agreement is not None and not (
+        _is_real(target_agreement) and 0 < target_agreement <= 1
+    ):
+        raise RequestError(
+            f"target agreement is {target_agreement!r:.80}, must be above 0 and at most 1"
+        )
+    if not (_is_real(confidence) and 0.5 <= confidence < 1):
+        raise RequestError(f"confidence is {confidence!r:.80}, must be from 0.5 to below 1")
+    if not (_is_real(seed) and isinstance(seed, numbers.Integral) and seed >= 0):
+        raise RequestError(f"seed is {seed!r:.80}, must be a whole number from 0 on")
+
+
+def _is_real(value: object) -> TypeGuard[float]:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _checked_rows(rows: ArrayLike | None, samples: int) -> np.ndarray:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bapq_edge.units import counted
+
 __all__ = ["FitReport", "ModelReport", "PointReport", "StaticReport"]
 
 
@@ -76,8 +78,8 @@ class FitReport:
     def __str__(self) -> str:
         """List what people want to know: one line per precision and operating point."""
         lines = [
-            f"{self.bank}: {self.agreement}, {self.samples} samples, {self.held_out} held out; "
-            f"bounds at confidence {self.confidence:g}"
+            f"{self.bank}: {self.agreement}, {counted(self.samples, 'sample')}, "
+            f"{self.held_out} held out; bounds at confidence {self.confidence:g}"
         ]
         lines += [
             f"static {each.precision}: {_figures(each)}"
@@ -86,8 +88,9 @@ class FitReport:
         for model in self.models:
             base = f" at {model.base}" if model.stage != "start" else ""
             lines.append(
-                f"{model.name}: {model.regions} regions by {model.kind} of {model.features} "
-                f"features of {model.tap!r}{base}, {len(model.points)} operating points"
+                f"{model.name}: {counted(model.regions, 'region')} by {model.kind} of "
+                f"{counted(model.features, 'feature')} of {model.tap!r}{base}, "
+                f"{counted(len(model.points), 'operating point')}"
             )
             for i in _shown(model):
                 point = model.points[i]

@@ -32,7 +32,12 @@ from bapq_edge.errors import (
 from bapq_edge.units import format_size
 
 from ..build_support.progress import Progress
-from ..calibration.samples import CalibrationSource, load_calibration
+from ..calibration.samples import (
+    CalibrationSource,
+    check_calibration_source,
+    load_calibration,
+)
+from ..onnx_graph.importers.onnx_file import check_model_source
 from .agreement import Judge, find_judge, parse_agreement
 from .features import pool_of
 from .runner import Feed, Runner, map_feeds, run_graph
@@ -88,9 +93,13 @@ class Study:
             progress: show it on stderr.
 
         Raises:
-            BankError, CalibrationError, ModelError, RequestError, BoundaryError.
+            BankError, CalibrationError, ModelError, InputFileError, RequestError, BoundaryError.
         """
-        parse_agreement(agreement)  # before anything is run
+        # Before anything is run.
+        parse_agreement(agreement)
+        check_calibration_source(calibration)
+        if model is not None:
+            check_model_source(model)
         self.bank = bank if isinstance(bank, Bank) else Bank.open(bank)
         self.graph = BankGraph(self.bank)
         self.inputs = [item for item in self.graph.model.graph.input if item.name != RUN_INPUT]
@@ -144,7 +153,11 @@ class Study:
         """The judged output at a precision."""
         if precision not in self._answers:
             self._answers[precision] = self._run(
-                self.bank.graph_bytes(), precision, self.judge.output, self.feeds, f"at {precision}"
+                self.bank.graph_bytes(),
+                precision,
+                self.judge.output,
+                self.feeds,
+                f"answers at {precision}",
             )
         return self._answers[precision]
 
@@ -173,7 +186,7 @@ class Study:
         key = cut.tap, base
         if key not in self._taps:
             head, _ = self.halves(cut)
-            text = f"{cut.tap} at {base}"
+            text = f"tap {cut.tap} at {base}"
             first = self.runner.run(head, base, [cut.tap], self.feeds[:1], _first, lambda: None)
             _tap(cut.tap, first)
             size = first[0].nbytes * self.samples
@@ -229,8 +242,6 @@ class Study:
             source: str | bytes = model.SerializeToString()
         else:
             source = os.fspath(model)
-            if not Path(source).is_file():
-                raise ModelFormatError(f"{source} is missing or not a file; name an .onnx file")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 4
         try:

@@ -16,8 +16,8 @@ from bapq_edge.errors import (
     CalibrationError,
     CalibrationShapeError,
     CalibrationValueError,
-    StorageError,
 )
+from bapq_edge.input_files import check_input_file
 
 _MASK = "attention_mask"
 """The input by which language models are told which tokens are padding, by common convention."""
@@ -54,6 +54,21 @@ class CalibrationData:
         return {name: np.asarray(value, order="C") for name, value in feed.items()}
 
 
+def check_calibration_source(source: object) -> None:
+    """Refuse, before any work, what can be no calibration data.
+
+    Raises CalibrationError for an object of another type, InputFileError for a file that cannot be
+    read.
+    """
+    if isinstance(source, str | os.PathLike):
+        check_input_file(source)
+    elif not isinstance(source, Mapping):
+        raise CalibrationError(
+            f"the calibration data is of type {type(source).__name__}: give an .npz file, or a "
+            "mapping of the model's inputs to arrays"
+        )
+
+
 def load_calibration(
     source: CalibrationSource, model_inputs: Iterable[onnx.ValueInfoProto]
 ) -> CalibrationData:
@@ -67,8 +82,9 @@ def load_calibration(
         CalibrationArrayError: an array is missing, or no input has its name.
         CalibrationShapeError: shape or type do not fit, or sample counts differ.
         CalibrationValueError: NaN or infinity.
-        StorageError: the file cannot be read.
+        InputFileError: the file cannot be read.
     """
+    check_calibration_source(source)
     inputs = {item.name: item.type.tensor_type for item in model_inputs}
     if isinstance(source, Mapping):
         given = {str(name): np.asarray(array) for name, array in source.items()}
@@ -122,11 +138,6 @@ def _read(path: str | os.PathLike[str], inputs: list[str]) -> dict[str, np.ndarr
         arrays = read_arrays(path)
     except ValueError as error:
         raise CalibrationError(str(error)) from error
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StorageError(
-            f"calibration file {os.fspath(path)} cannot be read: {reason}; check the path"
-        ) from error
     if isinstance(arrays, dict):
         return arrays
     if len(inputs) != 1:

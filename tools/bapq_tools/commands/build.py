@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bapq_edge.bank.reader import Bank
 from bapq_edge.commands.options import add_json, parse_levels
-from bapq_edge.units import format_size
+from bapq_edge.units import counted, format_size
 
 from ..build_support.extras import host_packages
 
@@ -24,13 +24,13 @@ __all__ = ["add_build_command", "run_build"]
 def add_build_command(commands: Any) -> None:
     """Add `build` to the subparsers of the `bapq` command."""
     build = commands.add_parser("build", help="compile an ONNX model into a bank")
-    build.add_argument("model", type=Path, metavar="MODEL.onnx")
+    build.add_argument("model", type=Path, metavar="MODEL.onnx", help="model to compile")
     build.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="OUT.bank",
-        help="default: beside MODEL.onnx",
+        help="bank to write (default: beside MODEL.onnx, with its name)",
     )
     build.add_argument(
         "--calibration",
@@ -46,7 +46,8 @@ def add_build_command(commands: Any) -> None:
         "--recipe",
         type=Path,
         metavar="FILE.yaml",
-        help="per layer, by name or pattern: levels, scale_columns, keep_in_float, prune_tau",
+        help="settings per layer, by name or pattern: levels, scale_columns, keep_in_float, "
+        "prune_tau",
     )
     build.add_argument(
         "--prune-tau",
@@ -60,7 +61,10 @@ def add_build_command(commands: Any) -> None:
         help="print the sensitive layers as a recipe; without -o no bank is left",
     )
     build.add_argument(
-        "--workers", type=_positive, metavar="N", help="processes (default: one per core)"
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="number of processes (default: one per core)",
     )
     build.add_argument(
         "--dask",
@@ -120,11 +124,11 @@ def _positive(text: str) -> int:
 
 
 def _summary(report: BuildReport) -> str:
-    seen = f"{report.calibration_samples} calibration samples"
+    seen = counted(report.calibration_samples, "calibration sample")
     lines = [
-        f"{report.bank}: {report.weights:,} weights in {report.layers} layers, "
+        f"{report.bank}: {counted(report.weights, 'weight')} in {counted(report.layers, 'layer')}, "
         f"{seen if report.calibration_samples else 'no calibration'}, "
-        f"{report.kept_in_float} nodes with weights kept in float",
+        f"{counted(report.kept_in_float, 'node')} with weights kept in float",
         "planes: "
         + ", ".join(f"{plane} {format_size(size)}" for plane, size in report.plane_bytes.items()),
         "mean relative error: "

@@ -20,7 +20,7 @@ __all__ = ["add_fit_command", "run_fit"]
 def add_fit_command(commands: Any) -> None:
     """Add `fit` to the subparsers of the `bapq` command."""
     fit = commands.add_parser("fit", help="fit boundary models: which inputs need more bits")
-    fit.add_argument("bank", type=Path, metavar="BANK")
+    fit.add_argument("bank", type=Path, metavar="BANK", help="directory of the bank")
     fit.add_argument(
         "--calibration",
         type=Path,
@@ -51,7 +51,8 @@ def add_fit_command(commands: Any) -> None:
     fit.add_argument(
         "--agreement",
         metavar="KIND",
-        help="argmax, cosine or tolerance:X (default: as the output looks)",
+        help="how answers are compared: argmax, cosine or tolerance:X (default: as the output "
+        "looks)",
     )
     fit.add_argument("--judge", metavar="OUTPUT", help="output that is judged, of several")
     fit.add_argument(
@@ -59,14 +60,25 @@ def add_fit_command(commands: Any) -> None:
         nargs="+",
         default=[],
         metavar="FROM:TO",
-        help="such as 2:8, or 4.6b:8 from a plan of 4.6 bits (default: every level to the highest)",
+        help="precisions to go from and to, such as 2:8, or 4.6b:8 from a plan of 4.6 bits "
+        "(default: every level to the highest)",
     )
     fit.add_argument(
-        "--confidence", type=float, default=0.9, metavar="C", help="of the bounds (default: 0.9)"
+        "--confidence",
+        type=float,
+        default=0.9,
+        metavar="C",
+        help="confidence of the bounds (default: 0.9)",
     )
-    fit.add_argument("--seed", type=int, default=0, metavar="N", help="of the splits (default: 0)")
     fit.add_argument(
-        "-o", "--output", type=Path, metavar="OUT.bank", help="default: BANK is replaced"
+        "--seed", type=int, default=0, metavar="N", help="seed of the splits (default: 0)"
+    )
+    fit.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="OUT.bank",
+        help="bank to write (default: BANK is replaced)",
     )
     fit.add_argument("--quiet", action="store_true", help="show no progress and no summary")
     add_json(fit, "the report")

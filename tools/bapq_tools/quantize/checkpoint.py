@@ -8,8 +8,6 @@ and removed; a damaged one is recognised by the digest in its name.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import json
 import os
 import re
@@ -21,9 +19,10 @@ from types import TracebackType
 import numpy as np
 
 from bapq_edge.bank.codes import LayerCodes
+from bapq_edge.bank.files import digest_of_file
 from bapq_edge.bank.layer import Method
 from bapq_edge.bank.layout import LEVELS, PLANES, Level, Plane, planes_for
-from bapq_edge.bank.staging import storage_errors
+from bapq_edge.bank.staging import lock_directory, storage_errors
 from bapq_edge.errors import ClusterError, StorageError, WorkerError
 
 from ..onnx_graph.ir import HeavyLayer
@@ -56,13 +55,13 @@ class Checkpoint:
         """Raises StorageError, also when another build works in the folder."""
         with storage_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
-            self._lock = _lock_folder(self.folder)
+            self._lock = lock_directory(self.folder)
             if self._read_key() != self._key:
                 _empty(self.folder)
                 (self.folder / _KEY_FILE).write_text(json.dumps(self._key))
             for path in self.folder.iterdir():
                 found = _LAYER_FILE.fullmatch(path.name)
-                if found and _digest(path) == found[2]:
+                if found and digest_of_file(path) == found[2]:
                     self._files[int(found[1])] = path
                 elif path.name != _KEY_FILE:
                     _remove(path)
@@ -116,7 +115,7 @@ class Checkpoint:
         with storage_errors(self.folder):
             fresh = self.scratch / "layer.npz"
             np.savez(fresh, **arrays)  # type: ignore[arg-type]  # no array is allow_pickle
-            path = self.folder / f"layer_{index}.{_digest(fresh)}.npz"
+            path = self.folder / f"layer_{index}.{digest_of_file(fresh)}.npz"
             os.replace(fresh, path)
         self._files[index] = path
 
@@ -174,27 +173,6 @@ def _unpacked(plane: Plane, packed: np.ndarray, columns: int) -> np.ndarray:
     code = np.empty((len(packed), 2 * packed.shape[1]), np.uint8)
     code[:, ::2], code[:, 1::2] = packed & 15, packed >> 4
     return code[:, :columns]
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _lock_folder(folder: Path) -> int:
-    """Lock the folder, so that no two builds take each other's files for leftovers."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise StorageError(
-            f"{folder}: another program is building there: wait for it to finish"
-        ) from None
-    return descriptor
 
 
 def _empty(folder: Path) -> None:

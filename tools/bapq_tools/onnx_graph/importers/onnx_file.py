@@ -15,7 +15,8 @@ import onnx.version_converter
 from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
-from bapq_edge.errors import ModelFormatError, StorageError, UnsupportedModelError
+from bapq_edge.errors import ModelFormatError, UnsupportedModelError
+from bapq_edge.input_files import check_input_file, input_file_errors
 
 from .. import graphs
 from .constants import constants_to_initializers, drop_initializers_from_inputs
@@ -25,6 +26,21 @@ from .quantized import resolve_quantization
 OLDEST_OPSET = 9
 
 
+def check_model_source(source: object) -> None:
+    """Refuse, before any work, what can be no model.
+
+    Raises ModelFormatError for an object of another type, InputFileError for a file that cannot be
+    read.
+    """
+    if isinstance(source, str | os.PathLike):
+        check_input_file(source)
+    elif not isinstance(source, onnx.ModelProto):
+        raise ModelFormatError(
+            f"the model is of type {type(source).__name__}: give an .onnx file or an "
+            "onnx.ModelProto"
+        )
+
+
 def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
     """Read an ONNX file, with its external data, and bring it into plain form.
 
@@ -32,7 +48,7 @@ def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
         ModelFormatError: not an ONNX model, broken, or its external data is missing or outside of
             the model's folder.
         UnsupportedModelError: an opset that cannot be converted.
-        StorageError: the file cannot be read.
+        InputFileError: the file cannot be read.
     """
     path = Path(path)
     model = _inline_functions(_parse(path))
@@ -48,9 +64,6 @@ def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
 
 
 def _parse(path: Path) -> onnx.ModelProto:
-    if not path.is_file():
-        found = "a directory" if path.is_dir() else "not a file" if path.exists() else "missing"
-        raise ModelFormatError(f"{path} is {found}; name an .onnx file")
     data = _read(path)
     try:
         model: onnx.ModelProto = onnx.ModelProto.FromString(data)
@@ -67,12 +80,9 @@ def _parse(path: Path) -> onnx.ModelProto:
 
 
 def _read(path: Path, offset: int = 0, size: int = -1) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            return file.read(size)
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}; check the file") from error
+    with input_file_errors(path), open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 def load_external_data(model: onnx.ModelProto, folder: Path) -> None:

@@ -258,6 +258,10 @@ def test_rows_of_a_region_are_skipped(bank, expected, tmp_path):
         h1 = plans_of(session).by_precision[skipping]
         assert (h1.levels[:5] == 0).all() and (h1.levels[5:] == 8).all()
         assert not np.array_equal(y, expected[HIGH][-1])
+    unknown = Script((Precision(level=8, region=2),), shares={skipping: 1.0})
+    refused = pytest.raises(RequestError, match=r"region 2 is asked for, .* have regions 0 to 1")
+    with Session(fitted, policy=unknown, threads=1) as session, refused:
+        run(session, PLUS)
 
 
 @pytest.mark.parametrize(

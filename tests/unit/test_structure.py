@@ -109,6 +109,18 @@ def imports_within(package: str) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
+def test_what_is_imported_of_the_project_is_there(package):
+    known = {module for each in PACKAGES for module in modules_of(each)}
+    missing = [
+        f"{module} imports {other}"
+        for module, path in modules_of(package).items()
+        for other in imports_of(path, module)
+        if other.partition(".")[0] in PACKAGES and other not in known
+    ]
+    assert sorted(missing) == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_no_modules_import_each_other_in_a_circle(package):
     try:
         TopologicalSorter(imports_within(package)).prepare()

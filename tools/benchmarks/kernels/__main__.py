@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bapq_edge.engine.native import kernels_name
+from bapq_edge.engine.library import kernels_name
 
 from .mca import CORES, bound_cycles, estimate_cycles, llvm_version, loops_of
 from .native import SHAPES, measure

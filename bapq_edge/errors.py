@@ -44,6 +44,7 @@
     ├── UncalibratedWarning             built without calibration data
     ├── DegradedWarning                 a run used a lower level than planned
     ├── BudgetExceededWarning           a run needed more memory than the budget leaves
+    ├── IgnoredSettingWarning           a setting of another library means nothing to a bank
     ├── BoundaryDroppedWarning          a bank is written again without its boundary models
     └── BoundaryWarning                 a fit left something out, or doubts what it was given
 
@@ -75,6 +76,7 @@ __all__ = [
     "ClusterError",
     "DegradedWarning",
     "ExecutionError",
+    "IgnoredSettingWarning",
     "InputFileError",
     "InterruptedUpdateWarning",
     "MissingExtraError",
@@ -350,6 +352,10 @@ class DegradedWarning(BapqWarning):
 
 class BudgetExceededWarning(BapqWarning):
     """A run needed more memory besides weights than the budget leaves; nothing is pinned now."""
+
+
+class IgnoredSettingWarning(BapqWarning):
+    """A setting that a program gives another library cannot be honoured; given once by name."""
 
 
 class BoundaryDroppedWarning(BapqWarning):

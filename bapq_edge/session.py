@@ -38,6 +38,8 @@ from .options import (
     checked_level,
     checked_listener,
 )
+from .ort_api.arguments import checked_ort_arguments
+from .ort_api.methods import InferenceSessionMethods
 from .planning.ledger import MemoryLedger
 from .planning.passes import Passes
 from .planning.publisher import Publisher
@@ -55,8 +57,8 @@ if TYPE_CHECKING:  # loaded by sessions that need them
 __all__ = ["Session"]
 
 
-class Session:
-    """A model in a bank, ready to run; the shape of `onnxruntime.InferenceSession`.
+class Session(InferenceSessionMethods):
+    """A model in a bank, ready to run; a drop-in for `onnxruntime.InferenceSession`.
 
     Safe to use from several threads: runs go on side by side, and each sees one plan from its first
     operator to its last, whatever is switched meanwhile. Once closed, a session tells its `events`
@@ -68,6 +70,9 @@ class Session:
     def __init__(
         self,
         bank: str | os.PathLike[str],
+        sess_options: Any = None,
+        providers: Sequence[Any] | None = None,
+        provider_options: Sequence[Mapping[Any, Any]] | None = None,
         *,
         memory_budget: int | str | None = None,
         level: Level | str = "auto",
@@ -86,6 +91,8 @@ class Session:
 
         Args:
             bank: the bank's directory.
+            sess_options, providers, provider_options: as in ONNX Runtime; what a bank cannot
+                honour is an IgnoredSettingWarning, once by name.
             memory_budget: bytes that the process's resident memory may grow by for this model, as
                 a number or such as "64MiB"; "auto" takes a share of what the device has free now;
                 None is no limit.
@@ -132,7 +139,8 @@ class Session:
             direct_io=direct_io,
             on_switch=on_switch,
         )
-        self._threads = int(options.threads or len(os.sched_getaffinity(0)))
+        ort_threads, settings = checked_ort_arguments(sess_options, providers, provider_options)
+        self._threads = int(options.threads or ort_threads or len(os.sched_getaffinity(0)))
         self._bank = Bank.open(bank)
         self._log = EventLog(Path(self._bank.path).name)
         self._profile = find_profile() if profile is None else load_profile(profile)
@@ -153,7 +161,7 @@ class Session:
             self._store = Store(self._bank, direct=options.direct_io)
             undo.callback(self._store.close)
             splits = self._runner is not None and self._runner.splits
-            self._graphs = Graphs(self._bank, self._threads, split=splits)
+            self._graphs = Graphs(self._bank, self._threads, split=splits, settings=settings)
             undo.callback(self._graphs.close)
             self._publisher = Publisher(self._store)
             self._replanner = Replanner(
@@ -266,8 +274,11 @@ class Session:
             outputs = self._answer(input_feed, list(dict.fromkeys(names)), run_options)
         return [outputs[name] for name in names]
 
-    def run_async(
-        self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any]
+    def submit(
+        self,
+        output_names: Sequence[str] | None,
+        input_feed: Mapping[str, Any],
+        run_options: Any = None,
     ) -> Future[list[Any]]:
         """Run the model on a thread of the session's own; the future gives what `run` would.
 
@@ -278,7 +289,7 @@ class Session:
             self._runs.check_open()
             check_feed(self._graphs.input_names, input_feed)
             names = checked_names(self._graphs.output_names, output_names)
-            return self._queue.submit(self.run, list(names), dict(input_feed))
+            return self._queue.submit(self.run, list(names), dict(input_feed), run_options)
 
     def _answer(
         self, feed: Mapping[str, Any], names: Sequence[str], run_options: Any
@@ -357,16 +368,6 @@ class Session:
 
     # ---- what the session tells ----
 
-    def get_inputs(self) -> list[Any]:
-        """The model's inputs, as `onnxruntime.NodeArg` (name, shape, type)."""
-        self._runs.check_open()
-        return list(self._graphs.inputs)
-
-    def get_outputs(self) -> list[Any]:
-        """The model's outputs, as `onnxruntime.NodeArg` (name, shape, type)."""
-        self._runs.check_open()
-        return list(self._graphs.outputs)
-
     def stats(self) -> SessionStats:
         """Memory, precision and counts of this moment."""
         with self._replanner.lock, self._lock:
@@ -417,7 +418,7 @@ class Session:
     def close(self) -> None:
         """Wait for the runs in flight, then give all memory back. Closing twice is fine.
 
-        Runs of `run_async` that have not begun are cancelled. Whoever closes, on any thread, finds
+        Runs of `submit` that have not begun are cancelled. Whoever closes, on any thread, finds
         the session closed afterwards. Raises RequestError on a thread that is in a run, such as in
         a policy or in a listener that the run calls: it would wait for itself.
         """

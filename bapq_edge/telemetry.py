@@ -14,7 +14,7 @@ import warnings
 from collections import Counter, deque
 from dataclasses import dataclass
 
-from .errors import BapqWarning
+from .errors import BapqWarning, IgnoredSettingWarning
 from .units import format_size
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "rss_bytes",
     "trim_heap",
     "warn_caller",
+    "warn_ignored",
 ]
 
 logger = logging.getLogger("bapq_edge")
@@ -169,6 +170,17 @@ def warn_caller(text: str, category: type[BapqWarning]) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("bapq_edge."):
         depth, frame = depth + 1, frame.f_back
     warnings.warn(text, category, stacklevel=depth)
+
+
+_told: set[str] = set()
+"""Settings that this process was warned of."""
+
+
+def warn_ignored(setting: str, reason: str) -> None:
+    """Give an IgnoredSettingWarning, the first time that this setting is ignored."""
+    if setting not in _told:
+        _told.add(setting)
+        warn_caller(f"{setting} is not honoured: {reason}", IgnoredSettingWarning)
 
 
 def _status_bytes(field: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping, Sequence
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, Literal
 
 from ..bank.manifest import FileEntry
@@ -21,7 +21,15 @@ from .code_pages import release_code
 from .feeds import in_native_order
 from .library import library_path
 
-__all__ = ["RUN_INPUT", "Graph", "Graphs", "Part", "check_run_options", "open_graph"]
+__all__ = [
+    "RUN_INPUT",
+    "Graph",
+    "Graphs",
+    "Part",
+    "check_run_options",
+    "import_onnxruntime",
+    "open_graph",
+]
 
 Part = Literal["whole", "head", "body"]
 """The whole graph, or one of the two halves that a gate looks between."""
@@ -30,7 +38,7 @@ RUN_INPUT = "bapq.run"
 """Graph input that carries the ticket of a run (int64, no axes) to every operator of ours."""
 
 
-def _import_onnxruntime() -> ModuleType | ImportError:
+def _imported() -> ModuleType | ImportError:
     # 1.31 reports its use over the network, from a database that it keeps on the board's storage,
     # with a thread of its own and 2 MiB. Who wants that sets the variable to 0.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -41,7 +49,17 @@ def _import_onnxruntime() -> ModuleType | ImportError:
 
 
 # With the package, not with the first session: its code is no part of a model's memory budget.
-_onnxruntime = _import_onnxruntime()
+_onnxruntime = _imported()
+
+
+def import_onnxruntime() -> ModuleType:
+    """The module. Raises PlatformError when it is not there."""
+    if isinstance(_onnxruntime, ImportError):
+        raise PlatformError(
+            f"onnxruntime cannot be imported ({_onnxruntime}): "
+            "install it with 'pip install onnxruntime'"
+        ) from _onnxruntime
+    return _onnxruntime
 
 
 class Graph:
@@ -49,7 +67,8 @@ class Graph:
 
     def __init__(self, session: Any, where: str) -> None:
         """Take an onnxruntime.InferenceSession; `where`, the bank's path, begins its errors."""
-        self._session = session
+        self.session = session
+        """ONNX Runtime's own, for what only it can tell."""
         self._where = where
         inputs = list(session.get_inputs())
         self.inputs: list[Any] = [value for value in inputs if value.name != RUN_INPUT]
@@ -71,7 +90,7 @@ class Graph:
         names = self._output_names if names is None else list(names)
         own = {name: in_native_order(feed[name]) for name in self._input_names if name in feed}
         try:
-            outputs = self._session.run(names, own, run_options)
+            outputs = self.session.run(names, own, run_options)
         except Exception as error:  # ONNX Runtime raises classes of its own, without a common base
             kind = RunInputError if _is_input_error(error) else ExecutionError
             raise kind(f"{self._where}: ONNX Runtime: {_one_line(error)}") from error
@@ -81,8 +100,15 @@ class Graph:
 class Graphs:
     """The graphs that a session of a bank runs: the whole one, or the two halves of it."""
 
-    def __init__(self, bank: Bank, threads: int, *, split: bool) -> None:
-        """Open them; an operator runs on up to `threads` threads.
+    def __init__(
+        self,
+        bank: Bank,
+        threads: int,
+        *,
+        split: bool,
+        settings: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Open them; an operator runs on up to `threads` threads. `settings`: see `open_graph`.
 
         Raises RequestError when the bank has no halves, and what `open_graph` raises.
         """
@@ -96,7 +122,7 @@ class Graphs:
         if split and manifest.split is not None:
             files = {"head": manifest.split.head, "body": manifest.split.body}
         self._graphs = {
-            part: Graph(open_graph(bank.file_bytes(file), threads), str(bank.path))
+            part: Graph(open_graph(bank.file_bytes(file), threads, settings), str(bank.path))
             for part, file in files.items()
         }
         self.parts: tuple[Part, ...] = tuple(files)
@@ -123,18 +149,16 @@ class Graphs:
         self._graphs.clear()
 
 
-def open_graph(model: bytes, threads: int) -> Any:
+def open_graph(
+    model: bytes, threads: int, settings: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
     """Make the onnxruntime.InferenceSession of a bank's graph, which is all of `model`.
 
-    An operator runs on up to `threads` threads, and one operator runs at a time. Raises
+    An operator runs on up to `threads` threads, and one operator runs at a time. `settings` are
+    attributes of onnxruntime.SessionOptions; names with a dot are configuration entries. Raises
     BankFormatError when ONNX Runtime refuses the graph, PlatformError when it is not there.
     """
-    onnxruntime = _onnxruntime
-    if isinstance(onnxruntime, ImportError):
-        raise PlatformError(
-            f"onnxruntime cannot be imported ({onnxruntime}): "
-            "install it with 'pip install onnxruntime'"
-        ) from onnxruntime
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -145,6 +169,11 @@ def open_graph(model: bytes, threads: int) -> Any:
     options.log_severity_level = 4  # what fails is raised, with its own words, not logged as well
     # Idle threads that spin would take the core that a prefetch thread or another program needs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for name, value in settings.items():
+        if "." in name:
+            options.add_session_config_entry(name, value)
+        else:
+            setattr(options, name, value)
     options.register_custom_ops_library(str(library_path()))
     library = onnxruntime.capi.onnxruntime_pybind11_state.__file__
     release_code(library)  # the importing of it is over

@@ -90,7 +90,7 @@ def watch(session: bapq_edge.Session, options: argparse.Namespace) -> None:
             image = prepare(frame, shape, mean, std)
             if pending is not None:
                 show(number, pending)
-            pending = session.run_async(None, {name: image})
+            pending = session.submit(None, {name: image})
         if pending is not None:
             show(options.frames, pending)
     finally:

@@ -114,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
         if not (length.isdecimal() and len(length) < 20 and int(length) <= BODY_LIMIT_BYTES):
             raise RequestError(f"Content-Length is {length!r}, the most is {BODY_LIMIT_BYTES}")
         session = self.server.session
-        outputs = session.run_async(None, read_arrays(self.rfile.read(int(length)))).result()
+        outputs = session.submit(None, read_arrays(self.rfile.read(int(length)))).result()
         body = io.BytesIO()
         np.savez(body, **{v.name: y for v, y in zip(session.get_outputs(), outputs, strict=True)})
         return "application/octet-stream", body.getvalue()
@@ -172,7 +172,7 @@ def serve(session: bapq_edge.Session, port: int, stop: socket.socket) -> None:
                     notify("WATCHDOG=1", server.status())
                     seen_runs = runs
                 if question is None or question.done():
-                    question = session.run_async(None, probe)
+                    question = session.submit(None, probe)
             notify("STOPPING=1")
         finally:
             server.shutdown()

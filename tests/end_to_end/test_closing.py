@@ -56,7 +56,7 @@ def test_a_run_cannot_close_its_own_session(bank):
     with pytest.raises(RequestError, match="a run cannot close its own session"):
         run(session, X)
     with pytest.raises(RequestError, match="a run cannot close its own session"):
-        session.run_async(None, {"x": X}).result(PATIENCE_S)
+        session.submit(None, {"x": X}).result(PATIENCE_S)
     assert session.stats().runs == 0 and closes(session) == 0
     session.close()
     assert closes(session) == 1
@@ -71,7 +71,7 @@ def test_a_future_may_close_the_session_it_came_from(bank):
         session.close()
         done.set()
 
-    session.run_async(None, {"x": X}).add_done_callback(close)
+    session.submit(None, {"x": X}).add_done_callback(close)
     assert done.wait(PATIENCE_S)
     assert closes(session) == 1
     with pytest.raises(SessionClosedError):
@@ -81,7 +81,7 @@ def test_a_future_may_close_the_session_it_came_from(bank):
 def test_what_has_not_begun_is_cancelled_and_may_close_as_well(bank):
     held = Held()
     session = Session(bank, policy=Asked(held))
-    futures = [session.run_async(None, {"x": X}) for _ in range(6)]
+    futures = [session.submit(None, {"x": X}) for _ in range(6)]
     futures[-1].add_done_callback(lambda future: session.close())
     assert held.begun.wait(PATIENCE_S)
     closer = threading.Thread(target=session.close)

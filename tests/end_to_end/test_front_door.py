@@ -87,7 +87,7 @@ def test_what_is_no_feed_or_no_list_of_names_is_named(two_outputs, budget):
     with Session(two_outputs, level=8, memory_budget=budget) as session:
         (y,) = session.run((name for name in ("y",)), {"x": X})
         assert y.shape == (1, 32)
-        for call in (session.run, session.run_async):
+        for call in (session.run, session.submit):
             for feed in ([X], X, None, 5):
                 with pytest.raises(RunInputError, match="input_feed is of type"):
                     call(None, feed)
@@ -113,7 +113,7 @@ def test_arrays_of_either_byte_order_are_the_same_numbers(bank):
         for order in ("<f4", ">f4"):
             np.testing.assert_array_equal(run(session, X.astype(order)), expected)
         np.testing.assert_array_equal(
-            session.run_async(None, {"x": X.astype(">f4")}).result()[0], expected
+            session.submit(None, {"x": X.astype(">f4")}).result()[0], expected
         )
 
 
@@ -142,7 +142,7 @@ def test_a_closed_session_tells_its_events_and_nothing_else(bank):
     session.close()
     calls = {
         "run": lambda: session.run(None, {}),
-        "run_async": lambda: session.run_async(None, {}),
+        "submit": lambda: session.submit(None, {}),
         "get_inputs": session.get_inputs,
         "get_outputs": session.get_outputs,
         "stats": session.stats,

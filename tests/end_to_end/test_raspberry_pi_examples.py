@@ -72,7 +72,7 @@ from concurrent.futures import Future
 import bapq_edge, serve
 periods = iter([[]] * 5 + [["a signal"]])
 select.select = lambda *_: (next(periods), [], [])
-bapq_edge.Session.run_async = lambda *_: Future()
+bapq_edge.Session.submit = lambda *_: Future()
 sys.exit(serve.main())
 """
 

@@ -170,7 +170,7 @@ def test_it_is_a_drop_in_for_an_onnxruntime_session(bank, x):
         ]
         assert [o.name for o in session.get_outputs()] == ["y"]
         (by_name,) = session.run(["y"], {"x": x})
-        (later,) = session.run_async(None, {"x": x}).result()
+        (later,) = session.submit(None, {"x": x}).result()
         np.testing.assert_array_equal(by_name, later)
 
 
@@ -251,7 +251,7 @@ def test_a_closed_session_says_so(bank, x):
     session.close()
     for call in (
         lambda: session.run(None, {"x": x}),
-        lambda: session.run_async(None, {"x": x}),
+        lambda: session.submit(None, {"x": x}),
         lambda: session.set_level(4),
         session.stats,
         session.get_outputs,
@@ -262,7 +262,7 @@ def test_a_closed_session_says_so(bank, x):
 
 def test_close_waits_for_runs_in_flight(bank, x):
     session = Session(bank)
-    results = [session.run_async(None, {"x": x}) for _ in range(50)]
+    results = [session.submit(None, {"x": x}) for _ in range(50)]
     session.close()
     for result in results:
         if not result.cancelled() and result.exception() is not None:
@@ -368,7 +368,7 @@ loaded = set(sys.modules)
 with bapq_edge.Session({str(bank)!r}, memory_budget="1GiB") as session:
     session.run(None, {{"x": np.ones((3, 96), np.float32)}})
     session.set_level(4)
-    session.run_async(None, {{"x": np.ones((3, 96), np.float32)}}).result()
+    session.submit(None, {{"x": np.ones((3, 96), np.float32)}}).result()
     session.stats(), session.events()
 print(sorted(set(sys.modules) - loaded))
 """

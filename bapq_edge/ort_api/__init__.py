@@ -1,0 +1,1 @@
+"""What `onnxruntime.InferenceSession` has besides `run`, for banks."""

@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import RunInputError
 
 __all__ = [
+    "NUMPY_TYPES",
     "check_feed",
     "checked_names",
     "element_count",
@@ -18,16 +19,21 @@ __all__ = [
     "zeros",
 ]
 
-_NUMPY_TYPES = {
+NUMPY_TYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,
     "tensor(float16)": np.float16,
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
-    "tensor(uint8)": np.uint8,
+    "tensor(int16)": np.int16,
     "tensor(int8)": np.int8,
+    "tensor(uint64)": np.uint64,
+    "tensor(uint32)": np.uint32,
+    "tensor(uint16)": np.uint16,
+    "tensor(uint8)": np.uint8,
     "tensor(bool)": np.bool_,
 }
+"""By the `type` of an `onnxruntime.NodeArg`."""
 
 
 def check_feed(needed: Set[str], feed: Mapping[str, Any]) -> None:
@@ -86,7 +92,7 @@ def zeros(inputs: Sequence[Any]) -> dict[str, Any] | None:
     """
     feed: dict[str, Any] = {}
     for value in inputs:
-        dtype = _NUMPY_TYPES.get(value.type)
+        dtype = NUMPY_TYPES.get(value.type)
         if dtype is None:
             return None
         shape = [1 if _is_open(size) else size for size in value.shape]

@@ -15,7 +15,7 @@ from .memory import array_at, array_of, numpy_type
 
 __all__ = ["IOBinding", "run_on_ort_values"]
 
-Run = Callable[[Sequence[str], Mapping[str, Any], Any], Sequence[Any]]
+Run = Callable[[Sequence[str] | None, Mapping[str, Any], Any], Sequence[Any]]
 
 
 class IOBinding:
@@ -142,7 +142,7 @@ class IOBinding:
 
 
 def run_on_ort_values(
-    run: Run, names: Sequence[str], values: Mapping[str, OrtValue], run_options: Any
+    run: Run, names: Sequence[str] | None, values: Mapping[str, OrtValue], run_options: Any
 ) -> list[OrtValue]:
     """Run on OrtValues, which are read in place; the outputs are OrtValues, too."""
     feed = {name: array_of(value) for name, value in values.items()}

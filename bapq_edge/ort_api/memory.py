@@ -49,7 +49,9 @@ def numpy_type(element_type: Any) -> np.dtype[Any]:
     """
     if isinstance(element_type, int) and element_type not in _ELEMENT_TYPES:
         raise RunInputError(f"element type {element_type} has no NumPy type: give one that has")
-    return np.dtype(_ELEMENT_TYPES.get(element_type, element_type))
+    known = _ELEMENT_TYPES[element_type] if isinstance(element_type, int) else element_type
+    dtype: np.dtype[Any] = np.dtype(known)
+    return dtype
 
 
 def array_at(

@@ -145,10 +145,12 @@ class InferenceSessionMethods(ABC):
         check_providers(providers, provider_options)
 
     def enable_fallback(self) -> None:
-        """Do nothing: a bank runs on CPUs, there is nothing to fall back to."""
+        """Change nothing: a bank runs on CPUs, there is nothing to fall back to."""
+        self._runs.check_open()
 
     def disable_fallback(self) -> None:
-        """Do nothing: a bank runs on CPUs, there is nothing to fall back from."""
+        """Change nothing: a bank runs on CPUs, there is nothing to fall back from."""
+        self._runs.check_open()
 
     def end_profiling(self) -> str:
         """End ONNX Runtime's profiling, which `SessionOptions.enable_profiling` began.

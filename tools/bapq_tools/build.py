@@ -48,10 +48,12 @@ from .calibration.samples import (
     check_calibration_source,
     load_calibration,
 )
+from .calibration.tflite_check import check_conversion
 from .onnx_graph import graphs
 from .onnx_graph.assemble import assemble, drop_replaced
 from .onnx_graph.fold import fold
 from .onnx_graph.importers.onnx_file import check_model_source, load_model
+from .onnx_graph.importers.tflite_file import convert_tflite, is_tflite
 from .onnx_graph.ir import LayerPlan
 from .onnx_graph.layers import find_layers
 from .quantize.checkpoint import Checkpoint
@@ -114,7 +116,8 @@ def build_bank(
     on from the layers it had finished. The bank depends neither on `workers` nor on `dask`.
 
     Args:
-        model: the model, or the path of its .onnx file.
+        model: the model, or the path of its .onnx or .tflite file. A .tflite file needs the extra
+            [tflite]; its conversion is checked against LiteRT, operator by operator.
         out: path of the bank.
         calibration: an .npz file or a mapping, one array per model input, samples on the first
             axis.
@@ -152,9 +155,14 @@ def build_bank(
     use_one_heap()
 
     with stages.stage("import", 1) as advance:
-        loaded, source = _load(model)
+        converted = convert_tflite(model) if is_tflite(model) else None
+        loaded, source = _load(model, None if converted is None else converted.model)
         advance()
     data = None if calibration is None else load_calibration(calibration, loaded.graph.input)
+    if converted is not None:
+        with stages.stage("check", 1) as advance:
+            check_conversion(model, converted, data)
+            advance()
     if calibration is None and wanted != (32,):
         warnings.warn(
             f"{out.name} is built without calibration data; its low levels will be less accurate: "
@@ -271,8 +279,12 @@ def _warn_of_discarded(out: Path) -> None:
 
 
 def _load(
-    model: str | os.PathLike[str] | onnx.ModelProto,
+    model: str | os.PathLike[str] | onnx.ModelProto, converted: onnx.ModelProto | None
 ) -> tuple[onnx.ModelProto, SourceModel]:
+    """The model in plain form, and what the bank says of its source; `converted`: of a .tflite."""
+    if converted is not None:
+        assert not isinstance(model, onnx.ModelProto)
+        return _load(converted, None)[0], _source(Path(model), Path(model).name)
     if isinstance(model, onnx.ModelProto):
         with tempfile.TemporaryDirectory(prefix="bapq-import-") as folder:
             path = Path(folder) / "model.onnx"

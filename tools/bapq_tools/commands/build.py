@@ -23,14 +23,16 @@ __all__ = ["add_build_command", "run_build"]
 
 def add_build_command(commands: Any) -> None:
     """Add `build` to the subparsers of the `bapq` command."""
-    build = commands.add_parser("build", help="compile an ONNX model into a bank")
-    build.add_argument("model", type=Path, metavar="MODEL.onnx", help="model to compile")
+    build = commands.add_parser("build", help="compile an ONNX or TFLite model into a bank")
+    build.add_argument(
+        "model", type=Path, metavar="MODEL", help="model to compile: an .onnx or .tflite file"
+    )
     build.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="OUT.bank",
-        help="bank to write (default: beside MODEL.onnx, with its name)",
+        help="bank to write (default: beside MODEL, with its name)",
     )
     build.add_argument(
         "--calibration",

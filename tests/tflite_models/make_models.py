@@ -1,0 +1,116 @@
+"""Make the .tflite files of this folder: small models in every kind of precision.
+
+    python make_models.py       # needs tensorflow-cpu 2.21, in an environment of its own
+
+Weights are random, seeds fixed. `images_*` have an open batch and are what TensorFlow's converter
+makes of one Keras model; `two` has two inputs and two outputs under names of its own; `sparse` has
+a weight that is stored sparse. The files here were made by version 2.21.0 of tensorflow-cpu.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import numpy as np
+import tensorflow as tf
+
+HERE = Path(__file__).parent
+SIZE = 24
+
+
+def images_model() -> tf.keras.Model:
+    """A small MobileNet."""
+    layers = tf.keras.layers
+    model = tf.keras.Sequential(
+        [
+            layers.Input((SIZE, SIZE, 3), name="image"),
+            layers.Conv2D(16, 3, strides=2, padding="same", use_bias=False),
+            layers.BatchNormalization(),
+            layers.ReLU(6.0),
+            layers.DepthwiseConv2D(3, padding="same"),
+            layers.ReLU(6.0),
+            layers.Conv2D(48, 1),
+            layers.Activation("hard_swish"),
+            layers.Conv2D(32, 3, strides=2, padding="valid", activation="relu"),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(64, activation="relu"),
+            layers.Dense(10, activation="softmax"),
+        ]
+    )
+    last = model.layers[-1]
+    last.set_weights([20 * last.get_weights()[0], last.get_weights()[1]])  # answers differ
+    return model
+
+
+def converted(model: tf.keras.Model, precision: str) -> bytes:
+    """The file of a model, in float32, float16, dynamic range or int8 throughout."""
+    converter = tf.lite.TFLiteConverter.from_keras_model(model)
+    if precision != "float32":
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    if precision == "float16":
+        converter.target_spec.supported_types = [tf.float16]
+    if precision == "int8":
+        random = np.random.default_rng(1)
+        samples = random.uniform(-1, 1, (64, 1, SIZE, SIZE, 3)).astype(np.float32)
+        converter.representative_dataset = lambda: ([sample] for sample in samples)
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+        converter.inference_input_type = converter.inference_output_type = tf.int8
+    return converter.convert()
+
+
+class Two(tf.Module):
+    """left (1, 64), right (1, 64) to total (1, 48) and spread (1, 64)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        random = np.random.default_rng(2)
+        self.weight = tf.constant(random.standard_normal((64, 48)).astype(np.float32) / 8)
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec((1, 64), tf.float32, name="left"),
+            tf.TensorSpec((1, 64), tf.float32, name="right"),
+        ]
+    )
+    def mix(self, left: tf.Tensor, right: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The signature."""
+        return {"total": tf.matmul(left + right, self.weight), "spread": tf.abs(left - right)}
+
+
+def two_model() -> bytes:
+    """The file of `Two`."""
+    module = Two()
+    with tempfile.TemporaryDirectory() as folder:
+        tf.saved_model.save(module, folder, signatures={"mix": module.mix})
+        converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=["mix"])
+        return converter.convert()
+
+
+def sparse_model() -> bytes:
+    """One Dense layer, half of whose weights are zero, stored without them."""
+    model = tf.keras.Sequential([tf.keras.layers.Input((64,)), tf.keras.layers.Dense(64)])
+    weight, bias = model.layers[-1].get_weights()
+    weight.reshape(-1, 16)[::2] = 0
+    model.layers[-1].set_weights([weight, bias])
+    converter = tf.lite.TFLiteConverter.from_keras_model(model)
+    converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
+    return converter.convert()
+
+
+def main() -> None:
+    """Write the files."""
+    tf.keras.utils.set_random_seed(0)
+    model = images_model()
+    for precision in ("float32", "float16", "dynamic", "int8"):
+        (HERE / f"images_{precision}.tflite").write_bytes(converted(model, precision))
+    (HERE / "two.tflite").write_bytes(two_model())
+    (HERE / "sparse.tflite").write_bytes(sparse_model())
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bank.files import digest_of
-from ..bank.reader import read_manifest
+from ..bank.reader import Bank
 from ..engine.graph import import_onnxruntime
 from ..errors import RequestError
 from ..session import Session
@@ -121,7 +121,7 @@ def patch_onnxruntime(
         if not isinstance(model, str | os.PathLike) or not isinstance(bank, str | os.PathLike):
             raise RequestError(f"{model!r:.80}: {bank!r:.80} are not the paths of model and bank")
         place = Path(os.path.abspath(os.fsdecode(bank)))
-        source = read_manifest(place).model
+        source = Bank.open(place).manifest.model
         entries.append(
             _Entry(Path(os.fsdecode(model)), place, settings, source.bytes, source.blake2b)
         )
@@ -157,6 +157,6 @@ def _open(
     provider_options: Any = None,
     **more: Any,
 ) -> Session:
-    for name in more:
+    for name in (name for name, value in more.items() if value is not None):
         warn_ignored(f"InferenceSession({name}=...)", "it has no meaning for a bank")
     return Session(entry.bank, sess_options, providers, provider_options, **entry.settings)

@@ -1,4 +1,4 @@
-"""`bapq bench`: speed and memory of a bank's levels, beside ONNX Runtime on the model itself.
+"""`bapq bench`: speed and memory of a bank's levels, beside the model in ONNX Runtime or LiteRT.
 
 Each row of the table is a process of its own, so that its memory is its own; this process has them
 run in turns, so that whatever else the machine does hits all of them alike.
@@ -48,8 +48,9 @@ def add_bench(commands: Any) -> None:
         action="extend",
         default=[],
         type=Path,
-        metavar="MODEL.onnx",
-        help="models to run in ONNX Runtime as it comes; the ratio is to the first one",
+        metavar="MODEL",
+        help=".onnx files to run in ONNX Runtime as it comes, .tflite files in LiteRT; the ratio "
+        "is to the first one",
     )
     command.add_argument(
         "--levels", "--level", help="a row for each, such as 8,4 or auto (default: all but 32)"

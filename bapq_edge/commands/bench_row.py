@@ -24,11 +24,11 @@ __all__ = ["Row", "Subject"]
 
 @dataclass(frozen=True)
 class Subject:
-    """What a row measures: a bank, or an ONNX model."""
+    """What a row measures: a bank, or a model in ONNX Runtime or LiteRT."""
 
     path: Path
     session: Mapping[str, Any] | None
-    """What `Session` is opened with; None: the path is an ONNX model"""
+    """What `Session` is opened with; None: the path is that of an .onnx or .tflite file"""
     threads: int | None
     input_path: Path | None
     shapes: Mapping[str, tuple[int, ...]]
@@ -200,6 +200,10 @@ def _open_bank(subject: Subject) -> Any:
 
 
 def _open_model(subject: Subject) -> Any:
+    if subject.path.suffix == ".tflite":
+        from .litert import LiteRTModel
+
+        return LiteRTModel(subject.path, subject.threads)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -6,6 +6,7 @@ LiteRT, the real library, is on the other side.
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -326,3 +327,16 @@ def test_a_bank_of_another_model_has_the_names_of_its_graph(tmp_path):
 def test_malformed_facts_are_refused(text):
     with pytest.raises(BankFormatError, match=r"m\.bank: metadata bapq\.tflite"):
         TFLiteFacts.from_metadata({KEY: text}, "m.bank")
+
+
+def test_bench_runs_the_file_beside_the_bank(folder):
+    model, bank = folder / "images_int8.tflite", folder / "images_int8.bank"
+    out, _ = bapq("bench", bank, "--against", model, "--level", "8", "-r", "2", "--json")
+    real, own = json.loads(out)
+    assert real["name"] == "images_int8.tflite" and real["weight_bytes"] == model.stat().st_size
+    assert own["name"] == "level 8" and own["ratio"] > 0
+    (folder / "broken.tflite").write_bytes(b"no model")
+    _, said = bapq(
+        "bench", bank, "--against", folder / "broken.tflite", code=ModelFormatError.exit_code
+    )
+    assert "broken.tflite: LiteRT refuses it" in said

@@ -73,7 +73,7 @@ def main() -> int:
         for caches, us in (("warm", _warm_us), ("cold", _cold_us))
     ]
     setting = {
-        "cpu": f"{_cpu_name()}, kernels {kernels_name()}, core {core}",
+        "cpu": f"{cpu_name()}, kernels {kernels_name()}, core {core}",
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,
     }
@@ -149,7 +149,8 @@ def _cold_us(layers: Mapping[str, Layer], rounds: int) -> dict[str, float]:
     return {name: statistics.median(each) / 1e3 for name, each in times.items()}
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The CPU, as the system calls it."""
     text = Path("/proc/cpuinfo").read_text()
     match = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
     return match[1] if match else platform.machine()

@@ -5,8 +5,8 @@
 Tiny models on one thread; medians of rounds that take all ways in turns, in time of the process,
 all threads together: the turns of other programs do not count. A column is what a way takes beyond
 `run`. "submit" waits for every future before the next; "submit, queued" gives the session QUEUED
-runs and then waits. --clock times by the clock, where the machine has nothing else to do. Banks go
-to .cache/bench.
+runs and then waits; "thread and back" is what that takes without any run. --clock times by the
+clock, where the machine has nothing else to do. Banks go to .cache/bench.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ WAYS = (
     "submit, queued",
     "set_tensor, invoke, get_tensor",
 )
+EMPTY = "thread and back"
 
 
 def main() -> int:
@@ -70,9 +72,14 @@ def main() -> int:
     if arguments.format == "json":
         print(json.dumps({**setting, "us": rows}, indent=1))
         return 0
-    heads = ("model", WAYS[0], *(f"+ {way}" for way in WAYS[1:]))
+    heads = ("model", EMPTY, WAYS[0], *(f"+ {way}" for way in WAYS[1:]))
     cells = [
-        [name, f"{us[WAYS[0]]:.1f}", *(f"{us[way] - us[WAYS[0]]:.1f}" for way in WAYS[1:])]
+        [
+            name,
+            f"{us[EMPTY]:.1f}",
+            f"{us[WAYS[0]]:.1f}",
+            *(f"{us[way] - us[WAYS[0]]:.1f}" for way in WAYS[1:]),
+        ]
         for name, us in rows.items()
     ]
     title = f"One run, µs ({', '.join(' '.join(item) for item in setting.items())})"
@@ -86,6 +93,7 @@ def _ways(folder: Path) -> Iterator[dict[str, Callable[[], object]]]:
     with (
         Session(bank, level=8, threads=1) as session,
         Interpreter(bank, level=8, num_threads=1) as interpreter,
+        ThreadPoolExecutor(1) as pool,
     ):
         first = [session.get_outputs()[0].name]
         loose, bound = session.io_binding(), session.io_binding()
@@ -120,7 +128,7 @@ def _ways(folder: Path) -> Iterator[dict[str, Callable[[], object]]]:
             queued,
             interpreted,
         )
-        yield dict(zip(WAYS, runs, strict=True))
+        yield {**dict(zip(WAYS, runs, strict=True)), EMPTY: lambda: pool.submit(int).result()}
 
 
 def _median_us(

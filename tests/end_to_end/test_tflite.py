@@ -139,6 +139,11 @@ def test_what_is_stored_sparse_is_told_in_one_line(tmp_path):
     assert not (tmp_path / "m.bank").exists()
 
 
+def test_state_is_told_by_the_operators_that_keep_it():
+    with pytest.raises(UnsupportedModelError, match=r"keeps state from run to run \(.*VAR_HANDLE"):
+        convert_tflite(MODELS / "stateful.tflite")
+
+
 def test_a_broken_file_is_told_as_one(tmp_path):
     whole = (MODELS / "images_float32.tflite").read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"no model at all", whole[:8] + whole[400:]):

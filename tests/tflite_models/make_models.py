@@ -4,8 +4,8 @@
 
 It needs tensorflow-cpu 2.21, in an environment of its own. Seeds are fixed. `images_*` have an open
 batch and are what TensorFlow's converter makes of one Keras model, trained on stripes; `two` has
-two inputs and two outputs under names of its own; `sparse` has a weight that is stored sparse. The
-files here were made by version 2.21.0 of tensorflow-cpu.
+two inputs and two outputs under names of its own; `sparse` has a weight that is stored sparse,
+`stateful` a variable. The files here were made by version 2.21.0 of tensorflow-cpu.
 """
 
 from __future__ import annotations
@@ -106,6 +106,29 @@ def sparse_model() -> bytes:
     return converter.convert()
 
 
+class Counter(tf.Module):
+    """x (1, 64) to the sum of all that came, which it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sum = tf.Variable(tf.zeros((1, 64)))
+
+    @tf.function(input_signature=[tf.TensorSpec((1, 64), tf.float32, name="x")])
+    def add(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The signature."""
+        return {"sum": self.sum.assign_add(x)}
+
+
+def stateful_model() -> bytes:
+    """The file of `Counter`."""
+    module = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        tf.saved_model.save(module, folder, signatures={"add": module.add})
+        converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=["add"])
+        converter.experimental_enable_resource_variables = True
+        return converter.convert()
+
+
 def main() -> None:
     """Write the files."""
     tf.keras.utils.set_random_seed(0)
@@ -113,6 +136,7 @@ def main() -> None:
     for precision in ("float32", "float16", "dynamic", "int8"):
         (HERE / f"images_{precision}.tflite").write_bytes(converted(model, precision))
     (HERE / "two.tflite").write_bytes(two_model())
+    (HERE / "stateful.tflite").write_bytes(stateful_model())
     (HERE / "sparse.tflite").write_bytes(sparse_model())
 
 

@@ -28,6 +28,9 @@ import numpy as np
 OPSET = 17
 
 
+_STATEFUL = {"ASSIGN_VARIABLE", "CALL_ONCE", "READ_VARIABLE", "VAR_HANDLE"}
+
+
 class _StandIn(types.ModuleType):
     """In place of TensorFlow and every module and name in it: gives itself for what it lacks."""
 
@@ -168,6 +171,12 @@ def _open(interpreter: Any, source: str, resolvers: Any) -> Any:
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise _Refused(f"LiteRT refuses it: {reason}", broken=model is None) from None
+    stateful = sorted({each["op_name"] for each in model._get_ops_details()} & _STATEFUL)
+    if stateful:
+        raise _Refused(
+            f"it keeps state from run to run ({', '.join(stateful)}), which an ONNX graph cannot: "
+            "export it with its state as inputs and outputs"
+        )
     sparse = [each["name"] for each in model.get_tensor_details() if each["sparsity_parameters"]]
     if sparse:
         raise _Refused(

@@ -19,7 +19,8 @@ import tensorflow as tf
 from .zoo.shapes import CLASSES, SIZE, shapes
 
 TRAINING_IMAGES = 2000
-EPOCHS = 8
+EPOCHS = 18
+BATCH = 32
 
 
 def main() -> None:
@@ -34,10 +35,11 @@ def main() -> None:
         if isinstance(layer, tf.keras.layers.BatchNormalization):
             layer.momentum = 0.9  # the default wants more steps than there are here
     images, classes = shapes(TRAINING_IMAGES, seed=1)
+    rate = tf.keras.optimizers.schedules.CosineDecay(2e-3, EPOCHS * TRAINING_IMAGES // BATCH)
     model.compile(
-        tf.keras.optimizers.Adam(2e-3), "sparse_categorical_crossentropy", metrics=["accuracy"]
+        tf.keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", metrics=["accuracy"]
     )
-    model.fit(images, classes, batch_size=32, epochs=EPOCHS, verbose=2)
+    model.fit(images, classes, batch_size=BATCH, epochs=EPOCHS, verbose=2)
     (folder / "float32.tflite").write_bytes(
         tf.lite.TFLiteConverter.from_keras_model(model).convert()
     )

@@ -43,6 +43,12 @@ typedef struct {
     int64_t of_row;
 } worker_buffers;
 
+/* Columns i, i + stride, i + 2 * stride, ... of a padded row: which of them are the input's. */
+typedef struct {
+    int64_t first, count; /* in the phase */
+    int64_t column;       /* of the input, where the first one is */
+} columns;
+
 typedef struct {
     const bapq_kernels *kernels;
     const bapq_conv *conv;
@@ -51,11 +57,13 @@ typedef struct {
     const float *x;            /* (batch, channels, height, width) */
     float *y;                  /* (batch, rows, out_h, out_w) */
     int64_t row_weights;       /* taps, up to a multiple of 4 */
-    int64_t phases;            /* parts that a row of a band is cut into: column i is in i % stride */
+    int64_t span_h;            /* input rows under a window */
+    int64_t phases;            /* parts that a row of a band is cut into */
     int64_t phase_floats;      /* of each */
     int64_t output_rows;       /* of a band, at most */
     int64_t band_rows;         /* of the input under them */
-    ptrdiff_t *tap;            /* see bapq_windows */
+    columns *columns;          /* (phases,) */
+    ptrdiff_t *tap;            /* (kernel_w,), see bapq_windows */
     worker_buffers *buffers;   /* (threads,) */
     bapq_chunk_view view;
 } depthwise_job;
@@ -67,78 +75,116 @@ static float zero_of(int32_t level, int32_t residual_steps) {
     return level == BAPQ_L8 ? 7.5f * (float)(residual_steps + 1) : zeros[level];
 }
 
-/* Code of row r, tap k. */
-static inline int32_t code_at(int32_t level, const bapq_tile *tile, int64_t k, int32_t r) {
-    if (level == BAPQ_L8 || level == BAPQ_L4) {
-        int64_t at = k / 2 * BAPQ_TILE_ROWS + r;
-        int32_t shift = k % 2 * 4, p4 = tile->code[0][at] >> shift & 15;
-        return level == BAPQ_L4 ? p4
-                                : tile->residual_steps * p4 + (tile->code[1][at] >> shift & 15);
-    }
-    int64_t at = k / 8 * BAPQ_TILE_ROWS + r;
-    int32_t shift = k % 8, s1 = tile->code[0][at] >> shift & 1;
-    return level == BAPQ_L1 ? s1 : 2 * s1 + (tile->code[1][at] >> shift & 1);
+/* Codes of tap k of all rows. */
+static inline void codes_of(int32_t level, const bapq_tile *tile, int32_t k,
+                            int32_t code[BAPQ_TILE_ROWS]) {
+    int nibbles = level == BAPQ_L8 || level == BAPQ_L4;
+    ptrdiff_t at = (ptrdiff_t)(nibbles ? k / 2 : k / 8) * BAPQ_TILE_ROWS;
+    const uint8_t *first = tile->code[0] + at;
+    int32_t shift = nibbles ? k % 2 * 4 : k % 8, mask = nibbles ? 15 : 1;
+    int32_t factor = level == BAPQ_L8 ? tile->residual_steps : 2;
+    for (int32_t r = 0; r < BAPQ_TILE_ROWS; r++) code[r] = first[r] >> shift & mask;
+    if (level == BAPQ_L4 || level == BAPQ_L1) return;
+    const uint8_t *second = tile->code[1] + at;
+    for (int32_t r = 0; r < BAPQ_TILE_ROWS; r++)
+        code[r] = factor * code[r] + (second[r] >> shift & mask);
 }
 
 /* The tile's weights, a row after the other. */
 static void decode_weights(const depthwise_job *j, const bapq_tile *tile, float *weight) {
-    int32_t level = j->view.level, taps = j->layer->columns;
+    int32_t level = j->view.level;
     float zero = zero_of(level, tile->residual_steps);
     float part = level == BAPQ_L8 ? 1.0f / (float)tile->residual_steps : 1.0f;
-    for (int32_t r = 0; r < BAPQ_TILE_ROWS; r++) {
-        float *row = weight + r * j->row_weights;
-        for (int32_t k = 0; k < taps; k++) {
-            if (level == BAPQ_L32) {
-                memcpy(row + k, tile->code[0] + (k * BAPQ_TILE_ROWS + r) * 4, sizeof *row);
-                continue;
-            }
-            const uint16_t *scales =
+    for (int32_t k = 0; k < j->layer->columns; k++) {
+        float value[BAPQ_TILE_ROWS];
+        if (level == BAPQ_L32) {
+            memcpy(value, tile->code[0] + (int64_t)k * (int64_t)sizeof value, sizeof value);
+        } else {
+            const uint16_t *scale =
                 tile->scale + k / BAPQ_BLOCK / tile->scale_blocks * BAPQ_TILE_ROWS;
-            uint32_t bits = (uint32_t)scales[r] << 16;
-            float d;
-            memcpy(&d, &bits, sizeof d);
-            row[k] = d * part * ((float)code_at(level, tile, k, r) - zero);
+            int32_t code[BAPQ_TILE_ROWS];
+            uint32_t bits[BAPQ_TILE_ROWS];
+            float d[BAPQ_TILE_ROWS];
+            codes_of(level, tile, k, code);
+            for (int32_t r = 0; r < BAPQ_TILE_ROWS; r++) bits[r] = (uint32_t)scale[r] << 16;
+            memcpy(d, bits, sizeof d);
+            for (int32_t r = 0; r < BAPQ_TILE_ROWS; r++)
+                value[r] = d[r] * part * ((float)code[r] - zero);
         }
-        for (int64_t k = taps; k < j->row_weights; k++) row[k] = 0.0f;
+        for (int32_t r = 0; r < BAPQ_TILE_ROWS; r++) weight[r * j->row_weights + k] = value[r];
     }
 }
 
 /* ---- input ---- */
 
-/* One row of the input, cut by phases and padded; NULL is a row of the padding. */
-static void fill_row(const depthwise_job *j, const float *x, float *to) {
-    const bapq_conv *conv = j->conv;
-    int64_t stride = conv->p.stride_w;
-    for (int64_t phase = 0; phase < j->phases; phase++, to += j->phase_floats) {
-        int64_t first = phase - conv->p.pad_left; /* column of the phase's value 0 */
-        int64_t begin = first >= 0 ? 0 : (-first + stride - 1) / stride;
-        int64_t end = (conv->width - first + stride - 1) / stride;
-        end = end < 0 || x == NULL ? 0 : end > j->phase_floats ? j->phase_floats : end;
-        begin = begin > end ? end : begin;
-        memset(to, 0, (size_t)begin * sizeof *to);
-        if (stride == 1) {
-            if (end > begin) memcpy(to + begin, x + first + begin, (size_t)(end - begin) * sizeof *to);
-        } else if (stride == 2) { /* apart, so that the compiler knows the stride */
-            for (int64_t i = begin; i < end; i++) to[i] = x[first + 2 * i];
-        } else {
-            for (int64_t i = begin; i < end; i++) to[i] = x[first + stride * i];
+/* Of eight values the even ones, then the odd ones. */
+static inline void part4(const float *from, float *even, float *odd) {
+    bapq_float4 a = bapq_load4(from), b = bapq_load4(from + 4);
+#if defined(__clang__) || __GNUC__ >= 12
+    bapq_float4 evens = __builtin_shufflevector(a, b, 0, 2, 4, 6);
+    bapq_float4 odds = __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#else
+    bapq_float4 evens = __builtin_shuffle(a, b, (bapq_int4){0, 2, 4, 6});
+    bapq_float4 odds = __builtin_shuffle(a, b, (bapq_int4){1, 3, 5, 7});
+#endif
+    memcpy(even, &evens, sizeof evens);
+    memcpy(odd, &odds, sizeof odds);
+}
+
+/* Not inlined, so that the compiler has registers for what its loops need. */
+__attribute__((noinline)) static void fill_values(const float *from, int64_t count, float *to) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) memcpy(to + i, from + i, 8 * sizeof *to);
+    if (i + 4 <= count) memcpy(to + i, from + i, 4 * sizeof *to);
+    if (count >= 4) { /* what is left, and some again */
+        memcpy(to + count - 4, from + count - 4, 4 * sizeof *to);
+        return;
+    }
+    for (; i < count; i++) to[i] = from[i];
+}
+
+/* Each phase takes every stride-th value. */
+__attribute__((noinline)) static void fill_phases(const depthwise_job *j, const float *x, int64_t stride, float *to) {
+    const columns *own = j->columns;
+    int64_t done = 0;
+    if (stride == 2 && j->phases == 2) { /* one begins at column 0, the other at column 1 */
+        int even = own[0].column == 0 ? 0 : 1;
+        float *evens = to + even * j->phase_floats + own[even].first;
+        float *odds = to + !even * j->phase_floats + own[!even].first;
+        int64_t both = own[0].count < own[1].count ? own[0].count : own[1].count;
+        for (; done + 4 <= both; done += 4) part4(x + 2 * done, evens + done, odds + done);
+    }
+    for (int64_t i = 0; i < j->phases; i++, to += j->phase_floats) {
+        const float *from = x + own[i].column;
+        for (int64_t k = done; k < own[i].count; k++) {
+            to[own[i].first + k] = from[k * stride];
+            __asm__ volatile(""); /* a vector loop for so few would cost more before it begins */
         }
-        memset(to + end, 0, (size_t)(j->phase_floats - end) * sizeof *to);
     }
 }
 
-/* The input under output rows [first, first + rows) of a channel. */
+/* The input under output rows [first, first + rows) of a channel. Columns of the padding stay as
+ * they are, zero. */
 static void fill_band(const depthwise_job *j, worker_buffers *buffers, const float *channel,
                       int64_t first, int64_t rows) {
     if (buffers->of_channel == channel && buffers->of_row == first) return;
     buffers->of_channel = channel;
     buffers->of_row = first;
     const bapq_conv *conv = j->conv;
-    int64_t stride = conv->p.stride_h, y = first * stride - conv->p.pad_top;
-    int64_t count = (rows - 1) * stride + (conv->p.kernel_h - 1) * conv->p.dilation_h + 1;
-    float *to = buffers->band;
-    for (int64_t i = 0; i < count; i++, y++, to += j->phases * j->phase_floats)
-        fill_row(j, y >= 0 && y < conv->height ? channel + y * conv->width : NULL, to);
+    const columns own = j->columns[0];
+    int64_t y = first * conv->p.stride_h - conv->p.pad_top;
+    int64_t end = y + (rows - 1) * conv->p.stride_h + j->span_h;
+    int64_t height = conv->height, width = conv->width, stride = conv->p.stride_w;
+    int64_t row_floats = j->phases * j->phase_floats;
+    const float *x = channel + y * width;
+    for (float *to = buffers->band; y < end; y++, x += width, to += row_floats) {
+        if (y < 0 || y >= height)
+            memset(to, 0, (size_t)row_floats * sizeof *to);
+        else if (stride == 1)
+            fill_values(x + own.column, own.count, to + own.first);
+        else
+            fill_phases(j, x, stride, to);
+    }
 }
 
 /* ---- product ---- */
@@ -204,7 +250,7 @@ static void write_constants(const depthwise_job *j, const float *values, int32_t
 static void plan_bands(depthwise_job *j) {
     const bapq_conv *conv = j->conv;
     const bapq_conv_params *p = &conv->p;
-    int64_t span_h = (p->kernel_h - 1) * p->dilation_h + 1;
+    int64_t span_h = j->span_h = (p->kernel_h - 1) * p->dilation_h + 1;
     int64_t span_w = (p->kernel_w - 1) * p->dilation_w + 1;
     j->phases = p->stride_w < span_w ? p->stride_w : span_w;
     int64_t width = conv->out_w < BAPQ_LANES ? BAPQ_LANES : conv->out_w;
@@ -220,12 +266,30 @@ static void carve_buffers(depthwise_job *j, int32_t threads, bapq_carver *carver
     int64_t band = j->band_rows * j->phases * j->phase_floats, weights = 16 * j->row_weights;
     worker_buffers none;
     j->buffers = bapq_carve(carver, threads * (int64_t)sizeof *j->buffers);
+    j->columns = bapq_carve(carver, j->phases * (int64_t)sizeof *j->columns);
     j->tap = bapq_carve(carver, j->conv->p.kernel_w * (int64_t)sizeof *j->tap);
     for (int32_t i = 0; i < threads; i++) {
         worker_buffers *buffers = carver->base ? &j->buffers[i] : &none;
         buffers->of_channel = NULL;
         buffers->weight = bapq_carve(carver, weights * (int64_t)sizeof(float));
         buffers->band = bapq_carve(carver, band * (int64_t)sizeof(float));
+        if (carver->base) memset(buffers->band, 0, (size_t)band * sizeof(float));
+    }
+}
+
+static void place_columns(depthwise_job *j) {
+    const bapq_conv_params *p = &j->conv->p;
+    int64_t stride = p->stride_w;
+    for (int64_t i = 0; i < j->phases; i++) {
+        int64_t column = i - p->pad_left;
+        int64_t first = column < 0 ? (-column + stride - 1) / stride : 0;
+        int64_t end = (j->conv->width - column + stride - 1) / stride;
+        end = end < j->phase_floats ? end : j->phase_floats;
+        j->columns[i] = (columns){first, end > first ? end - first : 0, column + first * stride};
+    }
+    for (int64_t kx = 0; kx < p->kernel_w; kx++) {
+        int64_t column = kx * p->dilation_w;
+        j->tap[kx] = column % stride * j->phase_floats + column / stride;
     }
 }
 
@@ -249,10 +313,7 @@ int32_t bapq_depthwise_run(bapq_run *run, int32_t layer, const bapq_conv *conv,
         return bapq_fail(error, BAPQ_NO_MEMORY, "no memory for %lld bytes of scratch",
                          (long long)count.used);
     carve_buffers(&j, threads, &carver);
-    for (int64_t kx = 0; kx < conv->p.kernel_w; kx++) {
-        int64_t column = kx * conv->p.dilation_w;
-        j.tap[kx] = column % conv->p.stride_w * j.phase_floats + column / conv->p.stride_w;
-    }
+    place_columns(&j);
     for (int32_t i = 0; i < bapq_chunk_count(l); i++) {
         int32_t status = bapq_run_acquire(run, layer, i, &j.view, error);
         if (status != BAPQ_OK) return status;

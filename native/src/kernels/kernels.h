@@ -78,7 +78,7 @@ typedef struct {
     int32_t rows, width; /* outputs */
 } bapq_windows;
 
-/* y: (rows, width). weight: (kernel_h * kernel_w,) and zeros up to a multiple of 4. y = the clip of
+/* y: (rows, width). weight: (kernel_h * kernel_w,), readable up to a multiple of 4. y = the clip of
  * acc = fma(x, weight, acc) over the taps, in order, from bias on: `low` where acc is below it,
  * then `high` where it is above. */
 typedef void (*bapq_depthwise_fn)(const bapq_windows *x, const float *weight, float bias, float low,

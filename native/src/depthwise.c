@@ -153,6 +153,10 @@ __attribute__((noinline)) static void fill_phases(const depthwise_job *j, const 
         float *odds = to + !even * j->phase_floats + own[!even].first;
         int64_t both = own[0].count < own[1].count ? own[0].count : own[1].count;
         for (; done + 4 <= both; done += 4) part4(x + 2 * done, evens + done, odds + done);
+        if (both >= 4) { /* what is left of both, and some again */
+            done = both;
+            part4(x + 2 * (done - 4), evens + done - 4, odds + done - 4);
+        }
     }
     for (int64_t i = 0; i < j->phases; i++, to += j->phase_floats) {
         const float *from = x + own[i].column;

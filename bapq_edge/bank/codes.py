@@ -281,8 +281,8 @@ def _pack_taps(plane: Plane, code: NDArray[Any], tiles: int) -> NDArray[np.uint8
 def _unpack_taps(plane: Plane, packed: NDArray[np.uint8]) -> NDArray[Any]:
     """Inverse of `_pack_taps`: (rows, taps) with all padding."""
     values: NDArray[Any] = packed.view("<f4") if plane == "f32" else packed
-    units = values.reshape(len(packed), -1, TILE_ROWS).transpose(0, 2, 1)
-    units = units.reshape(len(packed) * TILE_ROWS, -1)
+    turned = values.reshape(len(packed), -1, TILE_ROWS).transpose(0, 2, 1)
+    units = turned.reshape(len(packed) * TILE_ROWS, -1)
     if plane == "f32":
         return units
     bits = 8 // _CODES_PER_BYTE[plane]

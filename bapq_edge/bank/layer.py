@@ -22,8 +22,8 @@ class Layer:
     name: Name
     """Unique; letters, digits, '.', '_' and '-' only; also its folder in the exchange form."""
     operators: tuple[Operator, ...]
-    """Operators that read it, in execution order, each once. DepthwiseConv is alone: its layers have
-    a layout of their own."""
+    """Operators that read it, in execution order, each once. DepthwiseConv is alone: its layers
+    have a layout of their own."""
     rows: Rows
     stored_rows: Rows
     """Rows that chunks hold; the others are dropped, since their weights are all zero."""

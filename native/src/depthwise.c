@@ -1,8 +1,9 @@
 /* Depthwise convolution: every output channel has one input channel, and one small kernel. On float
- * activations: each value meets a few weights only, so making it an integer and moving it to another
- * layout would cost more than the products (docs/decisions/0022-depthwise.md). A worker decodes the
- * weights of a tile, then goes through its channels. The input is copied in bands of rows, padded
- * with zeros, so that no window is a special case and the kernels see one layout for all strides. */
+ * activations: each value meets a few weights only, so making it an integer and moving it to
+ * another layout would cost more than the products (docs/decisions/0022-depthwise.md). A worker
+ * decodes the weights of a tile, then goes through its channels. The input is copied in bands of
+ * rows, padded with zeros, so that no window is a special case and the kernels see one layout for
+ * all strides. */
 #include "depthwise.h"
 
 #include <string.h>
@@ -19,14 +20,14 @@ int32_t bapq_depthwise_shape(const bapq_layer *layer, const bapq_conv_params *pa
                              int64_t channels, int64_t height, int64_t width, bapq_conv *out,
                              bapq_error *error) {
     const bapq_conv_params *p = params;
-    const int64_t values[] = {p->kernel_h,   p->kernel_w,   p->stride_h, p->stride_w,
-                              p->dilation_h, p->dilation_w, p->pad_top,  p->pad_left,
-                              p->pad_bottom, p->pad_right};
+    const int64_t values[] = {p->kernel_h,   p->kernel_w, p->stride_h, p->stride_w,   p->dilation_h,
+                              p->dilation_w, p->pad_top,  p->pad_left, p->pad_bottom, p->pad_right};
     for (size_t i = 0; i < sizeof values / sizeof *values; i++)
         if (values[i] < 0 || values[i] > LARGEST_ATTRIBUTE)
-            return bapq_fail(error, BAPQ_ARGUMENT,
-                             "an attribute of the depthwise convolution is %lld, allowed is 0 to %d",
-                             (long long)values[i], LARGEST_ATTRIBUTE);
+            return bapq_fail(
+                error, BAPQ_ARGUMENT,
+                "an attribute of the depthwise convolution is %lld, allowed is 0 to %d",
+                (long long)values[i], LARGEST_ATTRIBUTE);
     if (p->group != channels)
         return bapq_fail(error, BAPQ_ARGUMENT,
                          "the depthwise convolution has %lld groups, its input %lld channels",
@@ -54,17 +55,17 @@ typedef struct {
     const bapq_conv *conv;
     const bapq_epilogue *epilogue;
     const bapq_layer *layer;
-    const float *x;            /* (batch, channels, height, width) */
-    float *y;                  /* (batch, rows, out_h, out_w) */
-    int64_t row_weights;       /* taps, up to a multiple of 4 */
-    int64_t span_h;            /* input rows under a window */
-    int64_t phases;            /* parts that a row of a band is cut into */
-    int64_t phase_floats;      /* of each */
-    int64_t output_rows;       /* of a band, at most */
-    int64_t band_rows;         /* of the input under them */
-    columns *columns;          /* (phases,) */
-    ptrdiff_t *tap;            /* (kernel_w,), see bapq_windows */
-    worker_buffers *buffers;   /* (threads,) */
+    const float *x;          /* (batch, channels, height, width) */
+    float *y;                /* (batch, rows, out_h, out_w) */
+    int64_t row_weights;     /* taps, up to a multiple of 4 */
+    int64_t span_h;          /* input rows under a window */
+    int64_t phases;          /* parts that a row of a band is cut into */
+    int64_t phase_floats;    /* of each */
+    int64_t output_rows;     /* of a band, at most */
+    int64_t band_rows;       /* of the input under them */
+    columns *columns;        /* (phases,) */
+    ptrdiff_t *tap;          /* (kernel_w,), see bapq_windows */
+    worker_buffers *buffers; /* (threads,) */
     bapq_chunk_view view;
 } depthwise_job;
 
@@ -144,7 +145,8 @@ __attribute__((noinline)) static void fill_values(const float *from, int64_t cou
 }
 
 /* Each phase takes every stride-th value. */
-__attribute__((noinline)) static void fill_phases(const depthwise_job *j, const float *x, int64_t stride, float *to) {
+__attribute__((noinline)) static void fill_phases(const depthwise_job *j, const float *x,
+                                                  int64_t stride, float *to) {
     const columns *own = j->columns;
     int64_t done = 0;
     if (stride == 2 && j->phases == 2) { /* one begins at column 0, the other at column 1 */
@@ -198,8 +200,7 @@ static void convolve_channel(const depthwise_job *j, worker_buffers *buffers, co
     const bapq_conv *conv = j->conv;
     ptrdiff_t row_floats = j->phases * j->phase_floats;
     for (int64_t first = 0; first < conv->out_h; first += j->output_rows) {
-        int64_t rows =
-            conv->out_h - first < j->output_rows ? conv->out_h - first : j->output_rows;
+        int64_t rows = conv->out_h - first < j->output_rows ? conv->out_h - first : j->output_rows;
         fill_band(j, buffers, channel, first, rows);
         bapq_windows windows = {.x = buffers->band,
                                 .tap = j->tap,
@@ -209,8 +210,8 @@ static void convolve_channel(const depthwise_job *j, worker_buffers *buffers, co
                                 .kernel_w = (int32_t)conv->p.kernel_w,
                                 .rows = (int32_t)rows,
                                 .width = (int32_t)conv->out_w};
-        j->kernels->depthwise(&windows, weight, bias, j->epilogue->clip_low,
-                              j->epilogue->clip_high, y + first * conv->out_w);
+        j->kernels->depthwise(&windows, weight, bias, j->epilogue->clip_low, j->epilogue->clip_high,
+                              y + first * conv->out_w);
     }
 }
 

@@ -1,4 +1,4 @@
-"""Depthwise convolutions: every kernel family, level and ragged shape against NumPy, bit for bit."""
+"""Depthwise convolutions: every kernel family, level and shape against NumPy, bit for bit."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_rows_may_be_reordered_dropped_and_skipped_and_levels_differ_by_chunk(us
 
 def test_a_value_that_is_no_number_reaches_its_windows_only(use_isa, tmp_path):
     case = depthwise(4, (9, 9), (3, 3), pads=ROUND)
-    codes, bank = make_bank(tmp_path / "b.bank", case, np.random.default_rng(4))
+    _, bank = make_bank(tmp_path / "b.bank", case, np.random.default_rng(4))
     x = np.random.default_rng(5).standard_normal((1, 4, 9, 9)).astype(np.float32)
     x[0, 2, 4, 8] = np.nan
     with Session(bank, level=8) as session:

@@ -19,7 +19,6 @@ from bapq_edge.bank.codes import (
 from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, TileGeometry
 from support.bank_samples import RAGGED, Shape, assert_same_codes, random_codes
 
-
 WINDOWS = (Shape(16, 9), Shape(40, 25, has_bias=False), Shape(5, 49))
 """of depthwise kernels"""
 

@@ -123,7 +123,7 @@ def test_calibration_is_optional_and_kept(document):
         ("layers/0/operators", [], "layers[0].operators is [], must be one or more, each once"),
         ("layers/0/operators", ["Gemm", "Gemm"], "must be one or more, each once"),
         ("layers/0/operators", ["Conv", "DepthwiseConv"], "must be DepthwiseConv alone"),
-        ("layers/0/operators/0", "Softmax", "must be one of MatMul, Gemm, Conv, DepthwiseConv, Gather"),
+        ("layers/0/operators/0", "Softmax", "must be one of MatMul, Gemm, Conv, Depth"),
         ("levels", [4, 8], "levels is [4, 8], must be one or more, highest first"),
         ("levels", [8, 8, 4], "levels is [8, 8, 4], must be one or more, highest first"),
         ("levels", [], "levels is [], must be one or more, highest first"),

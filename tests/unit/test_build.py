@@ -119,7 +119,8 @@ def test_a_depthwise_convolution_is_calibrated_and_answers_as_the_model(tmp_path
         },
     )
     x = np.random.default_rng(0).standard_normal((24, channels, 9, 9)).astype(np.float32)
-    report = build_bank(model, tmp_path / "a.bank", calibration={"x": x}, levels=LEVELS, progress=False)
+    options = {"calibration": {"x": x}, "levels": LEVELS, "progress": False}
+    report = build_bank(model, tmp_path / "a.bank", **options)
     manifest = Bank.open(report).manifest
     assert [layer.operators for layer in manifest.layers] == [("DepthwiseConv",), ("Conv",)]
     assert manifest.kept_in_float == ()

@@ -162,7 +162,7 @@ def _rows_wanted(layer: HeavyLayer) -> int:
     """Rows of activations that are used, as far as the samples give them."""
     if layer.depthwise:
         return _DEPTHWISE_ROWS
-    columns = layer.weight.shape[1]
+    columns: int = layer.weight.shape[1]
     return min(max(_ROW_WORK // columns**2, _LEAST_ROWS), _MOST_ROWS)
 
 

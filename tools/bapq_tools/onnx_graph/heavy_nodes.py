@@ -19,7 +19,7 @@ MIN_WEIGHTS = 1024
 """A layer with fewer saves less than its chunk table, scales and operator call cost."""
 
 MIN_DEPTHWISE_WEIGHTS = 256
-"""A depthwise layer saves few bytes but many instructions: each of its weights meets every pixel."""
+"""A depthwise layer saves few bytes but many instructions: its weights meet every pixel."""
 
 
 @dataclass(frozen=True)

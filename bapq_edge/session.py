@@ -91,8 +91,10 @@ class Session(InferenceSessionMethods):
 
         Args:
             bank: the bank's directory.
-            sess_options, providers, provider_options: as in ONNX Runtime; what a bank cannot
-                honour is an IgnoredSettingWarning, once by name.
+            sess_options: as in ONNX Runtime. What a bank cannot honour of it, and of the next two,
+                is an IgnoredSettingWarning, once by name.
+            providers: as in ONNX Runtime; a bank runs on the CPU.
+            provider_options: as in ONNX Runtime.
             memory_budget: bytes that the process's resident memory may grow by for this model, as
                 a number or such as "64MiB"; "auto" takes a share of what the device has free now;
                 None is no limit.

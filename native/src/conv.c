@@ -89,39 +89,70 @@ static int is_pointwise(const bapq_conv *conv) {
 
 /* ---- panels ---- */
 
-/* int8: per output pixel and kernel row, one run of pixels where they are adjacent in the input. */
-static void fill_quantized(const conv_job *j, int64_t group, int64_t pixel, int32_t m, int8_t *q) {
+typedef int8_t vector __attribute__((vector_size(16)));
+
+enum { OVERRUN = 16 }; /* bytes that a copy may read and write behind its end: no tails */
+
+static inline void copy_run(int8_t *target, const int8_t *source, int64_t bytes) {
+    int64_t k = 0;
+    for (; k + 64 <= bytes; k += 64) memcpy(target + k, source + k, 64);
+    for (; k < bytes; k += OVERRUN) memcpy(target + k, source + k, OVERRUN);
+}
+
+static inline void fill_run(int8_t *target, int8_t value, int64_t bytes) {
+    const vector values = (vector){0} + value;
+    for (int64_t k = 0; k < bytes; k += OVERRUN) memcpy(target + k, &values, OVERRUN);
+}
+
+/* One window that reaches into the padding, or whose pixels are not adjacent. */
+static void fill_window(const conv_job *j, int64_t group, int64_t y0, int64_t x0, int8_t *q) {
     const bapq_conv *conv = j->conv;
     const bapq_conv_params *p = &conv->p;
-    int64_t padded = (int64_t)j->blocks * BAPQ_BLOCK;
-    int64_t channels = j->group_channels;
-    int adjacent = p->dilation_w == 1 && p->group == 1;
-    for (int32_t i = 0; i < m; i++, q += padded) {
-        int64_t y0 = (pixel + i) / conv->out_w * p->stride_h - p->pad_top;
-        int64_t x0 = (pixel + i) % conv->out_w * p->stride_w - p->pad_left;
-        int8_t *target = q;
-        for (int64_t ky = 0; ky < p->kernel_h; ky++) {
-            int64_t iy = y0 + ky * p->dilation_h;
-            if (iy < 0 || iy >= conv->height) {
-                memset(target, j->input.zero_point, (size_t)(p->kernel_w * channels));
-                target += p->kernel_w * channels;
-                continue;
-            }
-            const int8_t *row = j->input.q + iy * conv->width * conv->channels + group * channels;
-            if (adjacent && x0 >= 0 && x0 + p->kernel_w <= conv->width) {
-                memcpy(target, row + x0 * channels, (size_t)(p->kernel_w * channels));
-                target += p->kernel_w * channels;
-            } else {
-                for (int64_t kx = 0; kx < p->kernel_w; kx++, target += channels) {
-                    int64_t ix = x0 + kx * p->dilation_w;
-                    if (ix < 0 || ix >= conv->width)
-                        memset(target, j->input.zero_point, (size_t)channels);
-                    else
-                        memcpy(target, row + ix * conv->channels, (size_t)channels);
-                }
-            }
+    const int64_t channels = j->group_channels;
+    for (int64_t ky = 0; ky < p->kernel_h; ky++) {
+        int64_t iy = y0 + ky * p->dilation_h;
+        for (int64_t kx = 0; kx < p->kernel_w; kx++, q += channels) {
+            int64_t ix = x0 + kx * p->dilation_w;
+            if (iy < 0 || iy >= conv->height || ix < 0 || ix >= conv->width)
+                fill_run(q, (int8_t)j->input.zero_point, channels);
+            else
+                copy_run(
+                    q,
+                    j->input.q + (iy * conv->width + ix) * conv->channels + group * channels,
+                    channels);
         }
-        memset(target, 0, (size_t)(padded - j->columns));
+    }
+}
+
+/* int8: windows one behind the other, so that what a run writes behind its end is written over. */
+static void fill_quantized(const conv_job *j, int64_t group, int64_t pixel, int32_t m, int8_t *q) {
+    const bapq_conv *conv = j->conv;
+    const bapq_conv_params p = conv->p;
+    const int64_t padded = (int64_t)j->blocks * BAPQ_BLOCK, padding = padded - j->columns;
+    const vector zeros = {0};
+    const int64_t run = p.kernel_w * j->group_channels;
+    const int64_t row_bytes = p.dilation_h * conv->width * conv->channels;
+    const int64_t span_h = (p.kernel_h - 1) * p.dilation_h + 1;
+    const int adjacent = p.dilation_w == 1 && p.group == 1;
+    int64_t out_x = pixel % conv->out_w;
+    int64_t y0 = pixel / conv->out_w * p.stride_h - p.pad_top;
+    for (int32_t i = 0; i < m; i++, q += padded) {
+        int64_t x0 = out_x * p.stride_w - p.pad_left;
+        if (adjacent && x0 >= 0 && x0 + p.kernel_w <= conv->width && y0 >= 0 &&
+            y0 + span_h <= conv->height) {
+            const int8_t *from = j->input.q + (y0 * conv->width + x0) * conv->channels;
+            int8_t *to = q;
+            for (int64_t ky = 0; ky < p.kernel_h; ky++, to += run, from += row_bytes)
+                copy_run(to, from, run);
+        } else {
+            fill_window(j, group, y0, x0, q);
+        }
+        if (padding > 0) memcpy(q + j->columns, &zeros, OVERRUN);
+        if (padding > OVERRUN) memcpy(q + j->columns + OVERRUN, &zeros, OVERRUN);
+        if (++out_x == conv->out_w) {
+            out_x = 0;
+            y0 += p.stride_h;
+        }
     }
 }
 
@@ -181,22 +212,6 @@ static bapq_panel build_panel(const conv_job *j, worker_buffers *buffers, int64_
 
 /* ---- product ---- */
 
-/* Four rows of four columns, turned. */
-static inline void turn(bapq_float4 v[4]) {
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#else
-#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (bapq_int4){i, j, k, l})
-#endif
-    bapq_float4 a = SHUFFLE(v[0], v[1], 0, 4, 2, 6), b = SHUFFLE(v[0], v[1], 1, 5, 3, 7);
-    bapq_float4 c = SHUFFLE(v[2], v[3], 0, 4, 2, 6), d = SHUFFLE(v[2], v[3], 1, 5, 3, 7);
-    v[0] = SHUFFLE(a, c, 0, 1, 4, 5);
-    v[1] = SHUFFLE(b, d, 0, 1, 4, 5);
-    v[2] = SHUFFLE(a, c, 2, 3, 6, 7);
-    v[3] = SHUFFLE(b, d, 2, 3, 6, 7);
-#undef SHUFFLE
-}
-
 /* Finishes `rows` rows of a tile from r on, and writes them to their planes from `pixel` on. */
 static inline void write_rows(const conv_job *j, const float *out, int32_t rows, int32_t r,
                               const float *bias, float *const y[4], int32_t m) {
@@ -204,13 +219,13 @@ static inline void write_rows(const conv_job *j, const float *out, int32_t rows,
     int32_t i = 0;
     if (rows == 4) {
         bapq_float4 biases[4];
-        for (int32_t k = 0; k < 4; k++) biases[k] = bapq_splat(bias ? bias[r + k] : -0.0f);
+        for (int32_t k = 0; k < 4; k++) biases[k] = bapq_splat(bias ? bias[r + k] + 0.0f : 0.0f);
         for (; i + 4 <= m; i += 4) {
             bapq_float4 v[4];
             for (int32_t k = 0; k < 4; k++) v[k] = bapq_load4(out + (i + k) * BAPQ_TILE_ROWS + r);
-            turn(v);
+            bapq_turn4(v);
             for (int32_t k = 0; k < 4; k++) {
-                v[k] = bapq_finish4(v[k], biases[k], &epilogue);
+                v[k] = bapq_clip4(v[k] + biases[k], &epilogue);
                 memcpy(y[k] + i, &v[k], sizeof v[k]);
             }
         }
@@ -291,13 +306,14 @@ static void carve_buffers(conv_job *j, uint32_t levels, int32_t threads, bapq_ca
     int quantized = (levels & ~(1u << BAPQ_L32)) != 0;
     if (quantized) {
         const bapq_conv *conv = j->conv;
-        j->input.q = bapq_carve(carver, conv->channels * conv->height * conv->width);
+        j->input.q = bapq_carve(carver, conv->channels * conv->height * conv->width + OVERRUN);
         j->input_scratch = bapq_carve(carver, bapq_conv_input_scratch(conv->channels));
     }
     for (int32_t i = 0; i < threads; i++) {
         worker_buffers *buffers = carver->base ? &j->buffers[i] : &none;
         if (quantized) {
-            if (!is_pointwise(j->conv)) buffers->q = bapq_carve(carver, j->panel_rows * padded);
+            if (!is_pointwise(j->conv))
+                buffers->q = bapq_carve(carver, j->panel_rows * padded + OVERRUN);
             buffers->sum = bapq_carve(carver, j->panel_rows * block_floats);
         }
         if (levels & 1u << BAPQ_L32)

@@ -66,12 +66,12 @@ static void write_tile(const matmul *mm, const float *out, const float *bias, fl
     const int32_t *order = mm->layer->row_order ? mm->layer->row_order + first : NULL;
     const bapq_epilogue epilogue = *mm->epilogue; /* which no output can overwrite */
     bapq_float4 biases[4];
-    for (int32_t k = 0; k < 4; k++) biases[k] = bias ? bapq_load4(bias + 4 * k) : bapq_splat(-0.0f);
+    for (int32_t k = 0; k < 4; k++) biases[k] = bapq_bias4(bias ? bias + 4 * k : NULL);
     for (int32_t i = 0; i < m; i++, out += BAPQ_TILE_ROWS, y += mm->rows) {
         float finished[BAPQ_TILE_ROWS];
         float *target = !order && width == BAPQ_TILE_ROWS ? y + first : finished;
         for (int32_t k = 0; k < 4; k++) {
-            bapq_float4 v = bapq_finish4(bapq_load4(out + 4 * k), biases[k], &epilogue);
+            bapq_float4 v = bapq_clip4(bapq_load4(out + 4 * k) + biases[k], &epilogue);
             memcpy(target + 4 * k, &v, sizeof v);
         }
         if (order)

@@ -66,12 +66,26 @@ typedef void (*bapq_quantize_row_fn)(const float *x, int32_t n, int8_t *q, float
 /* Block sums of m rows of already quantized values: sum[i][b] = sum of q[i][32b..32b+31]. */
 typedef void (*bapq_block_sums_fn)(const int8_t *q, int32_t rows, int32_t blocks, float *sum);
 
+/* What may stand between a layer's bias and its clip. */
+typedef enum {
+    BAPQ_NO_FUNCTION,
+    BAPQ_HARD_SWISH, /* x min(max(x/6 + 1/2, 0), 1) */
+    BAPQ_SILU,       /* x / (1 + e^-x) */
+    BAPQ_GELU,       /* x times the normal distribution at x */
+    BAPQ_GELU_TANH,  /* the same by tanh */
+    BAPQ_FUNCTIONS
+} bapq_function;
+
+/* out = function(out + bias) in place; out: (m, 16), bias: (16,) or NULL. Unless it is none. */
+typedef void (*bapq_apply_fn)(bapq_function function, const float *bias, int32_t m, float *out);
+
 typedef struct {
     const char *name; /* "scalar", "avx2", "avx512vnni", "neon", "neondot" */
     bapq_tile_fn tile[BAPQ_LEVELS];
     bapq_quantize_row_fn quantize_row;
     bapq_block_sums_fn block_sums;
     uint32_t sum_levels; /* bit l: tile[l] reads the sums of a uniform panel, too */
+    bapq_apply_fn apply;
 } bapq_kernels;
 
 /* The best family this CPU can run; BAPQ_ISA in the environment names another one, and then the

@@ -66,7 +66,7 @@ typedef struct {
 typedef struct {
     const bapq_kernels *kernels;
     const bapq_conv *conv;
-    const bapq_epilogue *epilogue;
+    bapq_epilogue epilogue; /* of this sample, as x and y */
     const bapq_layer *layer;
     int32_t columns, blocks, rows;
     int32_t panel_rows;
@@ -116,10 +116,9 @@ static void fill_window(const conv_job *j, int64_t group, int64_t y0, int64_t x0
             if (iy < 0 || iy >= conv->height || ix < 0 || ix >= conv->width)
                 fill_run(q, (int8_t)j->input.zero_point, channels);
             else
-                copy_run(
-                    q,
-                    j->input.q + (iy * conv->width + ix) * conv->channels + group * channels,
-                    channels);
+                copy_run(q,
+                         j->input.q + (iy * conv->width + ix) * conv->channels + group * channels,
+                         channels);
         }
     }
 }
@@ -212,28 +211,34 @@ static bapq_panel build_panel(const conv_job *j, worker_buffers *buffers, int64_
 
 /* ---- product ---- */
 
-/* Finishes `rows` rows of a tile from r on, and writes them to their planes from `pixel` on. */
+/* Finishes `rows` rows of a tile from r on, and writes them to y from `at` on: of each row its
+ * first pixel. */
 static inline void write_rows(const conv_job *j, const float *out, int32_t rows, int32_t r,
-                              const float *bias, float *const y[4], int32_t m) {
-    const bapq_epilogue epilogue = *j->epilogue; /* which no output can overwrite */
+                              const float biases[BAPQ_TILE_ROWS], const int64_t at[4], int32_t m) {
+    const bapq_epilogue epilogue = j->epilogue; /* which no output can overwrite */
+    const float *residual[4] = {0};
+    float *y[4];
+    for (int32_t k = 0; k < rows; k++) {
+        y[k] = j->y + at[k];
+        if (epilogue.residual) residual[k] = epilogue.residual + at[k];
+    }
     int32_t i = 0;
-    if (rows == 4) {
-        bapq_float4 biases[4];
-        for (int32_t k = 0; k < 4; k++) biases[k] = bapq_splat(bias ? bias[r + k] + 0.0f : 0.0f);
-        for (; i + 4 <= m; i += 4) {
-            bapq_float4 v[4];
-            for (int32_t k = 0; k < 4; k++) v[k] = bapq_load4(out + (i + k) * BAPQ_TILE_ROWS + r);
-            bapq_turn4(v);
-            for (int32_t k = 0; k < 4; k++) {
-                v[k] = bapq_clip4(v[k] + biases[k], &epilogue);
-                memcpy(y[k] + i, &v[k], sizeof v[k]);
-            }
+    for (; rows == 4 && i + 4 <= m; i += 4) {
+        bapq_float4 v[4];
+        for (int32_t k = 0; k < 4; k++) v[k] = bapq_load4(out + (i + k) * BAPQ_TILE_ROWS + r);
+        bapq_turn4(v);
+        for (int32_t k = 0; k < 4; k++) {
+            v[k] += bapq_splat(biases[r + k]);
+            if (residual[0]) v[k] += bapq_load4(residual[k] + i);
+            v[k] = bapq_clip4(v[k], &epilogue);
+            memcpy(y[k] + i, &v[k], sizeof v[k]);
         }
     }
     for (; i < m; i++)
-        for (int32_t k = 0; k < rows; k++)
-            y[k][i] =
-                bapq_finish(out[i * BAPQ_TILE_ROWS + r + k], bias ? bias + r + k : NULL, &epilogue);
+        for (int32_t k = 0; k < rows; k++) {
+            float v = out[i * BAPQ_TILE_ROWS + r + k] + biases[r + k];
+            y[k][i] = bapq_clip(v + (residual[0] ? residual[k][i] : 0.0f), &epilogue);
+        }
 }
 
 /* Rows [first, end) of tile t, all of one group, for m pixels. */
@@ -243,24 +248,37 @@ static void multiply_tile(const conv_job *j, const bapq_panel *panel, int32_t t,
     bapq_tile tile = bapq_view_tile(&j->view, t, &bias);
     float out[PANEL_ROWS * BAPQ_TILE_ROWS] __attribute__((aligned(64)));
     j->kernels->tile[j->view.level](&tile, panel, m, out);
-    if (!j->epilogue->use_bias) bias = NULL;
+    if (!j->epilogue.use_bias) bias = NULL;
+    if (j->epilogue.function) {
+        j->kernels->apply(j->epilogue.function, bias, m, out);
+        bias = NULL;
+    }
+    float biases[BAPQ_TILE_ROWS];
+    bapq_tile_bias(bias, biases);
     int64_t pixels = j->conv->out_h * j->conv->out_w;
     for (int32_t row = first, rows; row < end; row += rows) {
         rows = end - row < 4 ? end - row : 4;
-        float *y[4];
+        int64_t at[4];
         for (int32_t k = 0; k < rows; k++)
-            y[k] = j->y + bapq_output_row(j->layer, j->view.first_row + row + k) * pixels + pixel;
-        write_rows(j, out, rows, row % BAPQ_TILE_ROWS, bias, y, m);
+            at[k] = bapq_output_row(j->layer, j->view.first_row + row + k) * pixels + pixel;
+        write_rows(j, out, rows, row % BAPQ_TILE_ROWS, biases, at, m);
     }
 }
 
-/* Stored rows [first, first + count) are constants: `values`, or zeros where that is NULL. */
-static void write_constants(const conv_job *j, const float *values, int32_t first, int32_t count) {
+/* Stored rows [first, first + count) are constants; see bapq_constants. */
+static void write_constants(const conv_job *j, bapq_function function, const float *values,
+                            int32_t first, int32_t count) {
     int64_t pixels = j->conv->out_h * j->conv->out_w;
+    float out[BAPQ_TILE_ROWS];
     for (int32_t r = 0; r < count; r++) {
-        float *y = j->y + bapq_output_row(j->layer, first + r) * pixels;
-        float value = bapq_finish(values ? values[r] : 0.0f, NULL, j->epilogue);
-        for (int64_t i = 0; i < pixels; i++) y[i] = value;
+        int32_t in_tile = r % BAPQ_TILE_ROWS;
+        if (in_tile == 0)
+            bapq_constants(j->kernels, function, values ? values + r : NULL,
+                           count - r < BAPQ_TILE_ROWS ? count - r : BAPQ_TILE_ROWS, out);
+        const float *residual = j->epilogue.residual;
+        int64_t at = bapq_output_row(j->layer, first + r) * pixels;
+        for (int64_t end = at + pixels; at < end; at++)
+            j->y[at] = bapq_clip(out[in_tile] + (residual ? residual[at] : 0.0f), &j->epilogue);
     }
 }
 
@@ -338,7 +356,8 @@ static int32_t run_sample(bapq_run *run, int32_t layer, conv_job *j, const bapq_
         int32_t status = bapq_run_acquire(run, layer, i, &j->view, error);
         if (status != BAPQ_OK) return status;
         if (j->view.level == BAPQ_SKIP) {
-            write_constants(j, j->view.skip_values, j->view.first_row, j->view.rows);
+            write_constants(j, BAPQ_NO_FUNCTION, j->view.skip_values, j->view.first_row,
+                            j->view.rows);
             bapq_run_release(run, &j->view);
             continue;
         }
@@ -349,8 +368,8 @@ static int32_t run_sample(bapq_run *run, int32_t layer, conv_job *j, const bapq_
         bapq_work_run(&work, parallel, bapq_run_threads(run), pixels * j->columns * j->view.rows);
         bapq_run_release(run, &j->view);
     }
-    write_constants(j, j->epilogue->use_bias ? l->dropped_bias : NULL, l->stored_rows,
-                    l->rows - l->stored_rows);
+    write_constants(j, j->epilogue.function, j->epilogue.use_bias ? l->dropped_bias : NULL,
+                    l->stored_rows, l->rows - l->stored_rows);
     return BAPQ_OK;
 }
 
@@ -370,7 +389,7 @@ int32_t bapq_conv_run(bapq_run *run, int32_t layer, const bapq_conv *conv,
     uint32_t levels = bapq_run_levels(run, layer);
     conv_job j = {.kernels = bapq_run_kernels(run),
                   .conv = conv,
-                  .epilogue = epilogue,
+                  .epilogue = *epilogue,
                   .layer = l,
                   .columns = l->columns,
                   .blocks = blocks,
@@ -389,7 +408,9 @@ int32_t bapq_conv_run(bapq_run *run, int32_t layer, const bapq_conv *conv,
     for (int32_t i = 0; i < threads; i++) j.buffers[i].of_sample = NULL;
     for (int64_t n = 0; n < conv->batch; n++) {
         j.x = x + n * conv->channels * conv->height * conv->width;
-        j.y = y + n * l->rows * conv->out_h * conv->out_w;
+        int64_t first = n * l->rows * conv->out_h * conv->out_w;
+        j.y = y + first;
+        if (epilogue->residual) j.epilogue.residual = epilogue->residual + first;
         int32_t status = run_sample(run, layer, &j, parallel, error);
         if (status != BAPQ_OK) return status;
     }

@@ -41,7 +41,8 @@ static void find_extent(void *data, size_t channel) {
     j->extents[channel] = found;
 }
 
-/* Bits of 1.5 * 2^23 plus a value's code: the sum's last bit is worth 1, so it rounds half to even. */
+/* Bits of 1.5 * 2^23 plus a value's code: the sum's last bit is worth 1, so it rounds half to even.
+ */
 enum { ZERO = 0x4b400000 };
 
 static inline int32_t bits_of(float x, float inverse, float to_code) {
@@ -81,8 +82,8 @@ enum { STRIP = 64, TASK_CHANNELS = 64 }; /* pixels and channels of a task: whole
 
 static int64_t channel_tasks(const job *j) { return bapq_ceil_div(j->channels, TASK_CHANNELS); }
 
-/* LANES channels from c on, of `pixels` pixels, a multiple of 4: the words of four pixels are turned
- * into pixels. */
+/* LANES channels from c on, of `pixels` pixels, a multiple of 4: the words of four pixels are
+ * turned into pixels. */
 INLINE void quantize_lanes(const job *j, int64_t first, int64_t pixels, int64_t c, int clamp) {
     const bapq_float4 inverse = bapq_splat(j->inverse), to_code = bapq_splat(j->to_code);
     const int64_t stride = j->channels;
@@ -100,8 +101,8 @@ INLINE void quantize_lanes(const job *j, int64_t first, int64_t pixels, int64_t 
     }
 }
 
-/* The same for at most four channels. If there are no others, a word may reach into the pixel behind
- * it, which is written next. */
+/* The same for at most four channels. If there are no others, a word may reach into the pixel
+ * behind it, which is written next. */
 static void quantize_word(const job *j, int64_t first, int64_t pixels, int64_t c, int64_t lanes) {
     const bapq_float4 inverse = bapq_splat(j->inverse), to_code = bapq_splat(j->to_code);
     const int64_t stride = j->channels;

@@ -60,33 +60,48 @@ static void prepare_rows(void *data, size_t i) {
 }
 
 /* Finishes a tile's outputs (m, 16) and writes their first `width` to columns `first` and on of m
- * rows of y; or, where the layer has a row order, to the columns that it names. */
-static void write_tile(const matmul *mm, const float *out, const float *bias, float *y, int32_t m,
-                       int32_t first, int32_t width) {
+ * rows of y from `row` on; or, where the layer has a row order, to the columns that it names. */
+static void write_tile(const matmul *mm, const float *out, const float *bias, int64_t row,
+                       int32_t m, int32_t first, int32_t width) {
     const int32_t *order = mm->layer->row_order ? mm->layer->row_order + first : NULL;
     const bapq_epilogue epilogue = *mm->epilogue; /* which no output can overwrite */
-    bapq_float4 biases[4];
-    for (int32_t k = 0; k < 4; k++) biases[k] = bapq_bias4(bias ? bias + 4 * k : NULL);
-    for (int32_t i = 0; i < m; i++, out += BAPQ_TILE_ROWS, y += mm->rows) {
-        float finished[BAPQ_TILE_ROWS];
-        float *target = !order && width == BAPQ_TILE_ROWS ? y + first : finished;
-        for (int32_t k = 0; k < 4; k++) {
-            bapq_float4 v = bapq_clip4(bapq_load4(out + 4 * k) + biases[k], &epilogue);
-            memcpy(target + 4 * k, &v, sizeof v);
+    const int whole = !order && width == BAPQ_TILE_ROWS;
+    float biases[BAPQ_TILE_ROWS], finished[BAPQ_TILE_ROWS], added[BAPQ_TILE_ROWS] = {0};
+    bapq_tile_bias(bias, biases);
+    for (int64_t i = row; i < row + m; i++, out += BAPQ_TILE_ROWS) {
+        float *y = mm->y + i * mm->rows;
+        float *target = whole ? y + first : finished;
+        const float *residual = epilogue.residual ? epilogue.residual + i * mm->rows : NULL;
+        if (residual && !whole)
+            for (int32_t r = 0; r < width; r++) added[r] = residual[order ? order[r] : first + r];
+        if (residual) residual = whole ? residual + first : added;
+        for (int32_t r = 0; r < BAPQ_TILE_ROWS; r += 4) {
+            bapq_float4 v = bapq_load4(out + r) + bapq_load4(biases + r);
+            if (residual) v += bapq_load4(residual + r);
+            v = bapq_clip4(v, &epilogue);
+            memcpy(target + r, &v, sizeof v);
         }
         if (order)
             for (int32_t r = 0; r < width; r++) y[order[r]] = finished[r];
-        else if (target == finished)
+        else if (!whole)
             memcpy(y + first, finished, (size_t)width * sizeof *finished);
     }
 }
 
-/* Stored rows [first, first + count) are constants: `values`, or zeros where that is NULL. */
-static void write_constants(const matmul *mm, const float *values, int32_t first, int32_t count) {
-    for (int64_t i = 0; i < mm->m; i++)
-        for (int32_t r = 0; r < count; r++)
-            mm->y[i * mm->rows + bapq_output_row(mm->layer, first + r)] =
-                bapq_finish(values ? values[r] : 0.0f, NULL, mm->epilogue);
+/* Stored rows [first, first + count) are constants; see bapq_constants. */
+static void write_constants(const matmul *mm, bapq_function function, const float *values,
+                            int32_t first, int32_t count) {
+    float out[BAPQ_TILE_ROWS];
+    for (int32_t r = 0; r < count; r++) {
+        int32_t in_tile = r % BAPQ_TILE_ROWS;
+        if (in_tile == 0)
+            bapq_constants(mm->kernels, function, values ? values + r : NULL,
+                           count - r < BAPQ_TILE_ROWS ? count - r : BAPQ_TILE_ROWS, out);
+        const float *residual = mm->epilogue->residual;
+        int64_t at = bapq_output_row(mm->layer, first + r);
+        for (int64_t i = 0; i < mm->m; i++, at += mm->rows)
+            mm->y[at] = bapq_clip(out[in_tile] + (residual ? residual[at] : 0.0f), mm->epilogue);
+    }
 }
 
 static void multiply_item(void *data, int32_t worker, int64_t panel, int32_t first_tile,
@@ -112,7 +127,11 @@ static void multiply_item(void *data, int32_t worker, int64_t panel, int32_t fir
         int32_t first = t * BAPQ_TILE_ROWS;
         int32_t width =
             mm->view.rows - first < BAPQ_TILE_ROWS ? mm->view.rows - first : BAPQ_TILE_ROWS;
-        write_tile(mm, out, bias, mm->y + row * mm->rows, m, mm->view.first_row + first, width);
+        if (mm->epilogue->function) {
+            mm->kernels->apply(mm->epilogue->function, bias, m, out);
+            bias = NULL;
+        }
+        write_tile(mm, out, bias, row, m, mm->view.first_row + first, width);
     }
 }
 
@@ -150,7 +169,8 @@ int32_t bapq_matmul(bapq_run *run, int32_t layer, const bapq_epilogue *epilogue,
         int32_t status = bapq_run_acquire(run, layer, i, &mm.view, error);
         if (status != BAPQ_OK) return status;
         if (mm.view.level == BAPQ_SKIP) {
-            write_constants(&mm, mm.view.skip_values, mm.view.first_row, mm.view.rows);
+            write_constants(&mm, BAPQ_NO_FUNCTION, mm.view.skip_values, mm.view.first_row,
+                            mm.view.rows);
             bapq_run_release(run, &mm.view);
             continue;
         }
@@ -161,7 +181,7 @@ int32_t bapq_matmul(bapq_run *run, int32_t layer, const bapq_epilogue *epilogue,
         bapq_work_run(&work, parallel, bapq_run_threads(run), m * mm.columns * mm.view.rows);
         bapq_run_release(run, &mm.view);
     }
-    write_constants(&mm, epilogue->use_bias ? l->dropped_bias : NULL, l->stored_rows,
-                    l->rows - l->stored_rows);
+    write_constants(&mm, epilogue->function, epilogue->use_bias ? l->dropped_bias : NULL,
+                    l->stored_rows, l->rows - l->stored_rows);
     return BAPQ_OK;
 }

@@ -13,14 +13,23 @@
 
 #include "ops.h"
 
-/* No zero has a sign behind the addition, so that the CPUs' own minima and maxima agree. */
-static inline float bapq_finish(float v, const float *bias, const bapq_epilogue *epilogue) {
-    v += (bias ? *bias : 0.0f) + 0.0f;
+static inline float bapq_clip(float v, const bapq_epilogue *epilogue) {
     v = v < epilogue->clip_low ? epilogue->clip_low : v; /* in this order NaN passes through */
     return v > epilogue->clip_high ? epilogue->clip_high : v;
 }
 
-/* The same for four outputs at a time. */
+/* The outputs of up to 16 rows that are constants, before residual and clip: `values`, or zeros
+ * where that is NULL. Zero is what every function makes of zero. */
+static inline void bapq_constants(const bapq_kernels *kernels, bapq_function function,
+                                  const float *values, int32_t count, float out[BAPQ_TILE_ROWS]) {
+    memset(out, 0, BAPQ_TILE_ROWS * sizeof *out);
+    if (!values) return;
+    memcpy(out, values, (size_t)count * sizeof *out);
+    if (function) kernels->apply(function, NULL, 1, out);
+    for (int32_t r = 0; r < BAPQ_TILE_ROWS; r++) out[r] += 0.0f;
+}
+
+/* Four outputs at a time. */
 typedef float bapq_float4 __attribute__((vector_size(16)));
 typedef int32_t bapq_int4 __attribute__((vector_size(16)));
 
@@ -54,9 +63,10 @@ static inline void bapq_turn4(bapq_float4 v[4]) {
 #undef SHUFFLE
 }
 
-/* The bias of four outputs; NULL is none. */
-static inline bapq_float4 bapq_bias4(const float *bias) {
-    return bias ? bapq_load4(bias) + bapq_splat(0.0f) : bapq_splat(0.0f);
+/* The bias of a tile's outputs, or zeros. What it is added to keeps no negative zero: so the CPUs'
+ * own minima and maxima agree. */
+static inline void bapq_tile_bias(const float *bias, float out[BAPQ_TILE_ROWS]) {
+    for (int32_t r = 0; r < BAPQ_TILE_ROWS; r++) out[r] = (bias ? bias[r] : 0.0f) + 0.0f;
 }
 
 static inline bapq_float4 bapq_clip4(bapq_float4 v, const bapq_epilogue *epilogue) {

@@ -200,7 +200,9 @@ def _residual(
 ) -> tuple[str, onnx.NodeProto] | None:
     """The computed tensor of the same shape that is added, and the node that does it."""
     add = around.only_reader(output)
-    if add is None or not graphs.is_standard(add, "Add") or around.is_taken(add):
+    if add is None or not graphs.is_standard(add, "Add", "Sum") or around.is_taken(add):
+        return None
+    if len(add.input) != 2:
         return None
     other = add.input[1] if add.input[0] == output else add.input[0]
     if around.scope.constant(other) is not None or not same_shape(output, other):

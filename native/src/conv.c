@@ -324,8 +324,9 @@ static void carve_buffers(conv_job *j, uint32_t levels, int32_t threads, bapq_ca
     int quantized = (levels & ~(1u << BAPQ_L32)) != 0;
     if (quantized) {
         const bapq_conv *conv = j->conv;
-        j->input.q = bapq_carve(carver, conv->channels * conv->height * conv->width + OVERRUN);
-        j->input_scratch = bapq_carve(carver, bapq_conv_input_scratch(conv->channels));
+        int64_t values = conv->channels * conv->height * conv->width;
+        j->input.q = bapq_carve(carver, values + OVERRUN);
+        j->input_scratch = bapq_carve(carver, bapq_conv_input_scratch(values));
     }
     for (int32_t i = 0; i < threads; i++) {
         worker_buffers *buffers = carver->base ? &j->buffers[i] : &none;

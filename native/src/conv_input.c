@@ -15,30 +15,49 @@ typedef struct {
 typedef struct {
     const float *x; /* (channels, pixels) */
     int64_t channels, pixels;
-    extent *extents; /* (channels,) */
+    extent *extents; /* (tasks,) */
     bapq_conv_input *input;
     float inverse, to_code;
     int clamps; /* whether the ends of the range, so rounded, leave -127..127 */
 } job;
 
-static void widen(extent *all, int32_t high, uint32_t low) {
-    all->high = high > all->high ? high : all->high;
-    all->low = low > all->low ? low : all->low;
-}
+enum { EXTENT_VALUES = 4096 }; /* of a task that looks for the extent */
+
+/* The largest bits of n values, as unsigned or as signed numbers; at least 0. */
+#define DEFINE_LARGEST(name, type, lane)                                                           \
+    static type name(const float *x, int64_t n) {                                                  \
+        lane best[4] = {{0}};                                                                      \
+        int64_t i = 0;                                                                             \
+        for (; i + 16 <= n; i += 16)                                                               \
+            for (int k = 0; k < 4; k++) {                                                          \
+                lane bits = (lane)bapq_load4(x + i + 4 * k);                                       \
+                best[k] = (lane)bapq_choose4((bapq_int4)(bits > best[k]), (bapq_int4)bits,         \
+                                             (bapq_int4)best[k]);                                  \
+            }                                                                                      \
+        type most = 0;                                                                             \
+        for (int k = 0; k < 16; k++) most = best[k / 4][k % 4] > most ? best[k / 4][k % 4] : most; \
+        for (; i < n; i++) {                                                                       \
+            type bits;                                                                             \
+            memcpy(&bits, x + i, sizeof bits);                                                     \
+            most = bits > most ? bits : most;                                                      \
+        }                                                                                          \
+        return most;                                                                               \
+    }
+typedef uint32_t uint4 __attribute__((vector_size(16)));
+DEFINE_LARGEST(largest_unsigned, uint32_t, uint4)
+DEFINE_LARGEST(largest_signed, int32_t, bapq_int4)
 
 /* Floats >= 0 order like their bits, and those below like theirs without sign, from zero down. So
  * integer maxima, which vectorize without -ffast-math, find both ends; NaNs and infinities lie
- * beyond. */
-static void find_extent(void *data, size_t channel) {
+ * beyond. The largest unsigned bits are those of the end below zero, if there is one: only then a
+ * second look is due, for the end above. */
+static void find_extent(void *data, size_t task) {
     job *j = data;
-    const float *x = j->x + (int64_t)channel * j->pixels;
-    extent found = {0, 0};
-    for (int64_t i = 0; i < j->pixels; i++) {
-        int32_t bits;
-        memcpy(&bits, x + i, sizeof bits);
-        widen(&found, bits, (uint32_t)bits);
-    }
-    j->extents[channel] = found;
+    int64_t first = (int64_t)task * EXTENT_VALUES, left = j->channels * j->pixels - first;
+    int64_t n = left < EXTENT_VALUES ? left : EXTENT_VALUES;
+    uint32_t low = largest_unsigned(j->x + first, n);
+    j->extents[task] =
+        (extent){low > INT32_MAX ? largest_signed(j->x + first, n) : (int32_t)low, low};
 }
 
 /* Bits of 1.5 * 2^23 plus a value's code: the sum's last bit is worth 1, so it rounds half to even.
@@ -151,15 +170,21 @@ static void quantize_strip(void *data, size_t task) {
     quantize_rest(j, first + whole, pixels - whole, begin, end);
 }
 
-int64_t bapq_conv_input_scratch(int64_t channels) { return channels * (int64_t)sizeof(extent); }
+int64_t bapq_conv_input_scratch(int64_t values) {
+    return bapq_ceil_div(values, EXTENT_VALUES) * (int64_t)sizeof(extent);
+}
 
 void bapq_conv_input_quantize(const float *x, int64_t channels, int64_t height, int64_t width,
                               const bapq_parallel *parallel, void *scratch,
                               bapq_conv_input *input) {
     job j = {x, channels, height * width, scratch, input, 0.0f, 0.0f, 0};
-    parallel->for_each(parallel->self, find_extent, (size_t)channels, &j);
+    size_t tasks = (size_t)bapq_ceil_div(channels * j.pixels, EXTENT_VALUES);
+    parallel->for_each(parallel->self, find_extent, tasks, &j);
     extent all = {0, 0};
-    for (int64_t c = 0; c < channels; c++) widen(&all, j.extents[c].high, j.extents[c].low);
+    for (size_t i = 0; i < tasks; i++) {
+        all.high = j.extents[i].high > all.high ? j.extents[i].high : all.high;
+        all.low = j.extents[i].low > all.low ? j.extents[i].low : all.low;
+    }
     const int32_t infinity_bits = 0x7f800000;
     if (all.low <= INT32_MAX) all.low = 0; /* no sign: nothing is negative */
     input->finite = all.high < infinity_bits && (int32_t)(all.low & INT32_MAX) < infinity_bits;

@@ -45,6 +45,9 @@ _QuantizeFn = ctypes.CFUNCTYPE(
     None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p
 )
 _SumsFn = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
+_ApplyFn = ctypes.CFUNCTYPE(
+    None, ctypes.c_int, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p
+)
 
 
 class _CKernels(ctypes.Structure):
@@ -53,6 +56,8 @@ class _CKernels(ctypes.Structure):
         ("tile", _TileFn * 5),
         ("quantize_row", _QuantizeFn),
         ("block_sums", _SumsFn),
+        ("sum_levels", ctypes.c_uint32),
+        ("apply", _ApplyFn),
     )
 
 
@@ -112,6 +117,18 @@ class Family:
         rows, blocks = q.shape[0], q.shape[1] // BLOCK
         out, guard = _guarded((rows, blocks), np.float32)
         self.table.block_sums(q.ctypes.data, rows, blocks, out.ctypes.data)
+        assert (guard == 0xA5).all()
+        return out
+
+    def apply(
+        self, function: int, bias: NDArray[np.float32] | None, x: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """Return a function of x + bias, (m, 16)."""
+        out, guard = _guarded(x.shape, np.float32)
+        out[:] = x
+        self.table.apply(
+            function, None if bias is None else bias.ctypes.data, len(x), out.ctypes.data
+        )
         assert (guard == 0xA5).all()
         return out
 

@@ -59,32 +59,47 @@ static void prepare_rows(void *data, size_t i) {
     }
 }
 
+/* One row of a tile's outputs, finished. */
+static inline void finish_row(const float *out, const bapq_float4 bias[4], const float *residual,
+                              const bapq_epilogue *epilogue, float *y) {
+#pragma GCC unroll 4
+    for (int32_t k = 0; k < 4; k++) {
+        bapq_float4 v = bapq_load4(out + 4 * k) + bias[k];
+        if (residual) v += bapq_load4(residual + 4 * k);
+        v = bapq_clip4(v, epilogue);
+        memcpy(y + 4 * k, &v, sizeof v);
+    }
+}
+
 /* Finishes a tile's outputs (m, 16) and writes their first `width` to columns `first` and on of m
  * rows of y from `row` on; or, where the layer has a row order, to the columns that it names. */
 static void write_tile(const matmul *mm, const float *out, const float *bias, int64_t row,
                        int32_t m, int32_t first, int32_t width) {
-    const int32_t *order = mm->layer->row_order ? mm->layer->row_order + first : NULL;
     const bapq_epilogue epilogue = *mm->epilogue; /* which no output can overwrite */
-    const int whole = !order && width == BAPQ_TILE_ROWS;
-    float biases[BAPQ_TILE_ROWS], finished[BAPQ_TILE_ROWS], added[BAPQ_TILE_ROWS] = {0};
-    bapq_tile_bias(bias, biases);
-    for (int64_t i = row; i < row + m; i++, out += BAPQ_TILE_ROWS) {
-        float *y = mm->y + i * mm->rows;
-        float *target = whole ? y + first : finished;
-        const float *residual = epilogue.residual ? epilogue.residual + i * mm->rows : NULL;
-        if (residual && !whole)
-            for (int32_t r = 0; r < width; r++) added[r] = residual[order ? order[r] : first + r];
-        if (residual) residual = whole ? residual + first : added;
-        for (int32_t r = 0; r < BAPQ_TILE_ROWS; r += 4) {
-            bapq_float4 v = bapq_load4(out + r) + bapq_load4(biases + r);
-            if (residual) v += bapq_load4(residual + r);
-            v = bapq_clip4(v, &epilogue);
-            memcpy(target + r, &v, sizeof v);
-        }
-        if (order)
-            for (int32_t r = 0; r < width; r++) y[order[r]] = finished[r];
-        else if (!whole)
-            memcpy(y + first, finished, (size_t)width * sizeof *finished);
+    const int32_t *order = mm->layer->row_order ? mm->layer->row_order + first : NULL;
+    const int64_t rows = mm->rows;
+    float *y = mm->y + row * rows;
+    const float *residual = epilogue.residual ? epilogue.residual + row * rows : NULL;
+    float padded[BAPQ_TILE_ROWS];
+    bapq_tile_bias(bias, padded);
+    bapq_float4 biases[4];
+    memcpy(biases, padded, sizeof biases);
+    if (!order && width == BAPQ_TILE_ROWS) {
+        if (residual)
+            for (int64_t i = 0; i < m; i++)
+                finish_row(out + i * BAPQ_TILE_ROWS, biases, residual + i * rows + first, &epilogue,
+                           y + i * rows + first);
+        else
+            for (int64_t i = 0; i < m; i++)
+                finish_row(out + i * BAPQ_TILE_ROWS, biases, NULL, &epilogue, y + i * rows + first);
+        return;
+    }
+    float finished[BAPQ_TILE_ROWS], added[BAPQ_TILE_ROWS] = {0};
+    for (int64_t i = 0; i < m; i++, y += rows) {
+        for (int32_t r = 0; residual && r < width; r++)
+            added[r] = residual[i * rows + (order ? order[r] : first + r)];
+        finish_row(out + i * BAPQ_TILE_ROWS, biases, residual ? added : NULL, &epilogue, finished);
+        for (int32_t r = 0; r < width; r++) y[order ? order[r] : first + r] = finished[r];
     }
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -12,9 +11,7 @@ from numpy.typing import NDArray
 
 from . import graphs
 from .ir import Function
-
-if TYPE_CHECKING:
-    from .fusion import Neighbours
+from .neighbours import Neighbours
 
 __all__ = ["find_function"]
 

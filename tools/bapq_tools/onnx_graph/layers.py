@@ -17,7 +17,6 @@ from bapq_edge.errors import NoHeavyLayerError
 from . import graphs
 from .fusion import (
     Bias,
-    Neighbours,
     find_bias,
     find_epilogue,
     own_bias_input,
@@ -25,6 +24,7 @@ from .fusion import (
 )
 from .heavy_nodes import MIN_WEIGHTS, HeavyNode, Refusal, recognise
 from .ir import HeavyLayer, LayerPlan, LayerUse
+from .neighbours import Neighbours
 
 _NAME_LENGTH = 80
 

@@ -54,6 +54,7 @@ class _CKernels(ctypes.Structure):
         ("tile", _TileFn * 5),
         ("quantize_row", _QuantizeFn),
         ("block_sums", _SumsFn),
+        ("depthwise", ctypes.c_void_p),
         ("sum_levels", ctypes.c_uint32),
         ("apply", _ApplyFn),
     )

@@ -67,7 +67,7 @@ def find_bias(
     if add is None or not graphs.is_standard(add, "Add"):
         return None
     name = add.input[1] if add.input[0] == node.output[0] else add.input[0]
-    channel_last = heavy.operator != "Conv"
+    channel_last = heavy.conv is None
     values = _bias_values(name, around.scope, rows, channel_last, output_rank)
     return _finite(values, name, add)
 
@@ -137,18 +137,18 @@ def _drop_own_bias(
 
 
 def find_epilogue(
-    output: str, around: Neighbours, same_shape: Callable[[str, str], bool]
+    output: str, around: Neighbours, same_shape: Callable[[str, str], bool], only_clip: bool
 ) -> Epilogue:
     """Find what follows a product and its bias, and take over what an operator can.
 
     `same_shape` tells whether two tensors are known to have one shape.
     """
     nodes: list[onnx.NodeProto] = []
-    function = find_function(output, around)
+    function = None if only_clip else find_function(output, around)
     if function is not None:
         nodes += function[1]
         output = nodes[-1].output[0]
-    residual = _residual(output, around, same_shape)
+    residual = None if only_clip else _residual(output, around, same_shape)
     if residual is not None:
         nodes.append(residual[1])
         output = residual[1].output[0]

@@ -76,7 +76,7 @@ class _Search:
     """Walks the graphs, and groups heavy nodes that have the same weight matrix."""
 
     def __init__(self) -> None:
-        self.groups: dict[tuple[tuple[int, ...], bytes], list[_PlacedNode]] = {}
+        self.groups: dict[tuple[bool, tuple[int, ...], bytes], list[_PlacedNode]] = {}
         self.kept: list[tuple[str, KeptNode]] = []  # with the node's first output
 
     def visit(self, graph: onnx.GraphProto, outer: graphs.Scope | None) -> None:
@@ -94,7 +94,8 @@ class _Search:
 
     def _group(self, found: _PlacedNode) -> None:
         weight = found.heavy.weight
-        key = (weight.shape, hashlib.blake2b(weight.data, digest_size=32).digest())
+        depthwise = found.heavy.operator == "DepthwiseConv"  # has a layout of its own
+        key = (depthwise, weight.shape, hashlib.blake2b(weight.data, digest_size=32).digest())
         group = self.groups.setdefault(key, [])
         if group:  # one array for all, so that the copies go
             found.heavy = _with_weight(found.heavy, group[0].heavy.weight)
@@ -135,7 +136,7 @@ class _Shapes:
         """The rank of a heavy node's output; None when unknown."""
         if found.heavy.operator == "Gemm":
             return 2
-        if found.heavy.operator == "Conv":
+        if found.heavy.conv is not None:
             return len(found.scope.initializer(found.node.input[1]).dims)
         shape = self._of(found.node.output[0])
         return None if shape is None else len(shape)
@@ -227,7 +228,9 @@ def _use(found: _PlacedNode, shapes: _Shapes, around: Neighbours) -> LayerUse:
     )
     if use.operator == "Gather":
         return use
-    epilogue = find_epilogue(use.output, around, shapes.same)
+    epilogue = find_epilogue(
+        use.output, around, shapes.same, only_clip=use.operator == "DepthwiseConv"
+    )
     nodes = epilogue.nodes
     return dataclasses.replace(
         use,

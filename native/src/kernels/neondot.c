@@ -69,6 +69,7 @@ BAPQ_INLINE void dot_run(int n, variant v, int32_t run, source *from, const int8
             qi[i][0] = vld1q_s8(q[i]);
             qi[i][1] = vld1q_s8(q[i] + 16);
             q[i] += BAPQ_BLOCK;
+            STEP_WITH_LOAD(q[i]);
         }
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++) {
@@ -83,6 +84,7 @@ BAPQ_INLINE void dot_run(int n, variant v, int32_t run, source *from, const int8
             }
         }
         from->decoded += 512;
+        STEP_WITH_LOAD(from->decoded);
         from->b++;
     } while (v.grouped && --run > 0);
 }

@@ -162,8 +162,9 @@ BAPQ_INLINE void add_chain(int n, variant v, int fresh, int32_t blocks, source *
     } else {
         int16x8_t chain[4][GROUPS];
         add_small(n, 1, from, q, chain);
-        for (int32_t b = 1; b < blocks; b++) {
+        for (; blocks != 1; blocks--) {
             from->decoded += 512;
+            STEP_WITH_LOAD(from->decoded);
             add_small(n, 0, from, q, chain);
         }
 #pragma GCC unroll 4
@@ -175,6 +176,7 @@ BAPQ_INLINE void add_chain(int n, variant v, int fresh, int32_t blocks, source *
         }
     }
     from->decoded += 512;
+    STEP_WITH_LOAD(from->decoded);
 }
 
 /* A block whose codes come from the planes: registers of 4 rows x 4 columns meet 4 activations
@@ -236,9 +238,12 @@ BAPQ_INLINE void dot_run(int n, variant v, int32_t run, source *from, const int8
     }
     const int32_t longest = v.grouped ? chain_of(v.level) : 1;
     int32_t chain = run < longest ? run : longest;
+    if (longest == 1) {
+        chain = 1; /* which the compiler does not see by itself */
+    }
     add_chain(n, v, 1, chain, from, q, dot);
-    while (v.grouped && (run -= chain) > 0) {
-        chain = run < longest ? run : longest;
+    while (v.grouped && (run -= chain) != 0) {
+        chain = longest == 1 || run >= longest ? longest : run;
         add_chain(n, v, 0, chain, from, q, dot);
     }
 }

@@ -86,7 +86,7 @@ BAPQ_INLINE void dot_run(int n, variant v, int32_t run, source *from, const int8
         from->decoded += 512;
         STEP_WITH_LOAD(from->decoded);
         from->b++;
-    } while (v.grouped && --run > 0);
+    } while (v.grouped && --run != 0);
 }
 
 BAPQ_DEFINE_FAMILY(neondot, 1u << BAPQ_L8)

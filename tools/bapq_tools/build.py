@@ -259,8 +259,8 @@ def _take_out_kept(
 
 
 def _for_operators(layer: HeavyLayer, options: LayerOptions) -> LayerOptions:
-    """The options with what convolutions have instead of the defaults."""
-    if any(use.operator != "Conv" for use in layer.uses):
+    """The options with what convolutions have instead of the defaults; not depthwise ones."""
+    if layer.depthwise or any(use.operator != "Conv" for use in layer.uses):
         return options
     return replace(options, scale_columns={**CONV_SCALE_COLUMNS, **options.scale_columns})
 
@@ -310,7 +310,9 @@ def _check_space(
     for layer in plan.layers:
         rows, columns = layer.weight.shape
         own = options[layer.name]
-        needed += tiles_of(rows) * tile_bytes(columns, own.levels, scale_columns_of(own), True)
+        needed += tiles_of(rows) * tile_bytes(
+            columns, own.levels, scale_columns_of(own), True, layer.depthwise
+        )
     free = shutil.disk_usage(Path(os.path.realpath(out)).parent).free
     if free < needed:
         raise StorageError(

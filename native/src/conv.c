@@ -11,8 +11,9 @@
 
 enum {
     PANEL_ROWS = 128,
-    FLOAT_PANEL_ROWS = 64,  /* where a chunk runs at level 32 */
-    PANEL_BYTES = 128 << 10 /* of int8: fits a second-level cache of 256 KiB */
+    FLOAT_PANEL_ROWS = 64, /* where a chunk runs at level 32 */
+    PANEL_BYTES =
+        256 << 10 /* of int8: fits the second-level cache, of 512 KiB on the smallest boards */
 };
 
 int32_t bapq_conv_shape(const bapq_layer *layer, const bapq_conv_params *params, int64_t batch,

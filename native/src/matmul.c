@@ -17,7 +17,7 @@ typedef struct {
     float *y;           /* (m, rows) */
     /* The input in the forms that the layer's levels need. */
     int8_t *q;       /* (m, blocks*32) */
-    float *scale;    /* (m, blocks) */
+    float *scale;    /* (ceil(m/4), blocks, 4) */
     float *sum;      /* (m, blocks) */
     const float *x;  /* (m, blocks*32) */
     float *x_padded; /* NULL when the columns fill their blocks: then x is the input itself */
@@ -28,7 +28,8 @@ static void carve_inputs(matmul *mm, uint32_t levels, bapq_carver *carver) {
     int64_t padded = (int64_t)mm->blocks * BAPQ_BLOCK;
     if (levels & ~(1u << BAPQ_L32)) {
         mm->q = bapq_carve(carver, mm->m * padded);
-        mm->scale = bapq_carve(carver, mm->m * mm->blocks * (int64_t)sizeof(float));
+        int64_t scaled_rows = bapq_ceil_div(mm->m, BAPQ_SCALE_ROWS) * BAPQ_SCALE_ROWS;
+        mm->scale = bapq_carve(carver, scaled_rows * mm->blocks * (int64_t)sizeof(float));
         mm->sum = bapq_carve(carver, mm->m * mm->blocks * (int64_t)sizeof(float));
     }
     if (levels & 1u << BAPQ_L32) {
@@ -50,7 +51,10 @@ static void prepare_rows(void *data, size_t i) {
         const float *source = mm->input + row * mm->columns;
         if (mm->q)
             mm->kernels->quantize_row(source, mm->columns, mm->q + row * padded,
-                                      mm->scale + row * mm->blocks, mm->sum + row * mm->blocks);
+                                      mm->scale +
+                                          row / BAPQ_SCALE_ROWS * BAPQ_SCALE_ROWS * mm->blocks +
+                                          row % BAPQ_SCALE_ROWS,
+                                      mm->sum + row * mm->blocks);
         if (mm->x_padded) {
             float *target = mm->x_padded + row * padded;
             memcpy(target, source, (size_t)mm->columns * sizeof(float));

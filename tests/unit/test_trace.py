@@ -201,7 +201,7 @@ class FakeSensors:
         power = self.powers.pop(0) if len(self.powers) > 1 else self.powers[0]
         source = None if power is None else self.source
         age_s = None if self.age_s is None else time.monotonic() - self.age_s
-        return Readings(0.0, power_w=power, power_source=source, vcgencmd_age_s=age_s)
+        return Readings(0.0, power_w=power, power_source=source, power_age_s=age_s)
 
     def close(self):
         self.closed = True

@@ -157,7 +157,7 @@ class Meter:
         if not seconds > 0:
             raise RequestError(f"seconds is {seconds!r}, it must be more than 0")
         if self._source is None:
-            return None
+            return None  # and nothing is waited for
         first, start_s = self._sample(), time.monotonic()
         time.sleep(seconds)
         end_s = time.monotonic()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.metadata
 import mmap
 import os
 import platform
 import re
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from .bank.reader import Bank
+from .bank.storage import read_bytes_s
 from .control.device_profile import DeviceProfile, find_profile
 from .engine.library import kernels_name
 from .errors import BapqError, InputFileError, InterruptedUpdateWarning, SensorError
@@ -292,7 +291,7 @@ def _profile(root: str, profile: DeviceProfile | None) -> Finding:
         return Finding("device profile", "OK", f"{profile.name} ({profile.description})")
     model = (read_text(os.path.join(root, "proc/device-tree/model")) or "").rstrip("\0")
     found = f"none for {model!r}" if model else "none: this machine names no board"
-    fix = "copy one of device_profiles/, measure its values, and give it as Session(profile=...)"
+    fix = "bapq doctor --calibrate -o board.yaml measures one; give it as Session(profile=...)"
     return Finding("device profile", "note", found, fix)
 
 
@@ -339,20 +338,4 @@ def _bank(path: Path, profile: DeviceProfile | None) -> Iterator[Finding]:
 
 
 def _read_speed(file: Path, *, direct: bool) -> float:
-    """Bytes per second of the file's first megabytes, around the page cache."""
-    flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
-    descriptor = os.open(file, flags)
-    with contextlib.ExitStack() as undo:
-        undo.callback(os.close, descriptor)
-        buffer = mmap.mmap(-1, _BLOCK_BYTES)  # direct reads want it aligned, and this is
-        undo.callback(buffer.close)
-        buffer[:] = bytes(_BLOCK_BYTES)  # the pages are there before the clock starts
-        if not direct:
-            os.posix_fadvise(descriptor, 0, _READ_BYTES, os.POSIX_FADV_DONTNEED)
-        done, started_s = 0, time.perf_counter()
-        while done < _READ_BYTES:
-            count = os.preadv(descriptor, [buffer], done)
-            done += count
-            if count < _BLOCK_BYTES:
-                break
-        return done / (time.perf_counter() - started_s)
+    return read_bytes_s(file, direct=direct, block_bytes=_BLOCK_BYTES, most_bytes=_READ_BYTES)

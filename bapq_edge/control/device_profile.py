@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ProfileError
+from ..bank.storage import storage_class
+from ..errors import ProfileError, StorageError
 from ..input_files import input_file_errors
 
-__all__ = ["DeviceProfile", "find_profile", "load_profile", "profile_names", "storage_class"]
+__all__ = ["DeviceProfile", "find_profile", "load_profile", "profile_names", "save_profile"]
 
 _BOARD_MODEL = "proc/device-tree/model"
 if os.path.exists(f"/{_BOARD_MODEL}"):
@@ -58,6 +60,8 @@ class DeviceProfile:
     """Its power with all cores computing."""
     power_error_percent: int | None = None
     """How far an estimate out of idle_w and busy_w may be off."""
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """What `bapq doctor --calibrate` measured beside them, for whoever reads it."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Where the values come from, by key."""
 
@@ -83,6 +87,10 @@ def _is_whole(value: Any) -> bool:
     return type(value) is int and value >= 1
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def _is_text(value: Any) -> bool:
     return type(value) is str and bool(value)
 
@@ -99,34 +107,12 @@ def _is_mapping_of(fits: Any) -> Any:
 _KINDS = {
     "int": ("a positive integer", _is_whole),
     "str": ("a non-empty string", _is_text),
-    "float": ("a positive number", lambda value: type(value) in (int, float) and value > 0),
+    "float": ("a positive number", lambda value: _is_number(value) and value > 0),
     "Mapping[str, int]": ("positive integers by name", _is_mapping_of(_is_whole)),
+    "Mapping[str, float]": ("numbers by name", _is_mapping_of(_is_number)),
     "Mapping[str, str]": ("texts by key", _is_mapping_of(_is_text)),
 }
 """What each type of a key needs, in words and as a check."""
-
-
-def storage_class(path: str | os.PathLike[str], root: str = "/") -> str | None:
-    """sd, emmc, usb, sata or nvme: the class of the disk below this path; None where unknown."""
-    try:
-        device = os.stat(path).st_dev
-        block = Path(root, "sys/dev/block", f"{os.major(device)}:{os.minor(device)}").resolve(True)
-    except OSError:
-        return None
-    words = block.parts
-    for word in reversed(words):
-        if word.startswith("nvme"):
-            return "nvme"
-        if word.startswith("mmcblk"):
-            disk = Path(*words[: words.index(word) + 1])
-            kind = disk / "device" / "type"
-            try:
-                return "sd" if kind.read_text().strip() == "SD" else "emmc"
-            except OSError:
-                return None
-        if word.startswith("sd") and word[2:3].isalpha():
-            return "usb" if any(part.startswith("usb") for part in words) else "sata"
-    return None
 
 
 def _directory() -> Path:
@@ -176,6 +162,17 @@ def load_profile(profile: str | os.PathLike[str]) -> DeviceProfile:
             f"unknown keys {sorted(map(str, unknown))}"
         )
     return DeviceProfile(**values)
+
+
+def save_profile(profile: DeviceProfile, path: Path) -> None:
+    """Write a profile that `load_profile` reads. Raises StorageError."""
+    import yaml
+
+    values = {name: value for name, value in dataclasses.asdict(profile).items() if value}
+    try:
+        path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), "utf-8")
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _is_needed(entry: dataclasses.Field[Any]) -> bool:

@@ -33,15 +33,17 @@ def prune_once(model: bytes, threshold: float) -> dict[str, Any]:
     gc.collect()
     trim_heap()
     forget_peak()
-    with Meter() as meter, meter.window("prune"):
-        kept, weights = prune_loaded(onnx.load_from_string(model), threshold)
+    with Meter() as meter:
+        meter.measure_idle()
+        with meter.window("prune"):
+            kept, weights = prune_loaded(onnx.load_from_string(model), threshold)
     (window,) = meter.windows
     peak = window.peak_growth_bytes
     return {
         "time_s": window.wall_s,
         "peak_mem_mb": None if peak is None else peak / 1e6,
         "param_ratio": kept / weights,
-        "energy_j": window.energy_j,
+        "energy_j": window.net_energy_j,
     }
 
 

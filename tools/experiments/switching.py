@@ -28,6 +28,7 @@ TRACE = (1.0, 0.6, 0.3, 0.15, 0.05, 0.6, 1.0)
 """Scripted budgets for the weights, as shares of the bytes of the highest level, in turn."""
 _WARM_RUNS = 5
 _TIMED_RUNS = 50
+_METERED_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -76,24 +77,22 @@ def measure_level(task: Task, level: str) -> dict[str, Any]:
     Memory and times are those of single runs; the accuracy is measured after them.
     """
     gc.collect()
-    with Meter() as meter:
-        before_bytes = rss_bytes()
-        session = task.open(level)
-        for _ in range(_WARM_RUNS):
-            session.run(None, task.single)
-        times_s = []
-        with meter.window(level):
-            for _ in range(_TIMED_RUNS):
-                started_s = time.perf_counter()
-                session.run(None, task.single)
-                times_s.append(time.perf_counter() - started_s)
+    before_bytes = rss_bytes()
+    session = task.open(level)
+    for _ in range(_WARM_RUNS):
+        session.run(None, task.single)
+    times_s = []
+    for _ in range(_TIMED_RUNS):
+        started_s = time.perf_counter()
+        session.run(None, task.single)
+        times_s.append(time.perf_counter() - started_s)
     row = {
         "resident_bytes": None,
         "peak_bytes": peak_rss_bytes() - before_bytes,
         "bits_per_weight": None,
         "read_bytes": None,
         "latency_ms": statistics.median(times_s) * 1e3,
-        "energy_j": meter.windows[0].energy_j,
+        "energy_j": None,
     }
     if level != FLOAT:
         stats = session.stats()
@@ -102,7 +101,23 @@ def measure_level(task: Task, level: str) -> dict[str, Any]:
             "bits_per_weight": stats.bits_per_weight,
             "read_bytes": stats.streamed_bytes,
         }
+    row["energy_j"] = _energy_j(session, task.single)
     return {**row, "accuracy": task.accuracy(session)}
+
+
+def _energy_j(session: Any, feed: Feed) -> float | None:
+    """Of a run, beyond what the idle board draws; None without a power meter."""
+    with Meter() as meter:
+        if meter.measure_idle() is None:
+            return None
+        runs = 0
+        with meter.window("runs"):
+            end_s = time.monotonic() + _METERED_S
+            while time.monotonic() < end_s:
+                session.run(None, feed)
+                runs += 1
+    energy = meter.windows[0].energy_per_run(runs)
+    return None if energy is None else energy.energy_j
 
 
 def measure_switches(task: Task, low: str, high: str) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def examine(
     base = os.fspath(root)
     profile = find_profile(root)
     kernels = _kernels(base, environment, profile)
-    findings = [_python(), *_packages(), kernels, _page_size(profile), _cores(profile)]
+    findings = [_python(), *_packages(), kernels, _page_size(profile), _cores()]
     try:
         sensors = sensors or open_sensors(root, environment)
     except (SensorError, InputFileError) as error:
@@ -163,9 +163,8 @@ def _page_size(profile: DeviceProfile | None) -> Finding:
     return Finding("page size", "OK", format_size(mmap.PAGESIZE))
 
 
-def _cores(profile: DeviceProfile | None) -> Finding:
+def _cores() -> Finding:
     usable, there = len(os.sched_getaffinity(0)), os.cpu_count() or 1
-    there = there if profile is None else max(there, profile.cores)
     if usable < there:
         fix = "see taskset -p, or the service's CPUAffinity"
         return Finding("cores", "note", f"{usable} usable of {there}", fix)

@@ -52,7 +52,7 @@ ROOMS: dict[str, list[str]] = {
         "calibration",
         "quantize",
         "recipe",
-        "build analyze",
+        "build analyze report",
         "boundary",
         "row_skipping",
         "commands",

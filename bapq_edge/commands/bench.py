@@ -20,7 +20,7 @@ from ..input_files import check_input_file
 from ..profiling import EnergyPerRun, Meter
 from .bench_row import Row, Subject
 from .bench_table import FIELDS, FORMATS, to_text
-from .energy import add_energy, chosen_profile, estimate_of
+from .energy import add_energy, chosen_profile, energy_of, estimate_of
 from .feeds import add_feed, parse_shapes
 from .options import add_bank, add_session, session_options
 from .paths import check_output
@@ -200,7 +200,7 @@ def _measure(
             if meter.power_source is not None:
                 with meter.window(subject.name):
                     again = row.run_on()
-                _put_energy(result, meter.windows[-1].energy_per_run(again))
+                _put_energy(result, energy_of(meter.windows[-1], again))
         except BapqError as error:
             failures.append(error)
             result["error"] = str(error)

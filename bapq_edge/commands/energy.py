@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import warnings
 from typing import Any
 
 from ..control.device_profile import DeviceProfile, find_profile, load_profile
-from ..errors import RequestError
-from ..profiling import EnergyPerRun
+from ..errors import EnergyWarning, RequestError
+from ..profiling import EnergyPerRun, Window
 from ..profiling.energy import estimate_energy
 
-__all__ = ["add_energy", "as_json", "chosen_profile", "estimate_of"]
+__all__ = ["add_energy", "as_json", "chosen_profile", "energy_of", "estimate_of"]
 
 
 def add_energy(command: Any) -> None:
@@ -33,6 +34,23 @@ def chosen_profile(arguments: argparse.Namespace) -> DeviceProfile | None:
         raise RequestError(
             "--estimate-energy needs a device profile, and none is known for this machine: name "
             "one with --profile"
+        )
+    return found
+
+
+def energy_of(window: Window, runs: int) -> EnergyPerRun | None:
+    """Energy of each run in the window; where a meter is there and does not tell, a warning."""
+    found = window.energy_per_run(runs)
+    if found is None and window.power_source is not None:
+        reason = window.void or (
+            "its answers are too few: make more runs"
+            if window.energy_j is None
+            else "the idle board could not be measured"
+        )
+        warnings.warn(
+            f"{window.name}: no energy by {window.power_source}: {reason}",
+            EnergyWarning,
+            stacklevel=2,
         )
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import time
@@ -13,7 +14,7 @@ from ..errors import RequestError, StorageError
 from ..profiling import Meter, Recorder, Summary
 from ..session import Session
 from ..units import counted, format_size
-from .energy import add_energy, as_json, chosen_profile, estimate_of
+from .energy import add_energy, as_json, chosen_profile, energy_of, estimate_of
 from .feeds import FeedSource, add_feed, parse_shapes
 from .options import add_bank, add_json, add_precision, add_session, session_options
 from .paths import check_output
@@ -50,22 +51,22 @@ def _profile(arguments: argparse.Namespace) -> None:
     options = session_options(arguments)
     profile = chosen_profile(arguments)
     source = FeedSource(arguments.input, parse_shapes(arguments.shape))
-    with Session(arguments.bank, **options) as session:
+    with Meter() as meter, contextlib.ExitStack() as stack:
+        meter.measure_idle()
+        session = stack.enter_context(Session(arguments.bank, **options))
         feed = source.feed(session.get_inputs())
         with source.explained(session.get_inputs()):
             session.run(None, feed)  # the first run brings in what is pinned
-        with Meter() as meter:
-            meter.measure_idle()
-            with Recorder(session) as recorder, meter.window("runs"):
-                end_s = time.monotonic() + arguments.seconds
-                while time.monotonic() < end_s:
-                    recorder.run(feed)
+        with Recorder(session) as recorder, meter.window("runs"):
+            end_s = time.monotonic() + arguments.seconds
+            while time.monotonic() < end_s:
+                recorder.run(feed)
         stats = session.stats()
     try:
         summary = recorder.write(arguments.output)
     except OSError as error:
         raise StorageError(f"{arguments.output} cannot be written: {error}") from error
-    energy = meter.windows[0].energy_per_run(summary.runs) or estimate_of(
+    energy = energy_of(meter.windows[0], summary.runs) or estimate_of(
         profile, arguments.threads, summary.median_run_ms
     )
     if arguments.json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -18,7 +19,7 @@ from ..profiling import EnergyPerRun, Meter
 from ..session import Session
 from ..telemetry import SessionStats
 from ..units import counted, format_size
-from .energy import add_energy, as_json, chosen_profile, estimate_of
+from .energy import add_energy, as_json, chosen_profile, energy_of, estimate_of
 from .feeds import FeedSource, add_input
 from .options import add_bank, add_json, add_precision, add_session, session_options
 from .paths import check_output
@@ -61,8 +62,13 @@ def _run(arguments: argparse.Namespace) -> None:
     profile = chosen_profile(arguments)
     source = FeedSource(arguments.input)
     times_ms = []
-    started_s = time.perf_counter()
-    with Session(arguments.bank, **options) as session:
+    with contextlib.ExitStack() as stack:
+        # What the meter takes is there before the session's memory begins to count.
+        meter = stack.enter_context(Meter()) if arguments.repeat > 1 else None
+        if meter is not None:
+            meter.measure_idle()
+        started_s = time.perf_counter()
+        session = stack.enter_context(Session(arguments.bank, **options))
         load_ms = (time.perf_counter() - started_s) * 1e3
         names = [value.name for value in session.get_outputs()]
         _check_output(arguments, names)
@@ -76,7 +82,7 @@ def _run(arguments: argparse.Namespace) -> None:
             times_ms.append((time.perf_counter() - started_s) * 1e3)
 
         run()
-        energy = _run_again(run, arguments.repeat - 1)
+        energy = None if meter is None else _run_again(run, arguments.repeat - 1, meter)
         stats = session.stats()
     answers = dict(zip(names, outputs, strict=True))
     if arguments.output:
@@ -97,16 +103,12 @@ def _run(arguments: argparse.Namespace) -> None:
             print(f"{name}: {array.dtype} {list(array.shape)}")
 
 
-def _run_again(run: Callable[[], None], times: int) -> EnergyPerRun | None:
+def _run_again(run: Callable[[], None], times: int, meter: Meter) -> EnergyPerRun | None:
     """Energy of the warm runs, each beyond that of the idle board; None without a meter."""
-    if not times:
-        return None
-    with Meter() as meter:
-        meter.measure_idle()
-        with meter.window("runs"):
-            for _ in range(times):
-                run()
-    return meter.windows[0].energy_per_run(times)
+    with meter.window("runs"):
+        for _ in range(times):
+            run()
+    return energy_of(meter.windows[0], times)
 
 
 def _check_output(arguments: argparse.Namespace, names: list[str] | None = None) -> None:

@@ -69,3 +69,13 @@ def test_profile_tells_the_energy(bapq, made, meter, tmp_path):
     arguments = ("profile", made / "one.bank", "-o", tmp_path / "t.json", "--seconds", 0.3)
     energy = json.loads(bapq(*arguments, "--json")[0])["energy"]
     assert energy["idle_w"] == pytest.approx(3) and energy["energy_j"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_window_that_does_not_count_is_told(bapq, made, tmp_path, monkeypatch):
+    rows = "".join(f"{2.02 + i / 500},3,{i % 2}\n" for i in range(5000))
+    (tmp_path / "trace.csv").write_text("time_s,power_w,throttled\n0,3,0\n" + rows)
+    monkeypatch.setenv("BAPQ_SENSORS", f"mock:{tmp_path / 'trace.csv'}")
+    arguments = ("run", made / "one.bank", "--input", made / "one.npz", "--repeat", 5000)
+    out, err = bapq(*arguments, "--json")
+    assert json.loads(out)["energy"] is None
+    assert "no energy by mock: throttling changed: 0x0, 0x1" in err and err.count("\n") == 1

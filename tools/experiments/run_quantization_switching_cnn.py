@@ -87,7 +87,8 @@ def _zoo_task(arguments: argparse.Namespace, model: Path, bank: Path) -> Task:
     make_model(arguments.zoo, model)
     case = load_case(arguments.zoo, model)
     build_bank(model, bank, calibration=case.calibration, progress=False)
-    return Task(model, bank, case.single, case.held_out, case.judged_output, case.labels)
+    held_out = case.held_out if case.labels is not None else case.held_out[: arguments.most]
+    return Task(model, bank, case.single, held_out, case.judged_output, case.labels)
 
 
 if __name__ == "__main__":
@@ -95,5 +96,8 @@ if __name__ == "__main__":
     add_dataset(parser)
     choices = ("digits_cnn", "digits_mlp", "digits_resnet", "minilm")
     parser.add_argument("--zoo", choices=choices, help="take this model and its samples instead")
+    parser.add_argument(
+        "--most", type=int, metavar="N", help="sentences of --zoo to judge by (default: all)"
+    )
     parser.add_argument("--samples", type=Path, metavar="X.npz", help="samples for --model")
     sys.exit(run_script(main, parser))

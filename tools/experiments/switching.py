@@ -44,6 +44,8 @@ class Task:
     """Output that holds the answer, (samples, scores)."""
     labels: np.ndarray | None = None
     """Right classes of the held-out samples; without them answers are compared with float32's."""
+    expected: np.ndarray | None = None
+    """Answers of float32 to the held-out samples, where there are no labels."""
     threads: int = 1
 
     def open(self, level: str) -> Any:
@@ -65,7 +67,9 @@ class Task:
         found = self.answers(session)
         if self.labels is not None:
             return float(np.mean(found.argmax(1) == self.labels))
-        expected = self.answers(self.open(FLOAT)).reshape(len(found), -1)
+        if self.expected is None:
+            raise ValueError("neither labels nor expected answers: there is nothing to judge by")
+        expected = self.expected.reshape(len(found), -1)
         found = found.reshape(len(found), -1)
         norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
         return float(np.mean(np.sum(found * expected, axis=1) / norms))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from bapq_edge.bank.reader import Bank
@@ -15,6 +16,8 @@ def report_switching(task: Task, runs: int, output: Path) -> None:
     """Levels to `output`; switches and the budget trace to files of its name beside it."""
     held = sorted((level for level in Bank.open(task.bank).levels if level != 32), reverse=True)
     levels = [FLOAT, *map(str, held)]
+    if task.labels is None:
+        task = dataclasses.replace(task, expected=task.answers(task.open(FLOAT)))
     rows, switches, trace = [], [], []
     for run in range(1, runs + 1):
         for level in levels:

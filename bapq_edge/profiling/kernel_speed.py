@@ -15,7 +15,7 @@ __all__ = ["SHAPES", "TileWork"]
 SHAPES = {"one_row": (1, 16384), "16_rows": (16, 2048), "196_rows": (196, 1152)}
 """(activation rows, columns) by class: a sentence's word, a short sentence, a convolution."""
 
-_TILE_ROWS, _BLOCK = 16, 32
+_TILE_ROWS, _BLOCK, _SCALE_ROWS = 16, 32, 4
 _MEASURE_S = 0.15
 
 
@@ -68,7 +68,7 @@ class TileWork:
             random.integers(0, 256, weights, np.uint8),
             np.full((blocks, _TILE_ROWS), 0x3C00, np.uint16),  # bfloat16, a small number
             random.integers(-127, 128, (rows, columns), np.int8),
-            np.full((rows, blocks), 0.01, np.float32),
+            np.full((-(-rows // _SCALE_ROWS), blocks, _SCALE_ROWS), 0.01, np.float32),
             np.zeros((rows, blocks), np.float32),
             np.full((rows, columns), 0.5, np.float32),
             np.empty((rows, _TILE_ROWS), np.float32),

@@ -45,6 +45,7 @@
     ├── DegradedWarning                 a run used a lower level than planned
     ├── BudgetExceededWarning           a run needed more memory than the budget leaves
     ├── IgnoredSettingWarning           a setting of another library means nothing to a bank
+    ├── EnergyWarning                   a power meter did not tell the energy of a window
     ├── BoundaryDroppedWarning          a bank is written again without its boundary models
     └── BoundaryWarning                 a fit left something out, or doubts what it was given
 
@@ -75,6 +76,7 @@ __all__ = [
     "CalibrationValueError",
     "ClusterError",
     "DegradedWarning",
+    "EnergyWarning",
     "ExecutionError",
     "IgnoredSettingWarning",
     "InputFileError",
@@ -356,6 +358,10 @@ class BudgetExceededWarning(BapqWarning):
 
 class IgnoredSettingWarning(BapqWarning):
     """A setting that a program gives another library cannot be honoured; given once by name."""
+
+
+class EnergyWarning(BapqWarning):
+    """A power meter is there, but did not tell the energy of a window, or it does not count."""
 
 
 class BoundaryDroppedWarning(BapqWarning):

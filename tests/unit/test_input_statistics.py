@@ -12,7 +12,7 @@ from bapq_tools.calibration import forward_passes, input_statistics
 from bapq_tools.calibration.forward_passes import FLOAT as FLOAT_PASS
 from bapq_tools.calibration.forward_passes import ForwardPasses
 from bapq_tools.calibration.input_statistics import InputStatistics
-from bapq_tools.calibration.reference_model import Reference, observed, weight_feeds
+from bapq_tools.calibration.reference_model import Reference, weight_feeds
 from bapq_tools.calibration.samples import load_calibration
 from bapq_tools.onnx_graph.layers import find_layers
 from support import onnx_models as models
@@ -43,7 +43,7 @@ def stats_of(model, feeds, tmp_path, workers=1, change=lambda level, layer: 1.0)
         statistics = InputStatistics(passes, Spill(tmp_path))
         for layer in stage.layers:
             gathered = any(use.operator == "Gather" for use in layer.uses)
-            if observed(layer) and not gathered:
+            if layer.name in stage.observations and not gathered:
                 found |= statistics.of([layer])
             elif gathered:
                 found[layer.name] = statistics.gather_counts(layer)
@@ -237,7 +237,7 @@ def test_tied_weights_count_once_and_gathered_rows_are_counted(tmp_path):
     assert stats["embedding"][:7].tolist() == [2, 1, 0, 0, 0, 3, 0]
 
 
-def test_layers_inside_bodies_have_no_stats(tmp_path):
+def test_layers_inside_bodies_count_the_samples_that_run_them(tmp_path):
     body = models.graph(
         [node("MatMul", ["x", "w"], ["inner"], "inside")], {}, {"inner": (FLOAT, None)}
     )
@@ -253,7 +253,8 @@ def test_layers_inside_bodies_have_no_stats(tmp_path):
     )
     x = weights(4, 32)
     stats = stats_of(model, {"x": x, "c": np.array([True, False, True, False])}, tmp_path)
-    assert set(stats) == {"outside"}
+    assert set(stats) == {"inside", "outside"}
+    assert_statistics(stats["inside"], x[None, ::2])
     inner = np.where(np.array([[True], [False], [True], [False]]), x @ weights(32, 32), x)
     assert_statistics(stats["outside"], inner[None])
 

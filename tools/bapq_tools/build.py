@@ -38,6 +38,7 @@ from bapq_edge.errors import (
     UnknownLevelError,
     UnsupportedModelError,
 )
+from bapq_edge.units import counted
 
 from .build_support.heap import use_one_heap
 from .build_support.progress import Progress
@@ -191,7 +192,10 @@ def build_bank(
         for layer in plan.layers:
             layer.weight = spill.put(layer.weight)
         with stages.stage("quantize") as advance:
-            quantize_layers(folded, plan, data, wanted, options, pool, checkpoint, spill, advance)
+            unknown = quantize_layers(
+                folded, plan, data, wanted, options, pool, checkpoint, spill, advance
+            )
+        _warn_of_uncalibrated(unknown)
         del data
         with (
             stages.stage("write", len(plan.layers)) as advance,
@@ -268,6 +272,18 @@ def _warn_of_discarded(out: Path) -> None:
                 BoundaryDroppedWarning,
                 stacklevel=3,
             )
+
+
+def _warn_of_uncalibrated(unknown: dict[str, list[str]]) -> None:
+    """Name the layers that were quantized without knowing their inputs."""
+    for reason, names in unknown.items():
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        warnings.warn(
+            f"{counted(len(names), 'layer')}, {reason}, built without calibration: {shown}; low "
+            "levels are less accurate there: add samples that take this way, or keep it in float",
+            UncalibratedWarning,
+            stacklevel=3,
+        )
 
 
 def _load(

@@ -11,6 +11,7 @@ many. Nothing depends on the number of workers: each run has one thread.
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from bapq_edge.bank.staging import storage_errors
 from bapq_edge.errors import CalibrationError
 
 from ..onnx_graph.ir import HeavyLayer
-from .reference_model import Reference, Stage, observed_use
+from .reference_model import Observation, Reference, Stage
 from .samples import CalibrationData
 
 FLOAT: Level = 32
@@ -39,7 +40,7 @@ _MEMORY_BYTES = 192 << 20
 """Live tensors kept in memory; more go to files."""
 
 Tensors = dict[str, Any]
-"""Arrays by name. A sequence is a list of arrays."""
+"""Arrays by name. A sequence is a list of arrays, an optional without a value None."""
 
 WeightSource = Callable[[Level, HeavyLayer], Mapping[str, np.ndarray]]
 """A function of a pass's level and a layer, whose result the reference graph reads as weights."""
@@ -68,65 +69,107 @@ class ForwardPasses:
         self._weights = weights
         self.workers = max(1, workers)
         self._live = _LiveTensors(folder)
+        self._types = reference.input_types()
+        self._observations: Mapping[str, Observation] = {}
         for level, sample in itertools.product(self.levels, range(data.samples)):
             self._live.put((level, sample), dict(data.feed(sample)))
 
     def run(self, stage: Stage) -> None:
         """Compute a stage of every pass, and let go of what nobody reads any more."""
+        self._observations = stage.observations
         if not stage.nodes:
             return
         outputs = sorted(stage.writes)
-        session = None
-        if outputs:
-            example = self._live.get((FLOAT, 0))
-            session = self.session(stage.nodes, {n: example[n] for n in stage.reads}, outputs)
+        session = self.session(stage.nodes, stage.reads, outputs) if outputs else None
         for level in self.levels:
-            feeds = self.weight_feeds(level, stage.nodes)
+            feeds = self.weight_feeds(level, stage.nodes, stage.in_float or frozenset())
 
             def step(
                 sample: int,
                 level: Level = level,
                 feeds: Mapping[str, np.ndarray] = feeds,
             ) -> None:
-                tensors = self._live.get((level, sample))
+                key = level, sample
                 if session is not None:
-                    inputs = {name: tensors[name] for name in stage.reads}
-                    tensors.update(run(session, outputs, {**feeds, **inputs}, sample))
-                kept = {name: value for name, value in tensors.items() if name in stage.live}
-                self._live.put((level, sample), kept)
+                    inputs = self._live.get(key, stage.reads)
+                    self._live.put(key, run(session, outputs, {**feeds, **inputs}, sample))
+                self._live.keep(key, stage.live)
 
             with ThreadPoolExecutor(self.workers) as pool:
                 for _ in pool.map(step, range(self.samples)):
                     pass
 
-    def input_of(self, layer: HeavyLayer, level: Level, sample: int) -> np.ndarray:
-        """The input that a layer of the latest stage multiplies in the pass of a level."""
-        found: np.ndarray = self.tensors(level, sample)[observed_use(layer).activation_input]
-        return found
+    def observation(self, layer: HeavyLayer) -> Observation | None:
+        """Where the input of a layer of the latest stage is seen; None where it cannot be."""
+        return self._observations.get(layer.name)
 
-    def tensors(self, level: Level, sample: int) -> Tensors:
-        """All live tensors of one pass and sample."""
-        return self._live.get((level, sample))
+    def inputs_of(self, layer: HeavyLayer, level: Level, sample: int) -> list[np.ndarray]:
+        """The inputs that a layer of the latest stage multiplies in the pass of a level.
 
-    def weight_feeds(self, level: Level, nodes: Iterable[onnx.NodeProto]) -> dict[str, np.ndarray]:
-        """The weights that these nodes read in the pass of a level."""
+        There is one for each time that the layer runs: in a body that may be any number. Where the
+        pass of the level goes another way through the model than the float pass, they are those of
+        the float pass.
+        """
+        seen = self._observations[layer.name]
+        exact = seen.inputs(self._live.get((FLOAT, sample), seen.tensors))
+        if level == FLOAT:
+            return exact
+        found = seen.inputs(self._live.get((level, sample), seen.tensors))
+        alike = [x.shape for x in found] == [x.shape for x in exact]
+        return found if alike else exact
+
+    def tensors(self, level: Level, sample: int, names: Iterable[str]) -> Tensors:
+        """Some live tensors of one pass and sample."""
+        return self._live.get((level, sample), names)
+
+    def live(self) -> set[str]:
+        """The names of the live tensors."""
+        return self._live.names((FLOAT, 0))
+
+    def weight_feeds(
+        self,
+        level: Level,
+        nodes: Iterable[onnx.NodeProto],
+        in_float: frozenset[str] = frozenset(),
+    ) -> dict[str, np.ndarray]:
+        """The weights that these nodes read in the pass of a level, some layers' in float."""
         feeds: dict[str, np.ndarray] = {}
         for layer in self._reference.weight_inputs(nodes):
-            feeds.update(self._weights(level, layer))
+            feeds.update(self._weights(FLOAT if layer.name in in_float else level, layer))
         return feeds
 
     def session(
-        self, nodes: Iterable[onnx.NodeProto], examples: Tensors, outputs: list[str]
+        self, nodes: Iterable[onnx.NodeProto], inputs: Iterable[str], outputs: list[str]
     ) -> ort.InferenceSession:
-        """A session for some nodes."""
-        model = self._reference.model_of(nodes, examples, outputs)
+        """A session for some nodes, which reads live tensors."""
+        types = {name: self._types[name] for name in sorted(inputs)}
+        model = self._reference.model_of(nodes, types, outputs)
         options = ort.SessionOptions()
         options.log_severity_level = _SILENT
         options.intra_op_num_threads = 1
         options.enable_cpu_mem_arena = False  # would keep the largest sample's memory
-        return ort.InferenceSession(
+        session = ort.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
+        self._types.update({item.name: _type_of(item.type) for item in session.get_outputs()})
+        return session
+
+
+def _type_of(words: str) -> onnx.TypeProto:
+    """Read ONNX Runtime's words for a type, such as `seq(tensor(float))`; shapes are not told."""
+    found = onnx.TypeProto()
+    kind, inner = re.fullmatch(r"(\w+)\((.*)\)", words).groups()  # type: ignore[union-attr]
+    if kind in ("tensor", "sparse_tensor"):
+        element = onnx.TensorProto.DataType.Value(inner.upper())
+        getattr(found, f"{kind}_type").elem_type = element
+    elif kind == "map":
+        key, value = inner.split(",", 1)
+        found.map_type.key_type = onnx.TensorProto.DataType.Value(key.upper())
+        found.map_type.value_type.CopyFrom(_type_of(value))
+    else:
+        whole = {"seq": "sequence_type", "optional": "optional_type"}[kind]
+        getattr(found, whole).elem_type.CopyFrom(_type_of(inner))
+    return found
 
 
 def run(session: ort.InferenceSession, outputs: list[str], feeds: Tensors, sample: int) -> Tensors:
@@ -143,39 +186,61 @@ def run(session: ort.InferenceSession, outputs: list[str], feeds: Tensors, sampl
 
 
 class _LiveTensors:
-    """Tensors by level and sample; those that do not fit in memory lie in files."""
+    """Tensors by level and sample; those that do not fit in memory lie in a file each."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._memory: dict[tuple[Level, int], Tensors] = {}
-        self._bytes: dict[tuple[Level, int], int] = {}
-        self._total_bytes = 0
+        self._held: dict[tuple[Level, int], Tensors] = {}
+        self._numbers = itertools.count()
+        self._memory_bytes = 0
         self._lock = threading.Lock()
 
     def put(self, key: tuple[Level, int], tensors: Tensors) -> None:
-        """Keep tensors under a key, in a file if memory is full."""
-        size = sum(v.nbytes for v in tensors.values() if isinstance(v, np.ndarray))
-        plain = all(isinstance(v, np.ndarray) and v.dtype != object for v in tensors.values())
+        """Add tensors under a key."""
+        held = self._held.setdefault(key, {})
+        for name, value in tensors.items():
+            if name in held:
+                self._forget(held[name])
+            held[name] = self._stored(value)
+
+    def get(self, key: tuple[Level, int], names: Iterable[str]) -> Tensors:
+        """Some tensors of a key."""
+        held = self._held[key]
+        return {name: _loaded(held[name]) for name in names}
+
+    def names(self, key: tuple[Level, int]) -> set[str]:
+        """The names of the tensors under a key."""
+        return set(self._held[key])
+
+    def keep(self, key: tuple[Level, int], names: Iterable[str]) -> None:
+        """Let go of all tensors of a key but these."""
+        held = self._held[key]
+        for name in held.keys() - set(names):
+            self._forget(held.pop(name))
+
+    def _stored(self, value: Any) -> Any:
+        if not isinstance(value, np.ndarray) or value.dtype == object:
+            return value
         with self._lock:
-            self._total_bytes -= self._bytes.get(key, 0)
-            fits = self._total_bytes + size <= _MEMORY_BYTES or not plain
-            self._bytes[key] = size if fits else 0
-            self._total_bytes += self._bytes[key]
-        with storage_errors(self._file(key)):
-            if fits:
-                self._file(key).unlink(missing_ok=True)
-            else:
-                np.savez(self._file(key), **{str(i): v for i, v in enumerate(tensors.values())})
-                tensors = dict.fromkeys(tensors)
-        self._memory[key] = tensors
+            fits = self._memory_bytes + value.nbytes <= _MEMORY_BYTES
+            self._memory_bytes += value.nbytes if fits else 0
+            path = self._folder / f"live_{next(self._numbers)}.npy"
+        if fits:
+            return value
+        with storage_errors(path):
+            np.save(path, value)
+        return path
 
-    def get(self, key: tuple[Level, int]) -> Tensors:
-        """The tensors of a key, in a new dict."""
-        tensors = dict(self._memory[key])
-        if tensors and all(value is None for value in tensors.values()):
-            with np.load(self._file(key), allow_pickle=False) as file:
-                return {name: file[str(i)] for i, name in enumerate(tensors)}
-        return tensors
+    def _forget(self, stored: Any) -> None:
+        if isinstance(stored, Path):
+            stored.unlink(missing_ok=True)
+        elif isinstance(stored, np.ndarray) and stored.dtype != object:
+            with self._lock:
+                self._memory_bytes -= stored.nbytes
 
-    def _file(self, key: tuple[Level, int]) -> Path:
-        return self._folder / f"{key[0]}_{key[1]}.npz"
+
+def _loaded(stored: Any) -> Any:
+    if not isinstance(stored, Path):
+        return stored
+    with storage_errors(stored):
+        return np.load(stored, allow_pickle=False)

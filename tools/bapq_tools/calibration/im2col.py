@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..onnx_graph.ir import ConvGeometry
 
 
 def rows_of(
-    x: np.ndarray, conv: ConvGeometry | None, limit: int, rng: np.random.Generator
+    inputs: Sequence[np.ndarray],
+    conv: ConvGeometry | None,
+    width: int,
+    limit: int,
+    rng: np.random.Generator,
 ) -> np.ndarray:
-    """Pick at most `limit` of the rows that a layer's matrix multiplies.
+    """Pick at most `limit` of the rows, (n, width), that a layer's matrix multiplies.
 
-    Of arrays of equal shapes, equal `rng`s pick the same rows.
+    `inputs` has one array for each time that the layer runs; empty ones give no row. Of arrays of
+    equal shapes, equal `rng`s pick the same rows.
     """
-    with np.errstate(over="ignore", invalid="ignore"):
-        if conv is not None:
-            return _conv_rows(x, conv, limit, rng)
-        rows = x.reshape(-1, x.shape[-1])
-        result: np.ndarray = rows[_pick(len(rows), limit, rng)]
-        return result
+    inputs = [x for x in inputs if x.size]
+    if len(inputs) > limit:
+        inputs = [inputs[index] for index in _pick(len(inputs), limit, rng)]
+    parts = [np.empty((0, width), np.float32)]
+    for x in inputs:
+        with np.errstate(over="ignore", invalid="ignore"):
+            if conv is not None:
+                parts.append(_conv_rows(x, conv, limit // len(inputs), rng))
+                continue
+            rows = x.reshape(-1, x.shape[-1])
+            parts.append(rows[_pick(len(rows), limit // len(inputs), rng)])
+    return np.concatenate(parts)
 
 
 def _pick(count: int, limit: int, rng: np.random.Generator) -> np.ndarray:

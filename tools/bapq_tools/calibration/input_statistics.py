@@ -11,12 +11,11 @@ from bapq_edge.bank.layout import Level
 from bapq_edge.errors import CalibrationError
 
 from ..build_support.spill import Spill
-from ..onnx_graph.ir import ConvGeometry, HeavyLayer
+from ..onnx_graph.ir import HeavyLayer
 from .forward_passes import FLOAT, ForwardPasses
 from .gram import PANEL_COLUMNS, GramMatrices
 from .im2col import rows_of
 from .matrix_stats import LevelStats, MatrixStats
-from .reference_model import observed_use
 
 NEIGHBOUR: dict[Level, Level] = {4: 2, 2: 4, 1: 2}
 """Levels with a forward pass of their own, and the level that plans mix each with most. Level 8
@@ -55,7 +54,7 @@ class InputStatistics:
     def of(
         self, layers: Sequence[HeavyLayer], unit: int = PANEL_COLUMNS
     ) -> dict[str, list[MatrixStats] | None]:
-        """Statistics by layer name, of layers that multiply the same input (`input_key`).
+        """Statistics by layer name, of layers that multiply the same input (`Observation.key`).
 
         They have one entry per group of the convolution, and are None where no sample gives a row.
         Blocks of columns are multiples of `unit`, which is one of `PANEL_COLUMNS`. Raises
@@ -113,8 +112,9 @@ class InputStatistics:
         rows = len(layer.weight)
         counts = np.zeros(rows)
         for sample in range(self._passes.samples):
-            indices = np.asarray(self._passes.input_of(layer, FLOAT, sample)).reshape(-1)
-            counts += np.bincount(indices.astype(np.int64) % rows, minlength=rows)
+            for indices in self._passes.inputs_of(layer, FLOAT, sample):
+                found = np.asarray(indices).reshape(-1).astype(np.int64) % rows
+                counts += np.bincount(found, minlength=rows)
         return counts
 
     def _rows(self, layer: HeavyLayer, level: Level) -> tuple[np.ndarray, np.ndarray]:
@@ -124,7 +124,10 @@ class InputStatistics:
         """
         samples = self._passes.samples
         held = range(HELD_OUT - 1, samples, HELD_OUT) if samples >= 2 * HELD_OUT else range(0)
-        columns, conv = layer.weight.shape[1], observed_use(layer).conv
+        observation = self._passes.observation(layer)
+        if observation is None:
+            raise ValueError(f"the input of layer {layer.name} is not seen")
+        columns, conv = layer.weight.shape[1], observation.use.conv
         width = columns * (conv.group if conv else 1)
         parts = []
         for chosen, wanted in (
@@ -135,8 +138,8 @@ class InputStatistics:
             rows = np.empty((len(chosen) * limit, width), np.float32)  # touched as far as filled
             end = 0
             for sample in chosen:
-                x = self._passes.input_of(layer, level, sample)
-                picked = rows_of(x, conv, limit, np.random.default_rng(sample))
+                inputs = self._passes.inputs_of(layer, level, sample)
+                picked = rows_of(inputs, conv, width, limit, np.random.default_rng(sample))
                 if not np.isfinite(picked).all():
                     raise CalibrationError(
                         f"calibration sample {sample} gives layer {layer.name} an input with NaN "
@@ -146,12 +149,6 @@ class InputStatistics:
                 end += len(picked)
             parts.append(rows[:end])
         return parts[0], parts[1]
-
-
-def input_key(layer: HeavyLayer) -> tuple[str, ConvGeometry | None]:
-    """A key that is equal for layers that multiply the same rows."""
-    use = observed_use(layer)
-    return use.activation_input, use.conv
 
 
 def _rows_wanted(columns: int) -> int:

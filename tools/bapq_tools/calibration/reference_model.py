@@ -7,8 +7,8 @@ before it have been quantized.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ import onnx
 from onnx import helper, numpy_helper
 
 from ..onnx_graph import graphs
-from ..onnx_graph.assemble import rebuild
-from ..onnx_graph.ir import HeavyLayer, LayerPlan, LayerUse
+from ..onnx_graph.assemble import add_initializers_of_bodies, rebuild
+from ..onnx_graph.ir import ConvGeometry, HeavyLayer, LayerPlan, LayerUse
+from .body_taps import Tap, recorded, tapped
 
 _SQUASHING = ("Softmax", "LogSoftmax", "Sigmoid", "Identity", "Flatten", "Reshape")
 """Operators that lose nothing an answer depends on, but may hide how sure it is."""
@@ -26,17 +27,56 @@ _WEIGHT, _BIAS = "bapq.weight.", "bapq.bias."
 
 
 @dataclass(frozen=True)
+class Observation:
+    """Where the input of a layer is seen: a tensor, or what a tap in a body recorded of it."""
+
+    use: LayerUse
+    tensors: tuple[str, ...]
+    """The input itself, or values and shapes as a `Tap` names them."""
+
+    @classmethod
+    def inside(cls, use: LayerUse, tap: Tap) -> Observation:
+        """That of a use inside a body."""
+        return cls(use, (tap.values, tap.shapes))
+
+    @property
+    def key(self) -> tuple[str, ConvGeometry | None]:
+        """A key that is equal for layers that multiply the same rows."""
+        return self.tensors[0], self.use.conv
+
+    def inputs(self, tensors: Mapping[str, Any]) -> list[np.ndarray]:
+        """The inputs, one for each time that the layer ran."""
+        found = [tensors[name] for name in self.tensors]
+        return found if len(found) == 1 else recorded(*found)
+
+
+@dataclass(frozen=True)
 class Stage:
     """Nodes that can run, in order, and the layers whose inputs are known after them."""
 
     nodes: tuple[onnx.NodeProto, ...]
     layers: tuple[HeavyLayer, ...]
+    observations: Mapping[str, Observation]
+    """Where the inputs of the layers are seen, by layer name; those of some cannot be."""
     reads: frozenset[str]
     """Computed tensors that the nodes read from earlier stages."""
     writes: frozenset[str]
     """Tensors that later stages, the layers or the model's outputs read."""
     live: frozenset[str]
     """Tensors of this and earlier stages that are read after this one."""
+    in_float: frozenset[str] | None = None
+    """None, or where the stage only looks into bodies, which run again when all their layers are
+    quantized: the names of the layers in them that are not quantized yet."""
+
+
+@dataclass
+class _PlannedStage:
+    """A stage whose tensors are not named yet."""
+
+    nodes: list[onnx.NodeProto]
+    layers: tuple[HeavyLayer, ...] = ()
+    observations: dict[str, Observation] = field(default_factory=dict)
+    in_float: frozenset[str] | None = None
 
 
 class Reference:
@@ -46,7 +86,7 @@ class Reference:
         self._model = model
         self._plan = plan
         self._constants: list[onnx.TensorProto] = []
-        taken = graphs.names(model.graph)
+        self._taken = taken = graphs.names(model.graph)
         operators: dict[int, list[onnx.NodeProto]] = {
             id(node): [] for layer in plan.layers for use in layer.uses for node in use.replaced
         }
@@ -54,6 +94,7 @@ class Reference:
             for use in layer.uses:
                 operators[id(use.node)] = self._operator(layer, use, taken)
         self.graph = rebuild(model.graph, operators)
+        add_initializers_of_bodies(model.graph, self.graph)
         self._layers = {
             _weight_name(layer, use): layer for layer in plan.layers for use in layer.uses
         }
@@ -79,68 +120,110 @@ class Reference:
 
     def stages(self) -> Iterator[Stage]:
         """The stages in order; the last one has no layers."""
-        pending = [layer for layer in self._plan.layers if observed(layer)]
-        unobserved = tuple(layer for layer in self._plan.layers if not observed(layer))
-        quantized = {layer.name for layer in unobserved}
+        pending = list(self._plan.layers)
+        seen = {
+            layer.name: Observation(use, (use.activation_input,))
+            for layer in pending
+            for use in reversed(_telling_uses(layer))
+            if not use.is_body
+        }
+        quantized: set[str] = set()
         computed = {item.name for item in self.graph.input}
         computed |= set(self._initializers) | set(self._sparse)
         rest = [(node, self.needs(node)) for node in self.graph.node]
-        planned: list[tuple[list[onnx.NodeProto], tuple[HeavyLayer, ...]]] = []
-        if unobserved:
-            planned.append(([], unobserved))
+        planned: list[_PlannedStage] = []
         while rest:
             nodes, later = [], []
             for node, needs in rest:
-                weights = {name for name in needs if name in self._layers}
-                biases = {name for name in needs if name.startswith(_BIAS)}
-                known = {self._layers[name].name for name in weights} <= quantized
-                if known and needs - weights - biases <= computed:
+                if self._layers_in(needs) <= quantized and self._inputs_in(needs) <= computed:
                     nodes.append(node)
                     computed.update(name for name in node.output if name)
                 else:
                     later.append((node, needs))
-            ready = tuple(layer for layer in pending if _input(layer) in computed)
-            if not nodes and not ready:
-                raise ValueError("the graph is not in topological order")
-            pending = [layer for layer in pending if _input(layer) not in computed]
-            quantized |= {layer.name for layer in ready}
-            planned.append((nodes, ready))
+            ready = {
+                layer.name: seen[layer.name]
+                for layer in pending
+                if layer.name in seen and seen[layer.name].tensors[0] in computed
+            }
+            if nodes or ready:
+                layers = tuple(layer for layer in pending if layer.name in ready)
+                planned.append(_PlannedStage(nodes, layers, ready))
+            else:
+                blocked = (node for node, needs in rest if self._inputs_in(needs) <= computed)
+                planned.append(self._inside(next(blocked, None), pending))
+            quantized |= {layer.name for layer in planned[-1].layers}
+            pending = [layer for layer in pending if layer.name not in quantized]
             rest = later
         outputs = {item.name for item in self.graph.output} | set(self.judged_tensors())
         yield from self._with_names(planned, outputs)
 
+    def _layers_in(self, needs: set[str]) -> set[str]:
+        return {self._layers[name].name for name in needs if name in self._layers}
+
+    def _inputs_in(self, needs: set[str]) -> set[str]:
+        return {name for name in needs if name not in self._layers and not name.startswith(_BIAS)}
+
+    def _inside(self, node: onnx.NodeProto | None, pending: list[HeavyLayer]) -> _PlannedStage:
+        """Look into a node that waits for layers in its bodies: at the first input of such."""
+        if node is None:
+            raise ValueError("the graph is not in topological order")
+        names = self._layers_in(self.needs(node))
+        waiting = [layer for layer in pending if layer.name in names]
+        for use in _telling_uses(waiting[0]):
+            found = tapped(node, use, self._taken) if use.is_body else None
+            if found is not None:
+                nodes, tap = found
+                same = {
+                    layer.name: Observation.inside(other, tap)
+                    for layer in waiting
+                    for other in _telling_uses(layer)
+                    if other.graph is use.graph and other.activation_input == use.activation_input
+                    if (other.operator == "Gather") == (use.operator == "Gather")
+                }
+                layers = tuple(layer for layer in waiting if layer.name in same)
+                in_float = frozenset(layer.name for layer in waiting)
+                return _PlannedStage(nodes, layers, same, in_float)
+        return _PlannedStage([], (waiting[0],))
+
     def _with_names(
         self,
-        planned: list[tuple[list[onnx.NodeProto], tuple[HeavyLayer, ...]]],
+        planned: list[_PlannedStage],
         outputs: set[str],
     ) -> Iterator[Stage]:
         """Add the tensors that pass from one stage to the next."""
         read_after: list[set[str]] = []
         needed = set(outputs)
-        for nodes, _ in reversed(planned):
+        for each in reversed(planned):
             read_after.append(set(needed))
-            for node in nodes:
+            for node in each.nodes:
                 needed |= self.needs(node)
         constant = set(self._initializers) | set(self._sparse)
         computed = {item.name for item in self.graph.input}
-        for (nodes, layers), after in zip(planned, reversed(read_after), strict=True):
-            needs = {name for node in nodes for name in self.needs(node)}
-            writes = {name for node in nodes for name in node.output if name}
+        for each, after in zip(planned, reversed(read_after), strict=True):
+            needs = {name for node in each.nodes for name in self.needs(node)}
+            writes = {name for node in each.nodes for name in node.output if name}
             reads = (needs & computed) - constant
             computed |= writes
-            wanted = after | {_input(layer) for layer in layers if observed(layer)}
+            looked_at = each.observations.values()
+            wanted = after.union(*(observation.tensors for observation in looked_at))
             live = (wanted & computed) - constant
             yield Stage(
-                tuple(nodes), layers, frozenset(reads), frozenset(writes & wanted), frozenset(live)
+                tuple(each.nodes),
+                each.layers,
+                each.observations,
+                frozenset(reads),
+                frozenset(writes & wanted),
+                frozenset(live),
+                each.in_float,
             )
 
     def model_of(
         self,
         nodes: Iterable[onnx.NodeProto],
-        inputs: dict[str, np.ndarray],
+        inputs: Mapping[str, onnx.TypeProto],
         outputs: Iterable[str],
     ) -> onnx.ModelProto:
-        """Make a model of some nodes; `inputs` are examples of what they read besides weights."""
+        """Make a model of some nodes; `inputs` are the types of what they read besides weights."""
         nodes = list(nodes)
         part = onnx.GraphProto(name="stage", node=nodes)
         needs = set().union(*(self.needs(node) for node in nodes))
@@ -151,12 +234,21 @@ class Reference:
                 part.sparse_initializer.append(self._sparse[name])
             elif name in self._layers or name.startswith(_BIAS):
                 part.input.append(_value(name, onnx.TensorProto.FLOAT))
-        for name, example in inputs.items():
-            part.input.append(_value(name, helper.np_dtype_to_tensor_dtype(example.dtype)))
+        part.input.extend(onnx.ValueInfoProto(name=n, type=kind) for n, kind in inputs.items())
         part.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
         result = onnx.ModelProto(ir_version=self._model.ir_version, graph=part)
         result.opset_import.extend(self._model.opset_import)
         return result
+
+    def input_types(self) -> dict[str, onnx.TypeProto]:
+        """The types of the model's inputs, of any size."""
+        types = {}
+        for item in self.graph.input:
+            kind = types[item.name] = onnx.TypeProto()
+            kind.CopyFrom(item.type)
+            if kind.HasField("tensor_type"):
+                kind.tensor_type.ClearField("shape")
+        return types
 
     def weight_inputs(self, nodes: Iterable[onnx.NodeProto]) -> list[HeavyLayer]:
         """The layers that these nodes read."""
@@ -216,18 +308,9 @@ def logits_tensor(graph: onnx.GraphProto, output: str) -> str:
     return output
 
 
-def observed(layer: HeavyLayer) -> bool:
-    """Whether some use of the layer has an input that can be seen from outside."""
-    return any(not use.is_body for use in layer.uses)
-
-
-def observed_use(layer: HeavyLayer) -> LayerUse:
-    """The use that calibration looks at: the first that can be seen."""
-    return next(use for use in layer.uses if not use.is_body)
-
-
-def _input(layer: HeavyLayer) -> str:
-    return observed_use(layer).activation_input
+def _telling_uses(layer: HeavyLayer) -> list[LayerUse]:
+    """The uses whose input tells what matters: of a gathered table, which rows are read."""
+    return [use for use in layer.uses if not layer.gathered or use.operator == "Gather"]
 
 
 def weight_feeds(

@@ -41,9 +41,9 @@ class OutputErrors:
         computed = {name for node in nodes for name in node.output}
         self._outputs = [name for name in reference.judged_tensors() if name in computed]
         if self._outputs:
-            reads = set().union(*(reference.needs(node) for node in nodes))
-            example = {n: v for n, v in passes.tensors(FLOAT, 0).items() if n in reads}
-            self._session = passes.session(nodes, example, self._outputs)
+            needs = set().union(*(reference.needs(node) for node in nodes))
+            self._reads = needs & passes.live()
+            self._session = passes.session(nodes, self._reads, self._outputs)
             self._feeds = passes.weight_feeds(FLOAT, nodes)
             self._wanted = self._run({})
 
@@ -70,7 +70,7 @@ class OutputErrors:
 
     def _run(self, changed: Tensors) -> list[Tensors]:
         def outputs_of(sample: int) -> Tensors:
-            tensors = self._passes.tensors(FLOAT, sample)
+            tensors = self._passes.tensors(FLOAT, sample, self._reads)
             return run(self._session, self._outputs, {**tensors, **self._feeds, **changed}, sample)
 
         with ThreadPoolExecutor(self._workers) as pool:

@@ -118,7 +118,7 @@ def build_bank(
         model: the model, or the path of its .onnx file.
         out: path of the bank.
         calibration: an .npz file or a mapping, one array per model input, samples on the first
-            axis.
+            axis; a folder of such files, or a list, where samples differ in size.
         levels: levels of the bank; None: those of the recipe, by default 8, 4, 2 and 1.
         recipe: a YAML file or what it would hold: settings for all layers and for some.
         prune_tau: weights become zero that are smaller than this share of the largest of their

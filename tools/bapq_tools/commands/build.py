@@ -35,8 +35,10 @@ def add_build_command(commands: Any) -> None:
     build.add_argument(
         "--calibration",
         type=Path,
+        action="append",
         metavar="DATA.npz",
-        help="one array per model input, samples on the first axis; .npy where there is one input",
+        help="one array per model input, samples on the first axis; .npy where there is one input; "
+        "samples of other sizes: a folder of such files, or the option again",
     )
     build.add_argument(
         "--levels",

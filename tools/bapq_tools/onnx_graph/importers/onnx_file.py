@@ -54,6 +54,7 @@ def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
     model = _inline_functions(_parse(path))
     load_external_data(model, path.parent)
     _check_sizes(model, path)
+    open_dimensions(model)
     model = _convert_opset(model)
     drop_initializers_from_inputs(model)
     constants_to_initializers(model)
@@ -155,6 +156,23 @@ def _check_sizes(model: onnx.ModelProto, path: Path) -> None:
                 f"{path}: tensor {tensor.name!r} of shape {list(tensor.dims)} needs "
                 f"{_data_bytes(tensor)} bytes and has {len(tensor.raw_data)}; export it again"
             )
+
+
+def open_dimensions(model: onnx.ModelProto) -> None:
+    """Sizes of -1 or 0, as some exporters write them, become open dimensions."""
+    for part in graphs.walk(model.graph):
+        for info in (*part.input, *part.output, *part.value_info):
+            _open_dimensions(info.type)
+
+
+def _open_dimensions(kind: onnx.TypeProto) -> None:
+    name = kind.WhichOneof("value")
+    if name in ("tensor_type", "sparse_tensor_type"):
+        for dim in getattr(kind, name).shape.dim:
+            if dim.HasField("dim_value") and dim.dim_value <= 0:
+                dim.ClearField("dim_value")
+    elif name in ("sequence_type", "optional_type"):
+        _open_dimensions(getattr(kind, name).elem_type)
 
 
 def _convert_opset(model: onnx.ModelProto) -> onnx.ModelProto:

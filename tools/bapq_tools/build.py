@@ -32,6 +32,7 @@ from bapq_edge.bank.writer import BankWriter, check_bank_target
 from bapq_edge.errors import (
     BankError,
     BoundaryDroppedWarning,
+    NoHeavyLayerError,
     RequestError,
     StorageError,
     UncalibratedWarning,
@@ -53,8 +54,9 @@ from .onnx_graph import graphs
 from .onnx_graph.assemble import assemble, drop_replaced
 from .onnx_graph.fold import fold
 from .onnx_graph.importers.onnx_file import check_model_source, load_model
-from .onnx_graph.ir import LayerPlan
-from .onnx_graph.layers import find_layers
+from .onnx_graph.ir import HeavyLayer, LayerPlan
+from .onnx_graph.layers import find_layers, nothing_found
+from .quantize.carried import uncarried
 from .quantize.checkpoint import Checkpoint
 from .quantize.options import LayerOptions, scale_columns_of
 from .quantize.prune import PruneReport, prune_layers
@@ -249,16 +251,27 @@ def _checked_levels(levels: Iterable[int]) -> tuple[Level, ...]:
 def _take_out_kept(
     plan: LayerPlan, resolved: dict[str, LayerOptions | None]
 ) -> dict[str, LayerOptions]:
-    """Leave layers to the graph that the recipe keeps in float; returns options of the others."""
-    options = {name: entry for name, entry in resolved.items() if entry is not None}
-    kept = [layer for layer in plan.layers if layer.name not in options]
-    plan.layers[:] = [layer for layer in plan.layers if layer.name in options]
-    for layer in kept:
-        for use in layer.uses:
+    """Leave layers to the graph that stay in float; returns options of the others.
+
+    Raises NoHeavyLayerError where none is left.
+    """
+    reasons = {layer.name: _reason_for_float(layer, resolved[layer.name]) for layer in plan.layers}
+    for layer in plan.layers:
+        for use in layer.uses if reasons[layer.name] else ():
             name = use.node.name or use.node.output[0]
-            reason = "the recipe keeps it in float"
-            plan.kept_in_float.append(KeptNode(name, use.operator, layer.weight.size, reason))
-    return options
+            kept = KeptNode(name, use.operator, layer.weight.size, reasons[layer.name])
+            plan.kept_in_float.append(kept)
+    plan.layers[:] = [layer for layer in plan.layers if not reasons[layer.name]]
+    if not plan.layers:
+        raise NoHeavyLayerError(nothing_found(plan.kept_in_float))
+    return {name: own for name, own in resolved.items() if own is not None and not reasons[name]}
+
+
+def _reason_for_float(layer: HeavyLayer, options: LayerOptions | None) -> str:
+    """Why a layer stays in float; empty where it does not."""
+    if options is None:
+        return "the recipe keeps it in float"
+    return "" if options.levels == (32,) else uncarried(layer) or ""
 
 
 def _warn_of_discarded(out: Path) -> None:

@@ -53,7 +53,7 @@ def find_layers(model: onnx.ModelProto) -> LayerPlan:
     search = _Search()
     search.visit(model.graph, None)
     if not search.groups:
-        raise NoHeavyLayerError(_nothing_found([entry for _, entry in search.kept]))
+        raise NoHeavyLayerError(nothing_found([entry for _, entry in search.kept]))
     ranks = _Ranks(model)
     around = _NeighbourCache()
     for group in search.groups.values():
@@ -109,7 +109,8 @@ def _all(search: _Search) -> Iterator[_PlacedNode]:
         yield from group
 
 
-def _nothing_found(kept: list[KeptNode]) -> str:
+def nothing_found(kept: list[KeptNode]) -> str:
+    """The message of a model without a layer for a bank, out of what stays in float."""
     if not kept:
         return (
             "no MatMul, Gemm, Conv or Gather node has constant weights; a bank needs one with "

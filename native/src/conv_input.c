@@ -38,6 +38,28 @@ static void find_extent(void *data, size_t channel) {
     j->extents[channel] = found;
 }
 
+/* The same of finite values only, where others were found. */
+static void find_finite_extent(void *data, size_t channel) {
+    job *j = data;
+    const float *x = j->x + (int64_t)channel * j->pixels;
+    extent found = {0, 0};
+    for (int64_t i = 0; i < j->pixels; i++) {
+        int32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        if (!bapq_is_spoiled(x[i])) widen(&found, bits, (uint32_t)bits);
+    }
+    j->extents[channel] = found;
+}
+
+static extent extent_of(job *j, const bapq_parallel *parallel,
+                        void (*find)(void *data, size_t channel)) {
+    parallel->for_each(parallel->self, find, (size_t)j->channels, j);
+    extent all = {0, 0};
+    for (int64_t c = 0; c < j->channels; c++) widen(&all, j->extents[c].high, j->extents[c].low);
+    if (all.low <= INT32_MAX) all.low = 0; /* no sign: nothing is negative */
+    return all;
+}
+
 /* A value's code, in the low byte. The sum's last bit is worth 1: it rounds half to even. */
 static inline uint32_t code_of(float x, float inverse, float to_code) {
     enum { ZERO = 0x4b400000 }; /* bits of 1.5 * 2^23 */
@@ -97,13 +119,10 @@ void bapq_conv_input_quantize(const float *x, int64_t channels, int64_t height, 
                               const bapq_parallel *parallel, void *scratch,
                               bapq_conv_input *input) {
     job j = {x, channels, height * width, scratch, input, 0.0f};
-    parallel->for_each(parallel->self, find_extent, (size_t)channels, &j);
-    extent all = {0, 0};
-    for (int64_t c = 0; c < channels; c++) widen(&all, j.extents[c].high, j.extents[c].low);
+    extent all = extent_of(&j, parallel, find_extent);
     const int32_t infinity_bits = 0x7f800000;
-    if (all.low <= INT32_MAX) all.low = 0; /* no sign: nothing is negative */
     input->finite = all.high < infinity_bits && (int32_t)(all.low & INT32_MAX) < infinity_bits;
-    if (!input->finite) return;
+    if (!input->finite) all = extent_of(&j, parallel, find_finite_extent);
     float high, low;
     memcpy(&high, &all.high, sizeof high);
     memcpy(&low, &all.low, sizeof low);

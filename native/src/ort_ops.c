@@ -5,7 +5,9 @@
  * session serves concurrent runs on different plans, and swapping a plan touches no session. */
 #include "ort_abi.h"
 
+#include <float.h>
 #include <limits.h>
+#include <math.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -62,6 +64,9 @@ static OrtStatus *read_attributes(op_kernel *kernel, const OrtKernelInfo *info) 
     kernel->epilogue.use_bias = use_bias != 0;
     TRY(ORT_KernelInfoGetAttribute_float(api)(info, "clip_low", &kernel->epilogue.clip_low));
     TRY(ORT_KernelInfoGetAttribute_float(api)(info, "clip_high", &kernel->epilogue.clip_high));
+    /* Attributes hold no infinities: the ends of float32 stand for no clip, and infinity passes. */
+    if (kernel->epilogue.clip_low <= -FLT_MAX) kernel->epilogue.clip_low = -INFINITY;
+    if (kernel->epilogue.clip_high >= FLT_MAX) kernel->epilogue.clip_high = INFINITY;
     if (kernel->kind != CONV) return NULL;
     bapq_conv_params *p = &kernel->conv;
     static const char *const names[] = {"group",     "kernel_h",   "kernel_w",   "stride_h",

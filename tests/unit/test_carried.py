@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 import bapq_edge
 from bapq_edge.bank.reader import Bank
@@ -91,6 +91,25 @@ def test_rows_of_other_size_are_carried(tmp_path):
     weight[:, 9] *= np.float32(1e-12)
     weight[5, 9] = 1e-3
     assert kept(built(product(weight), tmp_path)) == {}
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation"), [(1, 1e20), (1, 1e30), (1e20, 1), (1e30, 1), (1e14, 1e20), (1, 1e-30)]
+)
+def test_huge_weights_and_activations_are_calibrated_as_others(weight, activation, tmp_path):
+    def errors(weight, activation):
+        constants = {"v": weights(32, 64) * np.float32(weight), "w": weights(64, 48)}
+        model = product(constants["w"])
+        model.graph.initializer[0].CopyFrom(numpy_helper.from_array(constants["v"], "v"))
+        x = weights(60, 32) * np.float32(activation)
+        report = build_bank(
+            model, tmp_path / "m.bank", calibration={"x": x}, workers=1, progress=False
+        )
+        return report.relative_error
+
+    expected = errors(1, 1)
+    for level, error in errors(weight, activation).items():
+        assert error == pytest.approx(expected[level], rel=0.2)
 
 
 def test_a_model_of_nothing_else_is_told_why(tmp_path):

@@ -39,6 +39,9 @@ _ROW_WORK = 1 << 36
 
 _HELD_OUT_ROWS = 1024
 
+_SAFE_EXPONENT = 32
+"""Inputs between 2^-32 and 2^32 are taken as they are."""
+
 
 class InputStatistics:
     """The statistics of layers whose inputs the passes have just computed.
@@ -69,11 +72,12 @@ class InputStatistics:
         rows = {layer.name: len(layer.weight) // len(groups) for layer in layers}
         blocks = _blocks(columns, unit)
         matrices = [GramMatrices.zeros(blocks, levels, rows, self._spill) for _ in groups]
-        means = {FLOAT: _centre(exact, held_out)}
+        factor = _factor(exact)
+        means = {FLOAT: _centre(exact, held_out, factor)}
         apart = {FLOAT: self._spill.put(held_out)}
         for own in levels:
             x, held_out = self._rows(layers[0], own)
-            means[own] = _centre(x, held_out)
+            means[own] = _centre(x, held_out, factor)
             apart[own] = self._spill.put(held_out)
             shares = {level: _shares(level, levels).get(own, 0.0) for level in levels}
             for number, group in enumerate(groups):
@@ -164,11 +168,23 @@ def _shares(level: Level, levels: Sequence[Level]) -> dict[Level, float]:
     return {level: 1 - NEIGHBOUR_SHARE, neighbour: NEIGHBOUR_SHARE}
 
 
-def _centre(rows: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-    """Subtract the mean of `rows` from both in place; return it, (columns,) float32."""
+def _factor(rows: np.ndarray) -> np.float32:
+    """The power of two to multiply inputs by, so that their squares stay inside float32's range.
+
+    It is 1 for ordinary inputs. Statistics are compared with each other only, so it cancels out.
+    """
+    peak = float(np.abs(rows).max(initial=0))
+    exponent = np.frexp(peak)[1] if peak else 0
+    return np.float32(1) if abs(exponent) <= _SAFE_EXPONENT else np.float32(2.0 ** -float(exponent))
+
+
+def _centre(rows: np.ndarray, held_out: np.ndarray, factor: np.float32) -> np.ndarray:
+    """Subtract the mean of `rows` from both in place, and multiply them; return the mean."""
     mean: np.ndarray = rows.mean(0, dtype=np.float64).astype(np.float32)
-    rows -= mean
-    held_out -= mean
+    for each in (rows, held_out):
+        each -= mean
+        if factor != 1:
+            each *= factor
     return mean
 
 

@@ -1,4 +1,8 @@
-"""Statistics of the inputs that a weight matrix meets, as error-compensated rounding needs them."""
+"""Statistics of the inputs that a weight matrix meets, as error-compensated rounding needs them.
+
+Where inputs are so large or small that their squares leave float32's range, all but the means are
+those of the inputs times one power of two.
+"""
 
 from __future__ import annotations
 

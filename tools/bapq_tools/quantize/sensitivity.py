@@ -93,5 +93,8 @@ def _relative_square_error(found: Tensors, wanted: Tensors) -> float:
     for name, expected in wanted.items():
         norm = np.square(expected, dtype=np.float64).sum()
         error = np.square(np.subtract(found[name], expected, dtype=np.float64)).sum()
-        ratios.append(min(error / norm, 1e6) if norm > 0 and np.isfinite(error) else 0.0)
+        if not 0 < norm < np.inf:
+            ratios.append(0.0)
+        else:
+            ratios.append(min(error / norm, 1e6) if np.isfinite(error) else 1e6)
     return float(np.mean(ratios))

@@ -42,6 +42,7 @@
     ├── MissingPlaneWarning             a plane file is absent: fewer levels
     ├── InterruptedUpdateWarning        a bank's update was cut off: the old one is used
     ├── UncalibratedWarning             built without calibration data
+    ├── FrozenInputWarning              what a caller could override in the model is a constant now
     ├── DegradedWarning                 a run used a lower level than planned
     ├── BudgetExceededWarning           a run needed more memory than the budget leaves
     ├── BoundaryDroppedWarning          a bank is written again without its boundary models
@@ -75,6 +76,7 @@ __all__ = [
     "ClusterError",
     "DegradedWarning",
     "ExecutionError",
+    "FrozenInputWarning",
     "InputFileError",
     "InterruptedUpdateWarning",
     "MissingExtraError",
@@ -337,7 +339,11 @@ class InterruptedUpdateWarning(BapqWarning):
 
 
 class UncalibratedWarning(BapqWarning):
-    """The bank is built without calibration data; its low levels will be less accurate."""
+    """Built without calibration data, as a whole or in some layers: low levels lose accuracy."""
+
+
+class FrozenInputWarning(BapqWarning):
+    """Initializers that the model lets a caller override become constants of the bank."""
 
 
 class BoundaryWarning(BapqWarning):

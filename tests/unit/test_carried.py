@@ -16,7 +16,9 @@ from support.onnx_models import FLOAT, INT64, weights
 node = helper.make_node
 LOWEST = float(np.finfo(np.float32).min)
 
-pytestmark = pytest.mark.filterwarnings(f"ignore::{UncalibratedWarning.__module__}.UncalibratedWarning")
+pytestmark = pytest.mark.filterwarnings(
+    f"ignore::{UncalibratedWarning.__module__}.UncalibratedWarning"
+)
 
 
 def kept(bank):

@@ -271,6 +271,17 @@ def test_sample_that_the_model_refuses_is_named(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_model_that_runs_on_no_sample_is_to_blame(tmp_path):
+    model = models.model(
+        [node("Reshape", ["x", "shape"], ["h"]), node("MatMul", ["h", "v"], ["y"], "product")],
+        {"x": (FLOAT, ["n", 30])},
+        {"y": (FLOAT, None)},
+        {"shape": np.array([-1, 32]), "v": weights(32, 64)},
+    )
+    with pytest.raises(CalibrationError, match=r"on none of the 3 calibration samples.*reshape"):
+        stats_of(model, {"x": weights(3, 30)}, tmp_path)
+
+
 def test_activation_that_overflows_is_named(tmp_path):
     model = models.model(
         [node("Exp", ["x"], ["e"]), node("MatMul", ["e", "w"], ["y"], "product")],

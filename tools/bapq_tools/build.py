@@ -107,6 +107,7 @@ def build_bank(
     levels: Iterable[int] | None = None,
     recipe: RecipeSource | None = None,
     prune_tau: float | None = None,
+    external_data: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     dask: str | None = None,
     progress: bool = True,
@@ -125,6 +126,7 @@ def build_bank(
         recipe: a YAML file or what it would hold: settings for all layers and for some.
         prune_tau: weights become zero that are smaller than this share of the largest of their
             layer; None: what the recipe says.
+        external_data: a folder that the model's external data may lie in besides its own folder.
         workers: number of processes; None: as many as there are usable cores.
         dask: address of a Dask scheduler, whose workers are used instead of processes.
         progress: show it on stderr.
@@ -155,7 +157,7 @@ def build_bank(
     use_one_heap()
 
     with stages.stage("import", 1) as advance:
-        loaded, source = _load(model)
+        loaded, source = _load(model, external_data)
         advance()
     data = None if calibration is None else load_calibration(calibration, loaded.graph.input)
     if calibration is None and wanted != (32,):
@@ -301,6 +303,7 @@ def _warn_of_uncalibrated(unknown: dict[str, list[str]]) -> None:
 
 def _load(
     model: str | os.PathLike[str] | onnx.ModelProto,
+    external_data: str | os.PathLike[str] | None,
 ) -> tuple[onnx.ModelProto, SourceModel]:
     if isinstance(model, onnx.ModelProto):
         with tempfile.TemporaryDirectory(prefix="bapq-import-") as folder:
@@ -313,7 +316,7 @@ def _load(
                     "it with external data and give the path"
                 ) from error
             return load_model(path), _source(path, model.graph.name or "model")
-    return load_model(model), _source(Path(model), Path(model).name)
+    return load_model(model, external_data), _source(Path(model), Path(model).name)
 
 
 def _source(path: Path, name: str) -> SourceModel:

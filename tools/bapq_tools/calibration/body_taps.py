@@ -85,7 +85,9 @@ class _Tapper:
                 if not graphs.is_standard(node, *self._widen) or (fixed and node.op_type != "Scan"):
                     return None
                 inner = self.tap(body, fixed or node.op_type == "Scan")
-                return None if inner is None else self._widen[node.op_type](graph, index, body, inner)
+                return (
+                    None if inner is None else self._widen[node.op_type](graph, index, body, inner)
+                )
         return None
 
     def _name(self, what: str) -> str:

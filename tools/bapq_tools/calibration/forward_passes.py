@@ -10,6 +10,7 @@ many. Nothing depends on the number of workers: each run has one thread.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import threading
@@ -25,6 +26,7 @@ import onnxruntime as ort
 from bapq_edge.bank.layout import Level
 from bapq_edge.bank.staging import storage_errors
 from bapq_edge.errors import CalibrationError
+from bapq_edge.units import counted
 
 from ..onnx_graph.ir import HeavyLayer
 from .reference_model import Observation, Reference, Stage
@@ -83,21 +85,36 @@ class ForwardPasses:
         session = self.session(stage.nodes, stage.reads, outputs) if outputs else None
         for level in self.levels:
             feeds = self.weight_feeds(level, stage.nodes, stage.in_float or frozenset())
-
-            def step(
-                sample: int,
-                level: Level = level,
-                feeds: Mapping[str, np.ndarray] = feeds,
-            ) -> None:
-                key = level, sample
-                if session is not None:
-                    inputs = self._live.get(key, stage.reads)
-                    self._live.put(key, run(session, outputs, {**feeds, **inputs}, sample))
-                self._live.keep(key, stage.live)
-
+            step = functools.partial(self._step, stage, session, feeds, level)
             with ThreadPoolExecutor(self.workers) as pool:
-                for _ in pool.map(step, range(self.samples)):
-                    pass
+                failed = [error for error in pool.map(step, range(self.samples)) if error]
+            if len(failed) == self.samples and level == FLOAT:
+                raise CalibrationError(
+                    f"ONNX Runtime {ort.__version__} runs the model on none of the "
+                    f"{counted(self.samples, 'calibration sample')}: {_reason(failed[0].__cause__)}"
+                    "; check that it runs the model itself on them"
+                ) from failed[0]
+            if failed:
+                raise failed[0]
+
+    def _step(
+        self,
+        stage: Stage,
+        session: ort.InferenceSession | None,
+        feeds: Mapping[str, np.ndarray],
+        level: Level,
+        sample: int,
+    ) -> CalibrationError | None:
+        """Run a stage on one sample; returns the error if the model fails."""
+        key = level, sample
+        if session is not None:
+            inputs = {**feeds, **self._live.get(key, stage.reads)}
+            try:
+                self._live.put(key, run(session, sorted(stage.writes), inputs, sample))
+            except CalibrationError as error:
+                return error
+        self._live.keep(key, stage.live)
+        return None
 
     def observation(self, layer: HeavyLayer) -> Observation | None:
         """Where the input of a layer of the latest stage is seen; None where it cannot be."""
@@ -178,11 +195,14 @@ def run(session: ort.InferenceSession, outputs: list[str], feeds: Tensors, sampl
     try:
         values = session.run(outputs, {n: value for n, value in feeds.items() if n in wanted})
     except Exception as error:  # ORT's exceptions have no common base below Exception
-        reason = " ".join(str(error).split())[:300]
         raise CalibrationError(
-            f"the model fails on calibration sample {sample}: {reason}; check the sample"
+            f"the model fails on calibration sample {sample}: {_reason(error)}; check the sample"
         ) from error
     return dict(zip(outputs, values, strict=True))
+
+
+def _reason(error: BaseException | None) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 class _LiveTensors:

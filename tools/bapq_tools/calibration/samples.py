@@ -166,7 +166,9 @@ def _columns(
     optional = {name for name, kind in inputs.items() if kind.HasField("optional_type")}
     _check_names(given, inputs, optional)
     columns = {name: _column(name, given.get(name), kind) for name, kind in inputs.items()}
-    counts = {name: column.samples for name, column in columns.items() if column.samples is not None}
+    counts = {
+        name: column.samples for name, column in columns.items() if column.samples is not None
+    }
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name} has {count}" for name, count in counts.items())
         raise CalibrationShapeError(

@@ -58,6 +58,12 @@ def add_build_command(commands: Any) -> None:
         help="make weights zero that are below T times the largest of their layer",
     )
     build.add_argument(
+        "--external-data",
+        type=Path,
+        metavar="FOLDER",
+        help="where the model's external data may lie besides the model's own folder",
+    )
+    build.add_argument(
         "--analyze",
         action="store_true",
         help="print the sensitive layers as a recipe; without -o no bank is left",
@@ -103,6 +109,7 @@ def _build(arguments: argparse.Namespace, out: Path) -> BuildReport:
         levels=levels,
         recipe=arguments.recipe,
         prune_tau=arguments.prune_tau,
+        external_data=arguments.external_data,
         workers=arguments.workers,
         dask=arguments.dask,
         progress=not arguments.quiet,

@@ -22,7 +22,7 @@ from .fusion import (
     own_bias_input,
     split_own_bias,
 )
-from .heavy_nodes import MIN_WEIGHTS, HeavyNode, Refusal, recognise
+from .heavy_nodes import MIN_WEIGHTS, QUANTIZED, HeavyNode, Refusal, recognise
 from .ir import HeavyLayer, LayerPlan, LayerUse
 
 _NAME_LENGTH = 80
@@ -117,8 +117,15 @@ def nothing_found(kept: list[KeptNode]) -> str:
             f"at least {MIN_WEIGHTS}"
         )
     largest = max(kept, key=lambda node: node.weights)
+    if largest.reason == QUANTIZED:
+        weights = sum(node.weights for node in kept if node.reason == QUANTIZED)
+        return (
+            f"the model is quantized already: {weights} weights stand in nodes such as "
+            f"{largest.operator} {largest.name!r}; build the bank from the float model that it was "
+            "made of, or from its QDQ form"
+        )
     return (
-        f"no layer is heavy enough for a bank: the largest candidate, {largest.operator} "
+        f"no layer of the model fits a bank: the largest candidate, {largest.operator} "
         f"{largest.name!r}, has {largest.weights} weights and stays in float ({largest.reason}); "
         f"a bank needs a MatMul, Gemm, Conv or Gather with at least {MIN_WEIGHTS}"
     )

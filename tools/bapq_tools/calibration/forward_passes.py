@@ -151,7 +151,7 @@ class ForwardPasses:
     ) -> dict[str, np.ndarray]:
         """The weights that these nodes read in the pass of a level, some layers' in float."""
         feeds: dict[str, np.ndarray] = {}
-        for layer in self._reference.weight_inputs(nodes):
+        for layer in self._reference.layers_of(nodes):
             feeds.update(self._weights(FLOAT if layer.name in in_float else level, layer))
         return feeds
 

@@ -7,7 +7,7 @@ before it have been quantized.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +79,35 @@ class _PlannedStage:
     in_float: frozenset[str] | None = None
 
 
+class _Waiting:
+    """Things that wait for names to be known, in an order."""
+
+    def __init__(self, needs: Sequence[Iterable[str]]) -> None:
+        self.missing = [set(names) for names in needs]
+        """What each still waits for; empty sets for those that were ready."""
+        self._by_name: dict[str, list[int]] = {}
+        for index, names in enumerate(self.missing):
+            for name in names:
+                self._by_name.setdefault(name, []).append(index)
+        self._ready = [index for index, names in enumerate(self.missing) if not names]
+        self.left = len(self.missing)
+        """How many have not been ready yet."""
+
+    def know(self, names: Iterable[str]) -> None:
+        """Take note of names."""
+        for name in names:
+            for index in self._by_name.pop(name, ()):
+                self.missing[index].discard(name)
+                if not self.missing[index]:
+                    self._ready.append(index)
+
+    def ready(self) -> list[int]:
+        """Those that have all they waited for, each told once, in order."""
+        found, self._ready = sorted(self._ready), []
+        self.left -= len(found)
+        return found
+
+
 class Reference:
     """A model's graph with standard operators that read the layers' weights as inputs."""
 
@@ -86,6 +115,7 @@ class Reference:
         self._model = model
         self._plan = plan
         self._constants: list[onnx.TensorProto] = []
+        self._needs: dict[int, tuple[onnx.NodeProto, frozenset[str]]] = {}  # by identity
         self._taken = taken = graphs.names(model.graph)
         operators: dict[int, list[onnx.NodeProto]] = {
             id(node): [] for layer in plan.layers for use in layer.uses for node in use.replaced
@@ -127,52 +157,50 @@ class Reference:
             for use in reversed(_telling_uses(layer))
             if not use.is_body
         }
+        nodes = _Waiting([self.needs(node) for node in self.graph.node])
+        layers = _Waiting([set(_tensors(seen.get(layer.name))) for layer in pending])
+        known = {item.name for item in self.graph.input}
+        known |= set(self._initializers) | set(self._sparse)
         quantized: set[str] = set()
-        computed = {item.name for item in self.graph.input}
-        computed |= set(self._initializers) | set(self._sparse)
-        rest = [(node, self.needs(node)) for node in self.graph.node]
         planned: list[_PlannedStage] = []
-        while rest:
-            nodes, later = [], []
-            for node, needs in rest:
-                if self._layers_in(needs) <= quantized and self._inputs_in(needs) <= computed:
-                    nodes.append(node)
-                    computed.update(name for name in node.output if name)
-                else:
-                    later.append((node, needs))
-            ready = {
-                layer.name: seen[layer.name]
-                for layer in pending
-                if layer.name in seen and seen[layer.name].tensors[0] in computed
-            }
-            if nodes or ready:
-                layers = tuple(layer for layer in pending if layer.name in ready)
-                planned.append(_PlannedStage(nodes, layers, ready))
-            else:
-                blocked = (node for node, needs in rest if self._inputs_in(needs) <= computed)
-                planned.append(self._inside(next(blocked, None), pending))
-            quantized |= {layer.name for layer in planned[-1].layers}
-            pending = [layer for layer in pending if layer.name not in quantized]
-            rest = later
+        while nodes.left:
+            stage = _PlannedStage([])
+            while known:
+                layers.know(known)
+                nodes.know(known)
+                new = [self.graph.node[index] for index in nodes.ready()]
+                stage.nodes.extend(new)
+                known = {name for node in new for name in node.output if name}
+            ready = [self._plan.layers[index] for index in layers.ready()]
+            stage.layers = tuple(layer for layer in ready if layer.name not in quantized)
+            stage.observations = {layer.name: seen[layer.name] for layer in stage.layers}
+            if not stage.nodes and not stage.layers:
+                pending = [layer for layer in pending if layer.name not in quantized]
+                stage = self._inside(nodes, pending)
+            planned.append(stage)
+            for layer in stage.layers:
+                quantized.add(layer.name)
+                known |= weight_inputs(layer)
         outputs = {item.name for item in self.graph.output} | set(self.judged_tensors())
         yield from self._with_names(planned, outputs)
 
-    def _layers_in(self, needs: set[str]) -> set[str]:
-        return {self._layers[name].name for name in needs if name in self._layers}
-
-    def _inputs_in(self, needs: set[str]) -> set[str]:
-        return {name for name in needs if name not in self._layers and not name.startswith(_BIAS)}
-
-    def _inside(self, node: onnx.NodeProto | None, pending: list[HeavyLayer]) -> _PlannedStage:
+    def _inside(self, nodes: _Waiting, pending: list[HeavyLayer]) -> _PlannedStage:
         """Look into a node that waits for layers in its bodies: at the first input of such."""
-        if node is None:
+        blocked = (
+            index
+            for index, missing in enumerate(nodes.missing)
+            if missing and all(name.startswith((_WEIGHT, _BIAS)) for name in missing)
+        )
+        index = next(blocked, None)
+        if index is None:
             raise ValueError("the graph is not in topological order")
-        names = self._layers_in(self.needs(node))
+        node = self.graph.node[index]
+        names = {self._layers[name].name for name in self.needs(node) if name in self._layers}
         waiting = [layer for layer in pending if layer.name in names]
         for use in _telling_uses(waiting[0]):
             found = tapped(node, use, self._taken) if use.is_body else None
             if found is not None:
-                nodes, tap = found
+                taps, tap = found
                 same = {
                     layer.name: Observation.inside(other, tap)
                     for layer in waiting
@@ -182,37 +210,30 @@ class Reference:
                 }
                 layers = tuple(layer for layer in waiting if layer.name in same)
                 in_float = frozenset(layer.name for layer in waiting)
-                return _PlannedStage(nodes, layers, same, in_float)
+                return _PlannedStage(taps, layers, same, in_float)
         return _PlannedStage([], (waiting[0],))
 
-    def _with_names(
-        self,
-        planned: list[_PlannedStage],
-        outputs: set[str],
-    ) -> Iterator[Stage]:
+    def _with_names(self, planned: list[_PlannedStage], outputs: set[str]) -> Iterator[Stage]:
         """Add the tensors that pass from one stage to the next."""
-        read_after: list[set[str]] = []
-        needed = set(outputs)
-        for each in reversed(planned):
-            read_after.append(set(needed))
-            for node in each.nodes:
-                needed |= self.needs(node)
-        constant = set(self._initializers) | set(self._sparse)
-        computed = {item.name for item in self.graph.input}
-        for each, after in zip(planned, reversed(read_after), strict=True):
-            needs = {name for node in each.nodes for name in self.needs(node)}
-            writes = {name for node in each.nodes for name in node.output if name}
-            reads = (needs & computed) - constant
-            computed |= writes
-            looked_at = each.observations.values()
-            wanted = after.union(*(observation.tensors for observation in looked_at))
-            live = (wanted & computed) - constant
+        last_read = dict.fromkeys(outputs, len(planned))
+        needs = [set().union(*map(self.needs, each.nodes)) for each in planned]
+        for number, each in enumerate(planned):
+            after = (name for seen in each.observations.values() for name in seen.tensors)
+            for names, place in ((needs[number], number), (after, number + 1)):
+                for name in names:
+                    last_read[name] = max(last_read.get(name, 0), place)
+        live = {item.name for item in self.graph.input}
+        for number, each in enumerate(planned):
+            reads = needs[number] & live
+            outputs = {name for node in each.nodes for name in node.output if name}
+            writes = {name for name in outputs if last_read.get(name, 0) > number}
+            live = {name for name in live | writes if last_read.get(name, 0) > number}
             yield Stage(
                 tuple(each.nodes),
                 each.layers,
                 each.observations,
                 frozenset(reads),
-                frozenset(writes & wanted),
+                frozenset(writes),
                 frozenset(live),
                 each.in_float,
             )
@@ -250,21 +271,23 @@ class Reference:
                 kind.tensor_type.ClearField("shape")
         return types
 
-    def weight_inputs(self, nodes: Iterable[onnx.NodeProto]) -> list[HeavyLayer]:
-        """The layers that these nodes read."""
+    def layers_of(self, nodes: Iterable[onnx.NodeProto]) -> list[HeavyLayer]:
+        """The layers whose weights these nodes read."""
         needs = set().union(*(self.needs(node) for node in nodes))
-        found = {layer.name: layer for name, layer in self._layers.items() if name in needs}
-        return list(found.values())
+        found = {self._layers[n].name: self._layers[n] for n in needs if n in self._layers}
+        return [found[name] for name in sorted(found)]
 
-    def needs(self, node: onnx.NodeProto) -> set[str]:
+    def needs(self, node: onnx.NodeProto) -> frozenset[str]:
         """The names that a node reads, and those that its bodies read from outside."""
-        needs = {name for name in node.input if name}
-        for body in graphs.bodies(node):
-            inner = {name for part in graphs.walk(body) for n in part.node for name in n.output}
-            inner |= {item.name for part in graphs.walk(body) for item in part.input}
-            inner |= {item.name for part in graphs.walk(body) for item in part.initializer}
-            needs |= set(graphs.uses(body)) - inner
-        return needs
+        if id(node) not in self._needs:
+            needs = {name for name in node.input if name}
+            for body in graphs.bodies(node):
+                inner = {name for part in graphs.walk(body) for n in part.node for name in n.output}
+                inner |= {item.name for part in graphs.walk(body) for item in part.input}
+                inner |= {item.name for part in graphs.walk(body) for item in part.initializer}
+                needs |= set(graphs.uses(body)) - inner
+            self._needs[id(node)] = node, frozenset(needs)
+        return self._needs[id(node)][1]
 
     def _operator(self, layer: HeavyLayer, use: LayerUse, taken: set[str]) -> list[onnx.NodeProto]:
         """Make standard nodes for one use of a layer: the product, its bias, its activation."""
@@ -308,9 +331,18 @@ def logits_tensor(graph: onnx.GraphProto, output: str) -> str:
     return output
 
 
+def _tensors(observation: Observation | None) -> tuple[str, ...]:
+    return observation.tensors if observation else ("",)  # no tensor has this name
+
+
 def _telling_uses(layer: HeavyLayer) -> list[LayerUse]:
     """The uses whose input tells what matters: of a gathered table, which rows are read."""
     return [use for use in layer.uses if not layer.gathered or use.operator == "Gather"]
+
+
+def weight_inputs(layer: HeavyLayer) -> set[str]:
+    """The names that `weight_feeds` gives values to."""
+    return {_weight_name(layer, use) for use in layer.uses} | {_BIAS + layer.name}
 
 
 def weight_feeds(

@@ -15,8 +15,15 @@ from ..calibration.reference_model import Reference, weight_feeds
 from ..onnx_graph.ir import HeavyLayer
 from .quantized_layer import QuantizedLayer
 
-_SAMPLES = 32
+_MOST_SAMPLES, _LEAST_SAMPLES = 32, 8
 """Number of samples that outputs are compared on."""
+
+_SAMPLE_LAYERS = 64 * _MOST_SAMPLES
+"""Samples times layers: measuring a layer runs all layers behind it, so that models of more than
+64 layers would otherwise take a time that grows with the square of their number."""
+
+_MOST_LAYERS = _SAMPLE_LAYERS // _LEAST_SAMPLES
+"""Number of layers that are measured; of more, others are taken to be like one before them."""
 
 
 class OutputErrors:
@@ -32,11 +39,11 @@ class OutputErrors:
         passes: ForwardPasses,
         nodes: Sequence[onnx.NodeProto],
         workers: int,
+        count: int,
     ) -> None:
-        """`nodes` are all that come after what the passes have computed."""
+        """`nodes` are all that come after what the passes have computed; `count` is of samples."""
         self._passes = passes
         self._workers = workers
-        count = min(_SAMPLES, passes.samples)
         self._samples = [i * passes.samples // count for i in range(count)]
         computed = {name for node in nodes for name in node.output}
         self._outputs = [name for name in reference.judged_tensors() if name in computed]
@@ -84,7 +91,27 @@ def _measured_levels(levels: Sequence[Level]) -> list[Level]:
 
 def measured_runs(levels: Sequence[Level], samples: int) -> int:
     """Number of runs that `OutputErrors.of` makes for a layer with these levels."""
-    return len(_measured_levels(levels)) * min(_SAMPLES, samples)
+    return len(_measured_levels(levels)) * samples
+
+
+def samples_compared(samples: int, layers: int) -> int:
+    """How many of the samples outputs are compared on, in a model of so many layers."""
+    return min(samples, _MOST_SAMPLES, max(_LEAST_SAMPLES, _SAMPLE_LAYERS // layers))
+
+
+def measured_before(number: int, layers: int) -> int:
+    """The number of the layer, itself or one before it, that is measured for a layer."""
+    return number - number % -(-layers // _MOST_LAYERS)
+
+
+def error_like(quantized: QuantizedLayer, measured: QuantizedLayer) -> dict[Level, float]:
+    """What a layer does to the outputs, if its errors pass through as those of a measured one."""
+    found = {}
+    for level, own in quantized.relative_error.items():
+        theirs = measured.relative_error.get(level, 0.0)
+        passed = measured.output_error.get(level, 0.0) / theirs**2 if theirs else 1.0
+        found[level] = own**2 * passed
+    return found
 
 
 def _relative_square_error(found: Tensors, wanted: Tensors) -> float:

@@ -28,7 +28,13 @@ from .family import quantize_family
 from .layer_tasks import join_layer, layer_tasks
 from .options import LayerOptions, scale_columns_of
 from .quantized_layer import QuantizedLayer
-from .sensitivity import OutputErrors, measured_runs
+from .sensitivity import (
+    OutputErrors,
+    error_like,
+    measured_before,
+    measured_runs,
+    samples_compared,
+)
 
 Options = Mapping[str, LayerOptions]
 """The options of the layers, by name."""
@@ -83,26 +89,36 @@ def quantize_layers(
     to_do = [
         [layer for layer in stage.layers if index[layer.name] not in checkpoint] for stage in stages
     ]
-    run_layers = [len(reference.weight_inputs(stage.nodes)) for stage in stages]
+    run_layers = [len(reference.layers_of(stage.nodes)) for stage in stages]
     pass_runs = len(passes.levels) * data.samples
     pass_s = [forward_s(count, pass_runs) for count in run_layers]
+    order = [layer for stage in stages for layer in stage.layers]
+    compared = samples_compared(data.samples, len(order))
+    measured_by = {
+        layer.name: order[measured_before(number, len(order))]
+        for number, layer in enumerate(order)
+    }
     measure_s: dict[str, float] = {}
     for number, layers in enumerate(to_do):
         eta.plan("forward", pass_s[number])
         for layer in layers:
-            runs = measured_runs(options[layer.name].levels, data.samples)
+            runs = measured_runs(options[layer.name].levels, compared)
+            runs = runs if measured_by[layer.name] is layer else 0
             measure_s[layer.name] = forward_s(sum(run_layers[number + 1 :]), runs)
             eta.plan("forward", measure_s[layer.name])
             eta.plan("statistics", statistics_s(layer, pass_runs))
             eta.plan("codes", codes_s(layer, layer.name in stages[number].observations))
+
+    def later_nodes(number: int) -> list[onnx.NodeProto]:
+        later = (each for each in stages[number + 1 :] if each.in_float is None)
+        return [node for each in later for node in each.nodes]
+
     unknown: dict[str, list[str]] = {}
     for number, (stage, layers) in enumerate(zip(stages, to_do, strict=True)):
         with eta.doing("forward", pass_s[number]):
             passes.run(stage)
         if not layers:
             continue
-        later = (each for each in stages[number + 1 :] if each.in_float is None)
-        later_nodes = [node for each in later for node in each.nodes]
         errors: OutputErrors | None = None
         with spill.temporary():
             with eta.doing("statistics", sum(statistics_s(layer, pass_runs) for layer in layers)):
@@ -115,8 +131,14 @@ def quantize_layers(
                 with eta.doing("codes", codes_s(layer, layer.name in stage.observations)):
                     found = next(results)
                 with eta.doing("forward", measure_s[layer.name]):
-                    errors = errors or OutputErrors(reference, passes, later_nodes, workers.count)
-                    measured = errors.of(layer, found)
+                    other = measured_by[layer.name]
+                    if other is layer:
+                        errors = errors or OutputErrors(
+                            reference, passes, later_nodes(number), workers.count, compared
+                        )
+                        measured = errors.of(layer, found)
+                    else:
+                        measured = error_like(found, checkpoint.get(index[other.name], other, 1))
                     found = dataclasses.replace(found, output_error=measured)
                     checkpoint.put(index[layer.name], found)
         spill.release()

@@ -14,10 +14,11 @@ import functools
 import itertools
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -31,6 +32,8 @@ from bapq_edge.units import counted
 from ..onnx_graph.ir import HeavyLayer
 from .reference_model import Observation, Reference, Stage
 from .samples import CalibrationData
+
+T = TypeVar("T")
 
 FLOAT: Level = 32
 """The level of the float pass."""
@@ -86,8 +89,8 @@ class ForwardPasses:
         for level in self.levels:
             feeds = self.weight_feeds(level, stage.nodes, stage.in_float or frozenset())
             step = functools.partial(self._step, stage, session, feeds, level)
-            with ThreadPoolExecutor(self.workers) as pool:
-                failed = [error for error in pool.map(step, range(self.samples)) if error]
+            results = on_threads(step, range(self.samples), self.workers)
+            failed = [error for error in results if error]
             if len(failed) == self.samples and level == FLOAT:
                 raise CalibrationError(
                     f"ONNX Runtime {ort.__version__} runs the model on none of the "
@@ -156,11 +159,15 @@ class ForwardPasses:
         return feeds
 
     def session(
-        self, nodes: Iterable[onnx.NodeProto], inputs: Iterable[str], outputs: list[str]
+        self,
+        nodes: Iterable[onnx.NodeProto],
+        inputs: Iterable[str],
+        outputs: list[str],
+        constants: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> ort.InferenceSession:
-        """A session for some nodes, which reads live tensors."""
+        """A session for some nodes, which reads live tensors, and weights that are not constant."""
         types = {name: self._types[name] for name in sorted(inputs)}
-        model = self._reference.model_of(nodes, types, outputs)
+        model = self._reference.model_of(nodes, types, outputs, constants)
         options = ort.SessionOptions()
         options.log_severity_level = _SILENT
         options.intra_op_num_threads = 1
@@ -187,6 +194,17 @@ def _type_of(words: str) -> onnx.TypeProto:
         whole = {"seq": "sequence_type", "optional": "optional_type"}[kind]
         getattr(found, whole).elem_type.CopyFrom(_type_of(inner))
     return found
+
+
+def on_threads(function: Callable[[int], T], numbers: Sequence[int], workers: int) -> list[T]:
+    """The results for all numbers, in order. A thread gets several at a time: each may be short."""
+    if workers == 1:
+        return [function(number) for number in numbers]
+    size = -(-len(numbers) // (4 * workers))
+    parts = [numbers[begin : begin + size] for begin in range(0, len(numbers), size)]
+    with ThreadPoolExecutor(workers) as pool:
+        results = pool.map(lambda part: [function(number) for number in part], parts)
+        return [result for part in results for result in part]
 
 
 def run(session: ort.InferenceSession, outputs: list[str], feeds: Tensors, sample: int) -> Tensors:

@@ -33,9 +33,16 @@ HELD_OUT = 8
 _BLOCK_COLUMNS = 4608
 """Widest block of columns whose correlations are counted: 3x3 kernels over 512 channels."""
 
+_FREE_WORK = 1 << 38
+_WORK_PER_WEIGHT = 1 << 17
+"""Multiplications that go into the correlations of a layer at most, whatever its size, and per
+weight. Only layers of more than 4608 columns and fewer than 500 rows feel it."""
+
 _LEAST_ROWS, _MOST_ROWS = 8192, 16384
+_MOST_ROW_VALUES = 1 << 28
 _ROW_WORK = 1 << 36
-"""Rows of activations used are as many as make this work (rows x columns²), within these bounds."""
+"""Rows of activations used are as many as make this work (rows x columns²), within these bounds,
+and no more than fit into memory."""
 
 _HELD_OUT_ROWS = 1024
 
@@ -70,7 +77,7 @@ class InputStatistics:
         groups = [slice(begin, begin + columns) for begin in range(0, exact.shape[1], columns)]
         levels = self._passes.levels[1:]
         rows = {layer.name: len(layer.weight) // len(groups) for layer in layers}
-        blocks = _blocks(columns, unit)
+        blocks = _blocks(columns, unit, sum(rows.values()), len(exact))
         matrices = [GramMatrices.zeros(blocks, levels, rows, self._spill) for _ in groups]
         factor = _factor(exact)
         means = {FLOAT: _centre(exact, held_out, factor)}
@@ -143,7 +150,7 @@ class InputStatistics:
             end = 0
             for sample in chosen:
                 inputs = self._passes.inputs_of(layer, level, sample)
-                picked = rows_of(inputs, conv, width, limit, np.random.default_rng(sample))
+                picked = rows_of(inputs, conv, width, limit, sample)
                 if not np.isfinite(picked).all():
                     raise CalibrationError(
                         f"calibration sample {sample} gives layer {layer.name} an input with NaN "
@@ -157,7 +164,8 @@ class InputStatistics:
 
 def _rows_wanted(columns: int) -> int:
     """Rows of activations that are used, as far as the samples give them."""
-    return min(max(_ROW_WORK // columns**2, _LEAST_ROWS), _MOST_ROWS)
+    wanted = min(max(_ROW_WORK // columns**2, _LEAST_ROWS), _MOST_ROWS)
+    return min(wanted, max(_MOST_ROW_VALUES // columns, _HELD_OUT_ROWS))
 
 
 def _shares(level: Level, levels: Sequence[Level]) -> dict[Level, float]:
@@ -188,8 +196,14 @@ def _centre(rows: np.ndarray, held_out: np.ndarray, factor: np.float32) -> np.nd
     return mean
 
 
-def _blocks(columns: int, unit: int) -> tuple[slice, ...]:
-    """Cut the columns into runs of equal width, which is a multiple of `unit`."""
-    count = -(-columns // _BLOCK_COLUMNS)
+def _blocks(columns: int, unit: int, rows: int, inputs: int) -> tuple[slice, ...]:
+    """Cut the columns into runs of equal width, which is a multiple of `unit`.
+
+    Correlations inside a run cost its width times the columns, however few rows of weights make
+    use of them: wide layers of few rows get narrower runs.
+    """
+    work = max(_FREE_WORK, _WORK_PER_WEIGHT * rows * columns)
+    widest = min(_BLOCK_COLUMNS, work // (columns * (inputs + _BLOCK_COLUMNS)))
+    count = -(-columns // max(widest, unit))
     width = -(-columns // (count * unit)) * unit
     return tuple(slice(b, min(b + width, columns)) for b in range(0, columns, width))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -243,13 +244,19 @@ class Reference:
         nodes: Iterable[onnx.NodeProto],
         inputs: Mapping[str, onnx.TypeProto],
         outputs: Iterable[str],
+        constants: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> onnx.ModelProto:
-        """Make a model of some nodes; `inputs` are the types of what they read besides weights."""
+        """Make a model of some nodes; `inputs` are the types of what they read besides weights.
+
+        Weights are inputs, too, but those in `constants`.
+        """
         nodes = list(nodes)
         part = onnx.GraphProto(name="stage", node=nodes)
         needs = set().union(*(self.needs(node) for node in nodes))
         for name in sorted(needs):
-            if name in self._initializers and name not in inputs:
+            if name in constants:
+                part.initializer.append(numpy_helper.from_array(constants[name], name))
+            elif name in self._initializers and name not in inputs:
                 part.initializer.append(self._initializers[name])
             elif name in self._sparse:
                 part.sparse_initializer.append(self._sparse[name])

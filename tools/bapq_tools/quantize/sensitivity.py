@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
 
 from bapq_edge.bank.layout import Level
 
-from ..calibration.forward_passes import FLOAT, ForwardPasses, Tensors, run
-from ..calibration.reference_model import Reference, weight_feeds
+from ..calibration.forward_passes import FLOAT, ForwardPasses, Tensors, on_threads, run
+from ..calibration.reference_model import Reference, weight_feeds, weight_inputs
 from ..onnx_graph.ir import HeavyLayer
 from .quantized_layer import QuantizedLayer
 
@@ -21,6 +20,10 @@ _MOST_SAMPLES, _LEAST_SAMPLES = 32, 8
 _SAMPLE_LAYERS = 64 * _MOST_SAMPLES
 """Samples times layers: measuring a layer runs all layers behind it, so that models of more than
 64 layers would otherwise take a time that grows with the square of their number."""
+
+_CONSTANT_BYTES = 64 << 20
+"""Weights are handed to each run, which takes longer than a small layer does; up to this size the
+session has those that do not change."""
 
 _MOST_LAYERS = _SAMPLE_LAYERS // _LEAST_SAMPLES
 """Number of layers that are measured; of more, others are taken to be like one before them."""
@@ -38,10 +41,14 @@ class OutputErrors:
         reference: Reference,
         passes: ForwardPasses,
         nodes: Sequence[onnx.NodeProto],
+        layers: Sequence[HeavyLayer],
         workers: int,
         count: int,
     ) -> None:
-        """`nodes` are all that come after what the passes have computed; `count` is of samples."""
+        """`nodes` are all that come after what the passes have computed.
+
+        `layers` are those that `of` may be asked for, `count` is a number of samples.
+        """
         self._passes = passes
         self._workers = workers
         self._samples = [i * passes.samples // count for i in range(count)]
@@ -50,8 +57,12 @@ class OutputErrors:
         if self._outputs:
             needs = set().union(*(reference.needs(node) for node in nodes))
             self._reads = needs & passes.live()
-            self._session = passes.session(nodes, self._reads, self._outputs)
             self._feeds = passes.weight_feeds(FLOAT, nodes)
+            constants: dict[str, np.ndarray] = {}
+            if sum(values.nbytes for values in self._feeds.values()) <= _CONSTANT_BYTES:
+                changing = set().union(*map(weight_inputs, layers))
+                constants = {n: self._feeds.pop(n) for n in self._feeds.keys() - changing}
+            self._session = passes.session(nodes, self._reads, self._outputs, constants)
             self._wanted = self._run({})
 
     def of(self, layer: HeavyLayer, quantized: QuantizedLayer) -> dict[Level, float]:
@@ -80,8 +91,7 @@ class OutputErrors:
             tensors = self._passes.tensors(FLOAT, sample, self._reads)
             return run(self._session, self._outputs, {**tensors, **self._feeds, **changed}, sample)
 
-        with ThreadPoolExecutor(self._workers) as pool:
-            return list(pool.map(outputs_of, self._samples))
+        return on_threads(outputs_of, self._samples, self._workers)
 
 
 def _measured_levels(levels: Sequence[Level]) -> list[Level]:

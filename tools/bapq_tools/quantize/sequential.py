@@ -134,7 +134,12 @@ def quantize_layers(
                     other = measured_by[layer.name]
                     if other is layer:
                         errors = errors or OutputErrors(
-                            reference, passes, later_nodes(number), workers.count, compared
+                            reference,
+                            passes,
+                            later_nodes(number),
+                            stage.layers,
+                            workers.count,
+                            compared,
                         )
                         measured = errors.of(layer, found)
                     else:

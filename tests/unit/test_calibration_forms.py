@@ -27,7 +27,7 @@ def built(model, calibration, tmp_path, name="m.bank"):
 
 
 def planes(bank):
-    return {path.name: path.read_bytes() for path in Path(bank).glob("*.bin")}
+    return {path.name: path.read_bytes() for path in Path(bank).rglob("*.bin")}
 
 
 def product(batch):

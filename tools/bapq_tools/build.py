@@ -108,6 +108,7 @@ def build_bank(
     recipe: RecipeSource | None = None,
     prune_tau: float | None = None,
     external_data: str | os.PathLike[str] | None = None,
+    fast: bool = False,
     workers: int | None = None,
     dask: str | None = None,
     progress: bool = True,
@@ -127,6 +128,8 @@ def build_bank(
         prune_tau: weights become zero that are smaller than this share of the largest of their
             layer; None: what the recipe says.
         external_data: a folder that the model's external data may lie in besides its own folder.
+        fast: for a first look: calibration only weighs the columns of each layer and corrects
+            biases; errors are not compensated, nor measured at the model's outputs.
         workers: number of processes; None: as many as there are usable cores.
         dask: address of a Dask scheduler, whose workers are used instead of processes.
         progress: show it on stderr.
@@ -185,6 +188,7 @@ def build_bank(
         "model": _digest_of(folded, plan),
         "calibration": None if data is None else data.blake2b,
         "levels": wanted,
+        "fast": fast,
         "options": {name: repr(entry) for name, entry in options.items()},
         "versions": [__version__, np.__version__, onnxruntime.__version__],
     }
@@ -197,7 +201,7 @@ def build_bank(
             layer.weight = spill.put(layer.weight)
         with stages.stage("quantize") as advance:
             unknown = quantize_layers(
-                folded, plan, data, wanted, options, pool, checkpoint, spill, advance
+                folded, plan, data, wanted, options, pool, checkpoint, spill, fast, advance
             )
         _warn_of_uncalibrated(unknown)
         del data

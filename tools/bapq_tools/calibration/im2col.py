@@ -41,9 +41,7 @@ def _pick(count: int, limit: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))
 
 
-def _conv_rows(
-    x: np.ndarray, conv: ConvGeometry, limit: int, seed: int
-) -> np.ndarray:
+def _conv_rows(x: np.ndarray, conv: ConvGeometry, limit: int, seed: int) -> np.ndarray:
     """Rows of the matrix that im2col builds.
 
     x: (n, channels, [height,] width); result: (rows, groups * columns), the columns of a group in

@@ -118,6 +118,28 @@ class InputStatistics:
             found[layer.name].append(stats)
         return dict(found)
 
+    def diagonals(self, layers: Sequence[HeavyLayer]) -> dict[str, list[MatrixStats] | None]:
+        """What `of` gives without correlations, drift and held-out samples: of the float pass."""
+        columns = layers[0].weight.shape[1]
+        exact, held_out = self._rows(layers[0], FLOAT)
+        if not len(exact):
+            return dict.fromkeys(layer.name for layer in layers)
+        mean = _centre(exact, held_out, _factor(exact))
+        square = np.einsum("nc,nc->c", exact, exact) / np.float32(len(exact))
+        none = np.empty((0, columns), np.float32)
+        found: dict[str, list[MatrixStats] | None] = {}
+        for layer in layers:
+            groups = len(mean) // columns
+            drift = np.broadcast_to(np.float32(0), (len(layer.weight) // groups, columns))
+            own = []
+            for begin in range(0, len(mean), columns):
+                group = slice(begin, begin + columns)
+                seen = LevelStats((square[group],), drift, mean[group], none)
+                levels = dict.fromkeys(NEIGHBOUR, seen)
+                own.append(MatrixStats((slice(0, columns),), mean[group], none, levels))
+            found[layer.name] = own
+        return found
+
     def gather_counts(self, layer: HeavyLayer) -> np.ndarray:
         """How often the samples read each row of a gathered table, (rows,) float64."""
         rows = len(layer.weight)

@@ -64,6 +64,11 @@ def add_build_command(commands: Any) -> None:
         help="where the model's external data may lie besides the model's own folder",
     )
     build.add_argument(
+        "--fast",
+        action="store_true",
+        help="for a first look: round to nearest, without compensating errors",
+    )
+    build.add_argument(
         "--analyze",
         action="store_true",
         help="print the sensitive layers as a recipe; without -o no bank is left",
@@ -110,6 +115,7 @@ def _build(arguments: argparse.Namespace, out: Path) -> BuildReport:
         recipe=arguments.recipe,
         prune_tau=arguments.prune_tau,
         external_data=arguments.external_data,
+        fast=arguments.fast,
         workers=arguments.workers,
         dask=arguments.dask,
         progress=not arguments.quiet,

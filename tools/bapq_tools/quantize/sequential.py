@@ -52,12 +52,14 @@ def quantize_layers(
     workers: Workers,
     checkpoint: Checkpoint,
     spill: Spill,
+    fast: bool = False,
     advance: Callable[[float], None] = lambda share: None,
 ) -> dict[str, list[str]]:
     """Quantize every layer of the plan into `checkpoint`, under its index.
 
-    `levels` are the bank's. A layer has all or some of them, by its options. `advance` is told the
-    share of the whole work that was done since its last call.
+    `levels` are the bank's. A layer has all or some of them, by its options. With `fast`, codes are
+    the nearest, there is no pass but that in float, and what the outputs suffer is not measured.
+    `advance` is told the share of the whole work that was done since its last call.
 
     Returns the names of the layers that calibration tells nothing about, by reason.
 
@@ -84,6 +86,8 @@ def quantize_layers(
 
     reference = Reference(model, plan)
     pass_levels = [level for level in NEIGHBOUR if level in levels] or [min(levels)]
+    if fast:
+        pass_levels = []
     passes = ForwardPasses(reference, data, pass_levels, feeds, workers.count, checkpoint.scratch)
     stages = list(reference.stages())
     to_do = [
@@ -95,15 +99,14 @@ def quantize_layers(
     order = [layer for stage in stages for layer in stage.layers]
     compared = samples_compared(data.samples, len(order))
     measured_by = {
-        layer.name: order[measured_before(number, len(order))]
-        for number, layer in enumerate(order)
+        layer.name: order[measured_before(number, len(order))] for number, layer in enumerate(order)
     }
     measure_s: dict[str, float] = {}
     for number, layers in enumerate(to_do):
         eta.plan("forward", pass_s[number])
         for layer in layers:
             runs = measured_runs(options[layer.name].levels, compared)
-            runs = runs if measured_by[layer.name] is layer else 0
+            runs = runs if measured_by[layer.name] is layer and not fast else 0
             measure_s[layer.name] = forward_s(sum(run_layers[number + 1 :]), runs)
             eta.plan("forward", measure_s[layer.name])
             eta.plan("statistics", statistics_s(layer, pass_runs))
@@ -122,7 +125,7 @@ def quantize_layers(
         errors: OutputErrors | None = None
         with spill.temporary():
             with eta.doing("statistics", sum(statistics_s(layer, pass_runs) for layer in layers)):
-                calibrated = _calibrated(layers, passes, spill, options)
+                calibrated = _calibrated(layers, passes, spill, options, fast)
             for each in calibrated:
                 if each.unknown:
                     unknown.setdefault(each.unknown, []).append(each.layer.name)
@@ -132,7 +135,9 @@ def quantize_layers(
                     found = next(results)
                 with eta.doing("forward", measure_s[layer.name]):
                     other = measured_by[layer.name]
-                    if other is layer:
+                    if fast:
+                        measured = {}
+                    elif other is layer:
                         errors = errors or OutputErrors(
                             reference,
                             passes,
@@ -162,7 +167,11 @@ class _CalibratedLayer:
 
 
 def _calibrated(
-    layers: Sequence[HeavyLayer], passes: ForwardPasses, spill: Spill, options: Options
+    layers: Sequence[HeavyLayer],
+    passes: ForwardPasses,
+    spill: Spill,
+    options: Options,
+    fast: bool,
 ) -> list[_CalibratedLayer]:
     """Layers of a stage with the statistics of their inputs, in the same order."""
     statistics = InputStatistics(passes, spill)
@@ -181,7 +190,8 @@ def _calibrated(
     for group in same_input.values():
         sizes = {n for layer in group for n in scale_columns_of(options[layer.name]).values()}
         # No scale group is cut in two.
-        stats = statistics.of(group, math.lcm(PANEL_COLUMNS, *sizes))
+        unit = math.lcm(PANEL_COLUMNS, *sizes)
+        stats = statistics.diagonals(group) if fast else statistics.of(group, unit)
         for layer in group:
             own = stats[layer.name]
             found[layer.name] = _CalibratedLayer(layer, own, None, "" if own else _NEVER_RUN)

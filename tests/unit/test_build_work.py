@@ -51,9 +51,12 @@ def test_correlations_of_few_rows_cost_no_more_than_they_give():
 def test_samples_times_layers_are_bounded():
     for layers in (1, 54, 64, 200, 1200, 10_000):
         measured = {sensitivity.measured_before(number, layers) for number in range(layers)}
-        runs = len(measured) * sensitivity.samples_compared(512, layers)
+        runs = len(measured) * sensitivity.samples_compared(512, layers, 10**6)
         assert runs <= 64 * 32 and len(measured) >= min(layers, 128)
-    assert sensitivity.samples_compared(512, 54) == 32
+    resnet50 = 4 * 10**9
+    assert sensitivity.samples_compared(512, 54, resnet50) == 32
+    detector = 20 * 10**9
+    assert sensitivity.samples_compared(3, 37, detector) == 1
     assert sensitivity.measured_before(53, 54) == 53
 
 

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import onnx
 import onnxruntime as ort
+from onnx import helper
 
 from bapq_edge.bank.layout import Level
 from bapq_edge.bank.staging import storage_errors
@@ -89,16 +90,7 @@ class ForwardPasses:
         for level in self.levels:
             feeds = self.weight_feeds(level, stage.nodes, stage.in_float or frozenset())
             step = functools.partial(self._step, stage, session, feeds, level)
-            results = on_threads(step, range(self.samples), self.workers)
-            failed = [error for error in results if error]
-            if len(failed) == self.samples and level == FLOAT:
-                raise CalibrationError(
-                    f"ONNX Runtime {ort.__version__} runs the model on none of the "
-                    f"{counted(self.samples, 'calibration sample')}: {_reason(failed[0].__cause__)}"
-                    "; check that it runs the model itself on them"
-                ) from failed[0]
-            if failed:
-                raise failed[0]
+            on_samples(step, range(self.samples), self.workers)
 
     def _step(
         self,
@@ -107,17 +99,14 @@ class ForwardPasses:
         feeds: Mapping[str, np.ndarray],
         level: Level,
         sample: int,
-    ) -> CalibrationError | None:
-        """Run a stage on one sample; returns the error if the model fails."""
+    ) -> None:
+        """Run a stage on one sample."""
         key = level, sample
         if session is not None:
-            inputs = {**feeds, **self._live.get(key, stage.reads)}
-            try:
-                self._live.put(key, run(session, sorted(stage.writes), inputs, sample))
-            except CalibrationError as error:
-                return error
+            inputs = self._live.get(key, stage.reads)
+            found = run(session, sorted(stage.writes), {**feeds, **inputs}, sample)
+            self._live.put(key, found)
         self._live.keep(key, stage.live)
-        return None
 
     def observation(self, layer: HeavyLayer) -> Observation | None:
         """Where the input of a layer of the latest stage is seen; None where it cannot be."""
@@ -137,6 +126,28 @@ class ForwardPasses:
         found = seen.inputs(self._live.get((level, sample), seen.tensors))
         alike = [x.shape for x in found] == [x.shape for x in exact]
         return found if alike else exact
+
+    def multiplications(self, layers: Iterable[HeavyLayer]) -> int:
+        """How many the layers outside of bodies make on the first sample; before any stage is run.
+
+        It is 0 where the model fails on it.
+        """
+        nodes = list(self._reference.graph.node)
+        columns = {
+            use.output: layer.weight.shape[1]
+            for layer in layers
+            for use in layer.uses
+            if not use.is_body and use.operator != "Gather"
+        }
+        sizes = {name: f"bapq.size.{name}" for name in columns}
+        asked = [helper.make_node("Size", [name], [size]) for name, size in sizes.items()]
+        session = self.session([*nodes, *asked], self.live(), list(sizes.values()))
+        feeds = {**self.weight_feeds(FLOAT, nodes), **self.tensors(FLOAT, 0, self.live())}
+        try:
+            found = run(session, list(sizes.values()), feeds, 0)
+        except CalibrationError:
+            return 0
+        return sum(int(found[sizes[name]]) * width for name, width in columns.items())
 
     def tensors(self, level: Level, sample: int, names: Iterable[str]) -> Tensors:
         """Some live tensors of one pass and sample."""
@@ -196,7 +207,38 @@ def _type_of(words: str) -> onnx.TypeProto:
     return found
 
 
-def on_threads(function: Callable[[int], T], numbers: Sequence[int], workers: int) -> list[T]:
+def on_samples(function: Callable[[int], T], samples: Sequence[int], workers: int) -> list[T]:
+    """What a function that runs the model gives for samples, in order, by several threads.
+
+    Raises CalibrationError where the model fails: on a sample, or on every one, which is hardly the
+    samples' fault.
+    """
+
+    def attempt(sample: int) -> T | CalibrationError:
+        try:
+            return function(sample)
+        except CalibrationError as error:
+            return error
+
+    results: list[T] = []
+    failed: list[CalibrationError] = []
+    for result in _on_threads(attempt, samples, workers):
+        if isinstance(result, CalibrationError):
+            failed.append(result)
+        else:
+            results.append(result)
+    if failed and not results:
+        raise CalibrationError(
+            f"ONNX Runtime {ort.__version__} runs the model on none of the "
+            f"{counted(len(samples), 'calibration sample')}: {_reason(failed[0].__cause__)}; "
+            "check that it runs the model itself on them"
+        ) from failed[0]
+    if failed:
+        raise failed[0]
+    return results
+
+
+def _on_threads(function: Callable[[int], T], numbers: Sequence[int], workers: int) -> list[T]:
     """The results for all numbers, in order. A thread gets several at a time: each may be short."""
     if workers == 1:
         return [function(number) for number in numbers]

@@ -9,7 +9,7 @@ import onnx
 
 from bapq_edge.bank.layout import Level
 
-from ..calibration.forward_passes import FLOAT, ForwardPasses, Tensors, on_threads, run
+from ..calibration.forward_passes import FLOAT, ForwardPasses, Tensors, on_samples, run
 from ..calibration.reference_model import Reference, weight_feeds, weight_inputs
 from ..onnx_graph.ir import HeavyLayer
 from .quantized_layer import QuantizedLayer
@@ -20,6 +20,12 @@ _MOST_SAMPLES, _LEAST_SAMPLES = 32, 8
 _SAMPLE_LAYERS = 64 * _MOST_SAMPLES
 """Samples times layers: measuring a layer runs all layers behind it, so that models of more than
 64 layers would otherwise take a time that grows with the square of their number."""
+
+_FREE_WORK = 1 << 40
+_WORK_PER_PASS = 32
+"""Multiplications that measuring makes at most, whatever the model, and for each that a run of all
+samples through it makes. ResNet-50 with 100 samples does not feel it; a detector with 3 large
+images does."""
 
 _CONSTANT_BYTES = 64 << 20
 """Weights are handed to each run, which takes longer than a small layer does; up to this size the
@@ -91,7 +97,7 @@ class OutputErrors:
             tensors = self._passes.tensors(FLOAT, sample, self._reads)
             return run(self._session, self._outputs, {**tensors, **self._feeds, **changed}, sample)
 
-        return on_threads(outputs_of, self._samples, self._workers)
+        return on_samples(outputs_of, self._samples, self._workers)
 
 
 def _measured_levels(levels: Sequence[Level]) -> list[Level]:
@@ -104,9 +110,15 @@ def measured_runs(levels: Sequence[Level], samples: int) -> int:
     return len(_measured_levels(levels)) * samples
 
 
-def samples_compared(samples: int, layers: int) -> int:
-    """How many of the samples outputs are compared on, in a model of so many layers."""
-    return min(samples, _MOST_SAMPLES, max(_LEAST_SAMPLES, _SAMPLE_LAYERS // layers))
+def samples_compared(samples: int, layers: int, multiplications: int) -> int:
+    """How many of the samples outputs are compared on, in a model of so many layers.
+
+    `multiplications` are those of one run of the model.
+    """
+    found = min(samples, _MOST_SAMPLES, max(_LEAST_SAMPLES, _SAMPLE_LAYERS // layers))
+    runs = 1.5 * min(layers, _MOST_LAYERS)  # of the whole model, for each sample: 3 levels, half
+    work = max(_FREE_WORK, _WORK_PER_PASS * samples * multiplications)
+    return max(1, min(found, int(work / (runs * multiplications + 1))))
 
 
 def measured_before(number: int, layers: int) -> int:

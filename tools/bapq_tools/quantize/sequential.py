@@ -97,7 +97,8 @@ def quantize_layers(
     pass_runs = len(passes.levels) * data.samples
     pass_s = [forward_s(count, pass_runs) for count in run_layers]
     order = [layer for stage in stages for layer in stage.layers]
-    compared = samples_compared(data.samples, len(order))
+    work = 0 if fast else passes.multiplications(order)
+    compared = samples_compared(data.samples, len(order), work)
     measured_by = {
         layer.name: order[measured_before(number, len(order))] for number, layer in enumerate(order)
     }

@@ -4,6 +4,7 @@
     ├── ModelError                      the source model
     │   ├── ModelFormatError            not an ONNX model, or a broken one
     │   ├── NoHeavyLayerError           nothing in it is worth a bank
+    │   ├── CoverageError               more of it would stay in float than was allowed
     │   └── UnsupportedModelError       uses what the host pipeline cannot carry
     ├── CalibrationError                the calibration data
     │   ├── CalibrationArrayError       an array is missing, or one too many
@@ -74,6 +75,7 @@ __all__ = [
     "CalibrationShapeError",
     "CalibrationValueError",
     "ClusterError",
+    "CoverageError",
     "DegradedWarning",
     "ExecutionError",
     "FrozenInputWarning",
@@ -126,6 +128,12 @@ class NoHeavyLayerError(ModelError):
     """No layer of the model is heavy enough to be worth a bank."""
 
     exit_code = 12
+
+
+class CoverageError(ModelError):
+    """Less of the model's weights can go into planes than was asked for."""
+
+    exit_code = 14
 
 
 class UnsupportedModelError(ModelError):

@@ -18,6 +18,7 @@ import onnx
 import onnxruntime
 
 from bapq_edge import __version__
+from bapq_edge.bank.coverage import Coverage
 from bapq_edge.bank.files import digest_of_file
 from bapq_edge.bank.layout import (
     LEVELS,
@@ -32,6 +33,7 @@ from bapq_edge.bank.writer import BankWriter, check_bank_target
 from bapq_edge.errors import (
     BankError,
     BoundaryDroppedWarning,
+    CoverageError,
     NoHeavyLayerError,
     RequestError,
     StorageError,
@@ -81,6 +83,10 @@ class BuildReport:
     plane_bytes: dict[Plane, int]
     kept_in_float: int
     """Number of nodes with weights that stay with the graph engine."""
+    coverage: float
+    """Share of the weights that is in planes."""
+    weights_in_float: dict[str, int]
+    """Number of weights that stay in float, by reason."""
     calibration_samples: int
     relative_error: dict[Level, float]
     """The layers' relative errors per level, averaged by their weights."""
@@ -108,6 +114,7 @@ def build_bank(
     recipe: RecipeSource | None = None,
     prune_tau: float | None = None,
     external_data: str | os.PathLike[str] | None = None,
+    min_coverage: float = 0.0,
     fast: bool = False,
     workers: int | None = None,
     dask: str | None = None,
@@ -128,6 +135,7 @@ def build_bank(
         prune_tau: weights become zero that are smaller than this share of the largest of their
             layer; None: what the recipe says.
         external_data: a folder that the model's external data may lie in besides its own folder.
+        min_coverage: the share of the weights, 0 to 1, that must go into planes.
         fast: for a first look: calibration only weighs the columns of each layer and corrects
             biases; errors are not compensated, nor measured at the model's outputs.
         workers: number of processes; None: as many as there are usable cores.
@@ -139,6 +147,7 @@ def build_bank(
         RecipeError: the recipe, or `prune_tau`.
         InputFileError: one of the files is missing or cannot be read.
         ModelError, CalibrationError: the source model or the calibration data.
+        CoverageError: less than `min_coverage` goes into planes.
         UnknownLevelError: a level that is none of 32, 8, 4, 2, 1, or no level at all.
         BankFormatError: something else than a bank stands at `out`.
         StorageError: the disk.
@@ -153,6 +162,8 @@ def build_bank(
     out = Path(out)
     check_bank_target(out)
     workers = _checked_workers(workers)
+    if not 0 <= min_coverage <= 1:
+        raise RequestError(f"min_coverage is {min_coverage!r:.80}: give a share from 0 to 1")
     check_model_source(model)
     if calibration is not None:
         check_calibration_source(calibration)
@@ -179,10 +190,16 @@ def build_bank(
         plan = find_layers(folded)
         advance()
     options = _take_out_kept(plan, settings.resolve(layer.name for layer in plan.layers))
+    weights = sum(layer.weight.size for layer in plan.layers)
+    coverage = Coverage.of(weights, plan.kept_in_float)
+    if coverage.share < min_coverage:
+        raise CoverageError(
+            f"only {coverage}; at least {min_coverage:.1%} was asked for: lower min_coverage "
+            "(--min-coverage), or change the model where it says why"
+        )
     _check_space(out, folded, plan, options)
     folded = drop_replaced(folded, plan)
     pruned = prune_layers(plan, options)
-    weights = sum(layer.weight.size for layer in plan.layers)
     source_data = None if data is None else Calibration(data.samples, data.blake2b)
     key = {
         "model": _digest_of(folded, plan),
@@ -215,7 +232,7 @@ def build_bank(
                 write_layer(writer, layer, quantized, wanted, zero_rows)
                 advance()
             manifest = writer.finish(assemble(folded, plan), plan.kept_in_float)
-    return _report(out, manifest, weights, stages, pruned)
+    return _report(out, manifest, coverage, stages, pruned)
 
 
 def _digest_of(folded: onnx.ModelProto, plan: LayerPlan) -> str:
@@ -350,10 +367,12 @@ def _check_space(
 def _report(
     out: Path,
     manifest: Manifest,
-    weights: int,
+    coverage: Coverage,
     stages: Progress,
     pruned: dict[str, PruneReport],
 ) -> BuildReport:
+    weights = coverage.in_planes
+
     def average(level: Level) -> float:
         errors = (
             layer.relative_error[level_within(layer.levels, level)] * layer.rows * layer.columns
@@ -368,6 +387,8 @@ def _report(
         weights=weights,
         plane_bytes={plane: entry.bytes for plane, entry in manifest.planes.items()},
         kept_in_float=len(manifest.kept_in_float),
+        coverage=coverage.share,
+        weights_in_float=coverage.in_float,
         calibration_samples=manifest.calibration.samples if manifest.calibration else 0,
         relative_error={level: average(level) for level in manifest.levels},
         stage_seconds=stages.seconds,

@@ -18,7 +18,7 @@ class LevelStats:
     """The inputs of a layer where the layers before it run at a level; they are centred."""
 
     grams: tuple[np.ndarray, ...]
-    """Mean of x xᵀ, (c, c) float32 for each block of columns; in a fast build its diagonal, (c,)."""
+    """Mean of x xᵀ, (c, c) float32 per block of columns; in a fast build its diagonal, (c,)."""
     drift: np.ndarray
     """Mean of W (x_float - x) xᵀ, (rows, columns) float32: earlier errors, seen in the output."""
     mean: np.ndarray

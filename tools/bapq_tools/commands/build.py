@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bapq_edge.bank.coverage import Coverage
 from bapq_edge.bank.reader import Bank
 from bapq_edge.commands.options import add_json, parse_levels
 from bapq_edge.units import counted, format_size
@@ -64,6 +65,13 @@ def add_build_command(commands: Any) -> None:
         help="where the model's external data may lie besides the model's own folder",
     )
     build.add_argument(
+        "--min-coverage",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="fail where less than this share of the weights, such as 0.9, goes into planes",
+    )
+    build.add_argument(
         "--fast",
         action="store_true",
         help="for a first look: round to nearest, without compensating errors",
@@ -115,6 +123,7 @@ def _build(arguments: argparse.Namespace, out: Path) -> BuildReport:
         recipe=arguments.recipe,
         prune_tau=arguments.prune_tau,
         external_data=arguments.external_data,
+        min_coverage=arguments.min_coverage,
         fast=arguments.fast,
         workers=arguments.workers,
         dask=arguments.dask,
@@ -155,6 +164,7 @@ def _summary(report: BuildReport) -> str:
         _pruning(report),
         "seconds: "
         + ", ".join(f"{name} {value:.1f}" for name, value in report.stage_seconds.items()),
+        f"coverage: {Coverage(report.weights, report.weights_in_float)}",
     ]
     return "\n".join(line for line in lines if line and not line.endswith(": "))
 

@@ -218,6 +218,22 @@ def copy_graph(source: onnx.GraphProto, target: onnx.GraphProto) -> None:
             light.CopyFrom(tensor)
 
 
+def ranks(model: onnx.ModelProto) -> dict[str, int | None]:
+    """The ranks of tensors, as far as they can be inferred; None where two branches differ."""
+    found: dict[str, int | None] = {}
+    try:
+        inferred = onnx.shape_inference.infer_shapes(without_weights(model))
+    except Exception:  # whatever its C++ side threw; unknown ranks only cost some layers and biases
+        return found
+    for part in walk(inferred.graph):
+        for info in (*part.input, *part.value_info, *part.output):
+            shape = info.type.tensor_type
+            rank = len(shape.shape.dim) if shape.HasField("shape") else None
+            if found.setdefault(info.name, rank) != rank:  # one name in two branches
+                found[info.name] = None
+    return found
+
+
 def attach_weights(light: onnx.ModelProto, source: onnx.ModelProto) -> None:
     """Give the initializers their data back that `without_weights(source)` left out."""
     data = {t.name: t for t in source.graph.initializer if len(t.raw_data) > _WEIGHT_BYTES}

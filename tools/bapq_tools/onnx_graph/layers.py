@@ -145,22 +145,8 @@ class _Ranks:
         if found.heavy.operator == "Conv":
             return len(found.scope.initializer(found.node.input[1]).dims)
         if self._ranks is None:
-            self._ranks = self._infer()
+            self._ranks = graphs.ranks(self._model)
         return self._ranks.get(found.node.output[0])
-
-    def _infer(self) -> dict[str, int | None]:
-        ranks: dict[str, int | None] = {}
-        try:
-            inferred = onnx.shape_inference.infer_shapes(graphs.without_weights(self._model))
-        except Exception:  # whatever its C++ side threw; unknown ranks only cost some fusions
-            return ranks
-        for part in graphs.walk(inferred.graph):
-            for info in (*part.value_info, *part.output):
-                shape = info.type.tensor_type
-                rank = len(shape.shape.dim) if shape.HasField("shape") else None
-                if ranks.setdefault(info.name, rank) != rank:  # one name in two branches
-                    ranks[info.name] = None
-        return ranks
 
 
 class _NeighbourCache:

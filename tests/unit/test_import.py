@@ -265,6 +265,39 @@ def test_bfloat_weights_are_widened(tmp_path: Path) -> None:
     np.testing.assert_array_equal(numpy_helper.to_array(weight), want)
 
 
+def test_a_model_in_float64_becomes_one_in_float32(tmp_path: Path) -> None:
+    double = TensorProto.DOUBLE
+    source = models.model(
+        [
+            node("MatMul", ["x", "w"], ["p"]),
+            node("Add", ["p", "b"], ["s"]),
+            node("Cast", ["s"], ["half"], to=HALF),
+            node("Cast", ["half"], ["y"], to=double),
+        ],
+        {"x": (double, ["n", 32])},
+        {"y": (double, ["n", 40])},
+        {"w": weights(32, 40).astype(float), "b": weights(40).astype(float)},
+    )
+    x = weights(5, 32).astype(float)
+    loaded = load(source, tmp_path)
+    assert {tensor.data_type for tensor in loaded.graph.initializer} == {FLOAT}
+    assert loaded.graph.input[0].type.tensor_type.elem_type == double
+    (found,), (wanted,) = models.run(loaded, {"x": x}), models.run(source, {"x": x})
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_few_values_in_float64_stay(tmp_path: Path) -> None:
+    """They may be times, which float32 cannot tell apart."""
+    source = models.model(
+        [node("Sub", ["t", "start"], ["d"]), node("MatMul", ["x", "w"], ["y"])],
+        {"t": (TensorProto.DOUBLE, ["n"]), "x": (FLOAT, ["n", 32])},
+        {"d": (TensorProto.DOUBLE, ["n"]), "y": (FLOAT, ["n", 40])},
+        {"w": weights(32, 40), "start": np.array([1.7e9])},
+    )
+    assert models.operators(load(source, tmp_path)) == ["Sub", "MatMul"]
+
+
 # Quantized models
 
 

@@ -1,7 +1,7 @@
 """Reads an ONNX file into one plain float32 model that the passes understand.
 
-Weights end up in initializers, local functions are inlined, half floats are widened and QDQ pairs
-are resolved, so that no later stage meets these forms.
+Weights end up in initializers, local functions are inlined, other floats than float32 are converted
+and QDQ pairs resolved, so that no later stage meets these forms.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bapq_edge.units import counted
 
 from .. import graphs
 from .constants import constants_to_initializers, drop_initializers_from_inputs
-from .half_floats import widen_half_floats
+from .other_floats import to_float32
 from .quantized import resolve_quantization
 
 OLDEST_OPSET = 9
@@ -68,7 +68,7 @@ def load_model(
     model = _convert_opset(model)
     _warn_of_frozen(drop_initializers_from_inputs(model))
     constants_to_initializers(model)
-    widen_half_floats(model)
+    to_float32(model)
     resolve_quantization(model)
     lower_versions(model)
     return model

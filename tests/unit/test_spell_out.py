@@ -87,6 +87,25 @@ def test_products_in_other_forms_become_layers(name, tmp_path):
         assert np.linalg.norm(session.run(None, feeds)[0] - wanted) < 0.02 * np.linalg.norm(wanted)
 
 
+@pytest.mark.parametrize("batch", [4, 1])
+@pytest.mark.filterwarnings("ignore::bapq_edge.errors.UncalibratedWarning")
+def test_a_stack_of_matrices_becomes_a_layer_each(batch, tmp_path):
+    model = models.model(
+        [node("MatMul", ["x", "w"], ["y"], "experts")],
+        {"x": (FLOAT, [batch, "tokens", 32])},
+        {"y": (FLOAT, None)},
+        {"w": weights(4, 32, 48)},
+    )
+    feeds = {"x": weights(batch, 5, 32)}
+    (wanted,) = models.run(model, feeds)
+    bank = build_bank(model, tmp_path / "m.bank", levels=[32, 8], workers=1, progress=False)
+    assert [layer.name for layer in Bank.open(bank).manifest.layers] == [
+        f"experts_{number}" for number in range(4)
+    ]
+    with bapq_edge.Session(bank, level=32) as session:
+        np.testing.assert_allclose(session.run(None, feeds)[0], wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_too_small_or_of_unknown_rank_stays(tmp_path):
     small = models.model(
         [node("MatMul", ["v", "x"], ["y"]), node("MatMul", ["x", "w"], ["z"], "layer")],

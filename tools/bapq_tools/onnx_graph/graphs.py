@@ -218,20 +218,32 @@ def copy_graph(source: onnx.GraphProto, target: onnx.GraphProto) -> None:
             light.CopyFrom(tensor)
 
 
-def ranks(model: onnx.ModelProto) -> dict[str, int | None]:
-    """The ranks of tensors, as far as they can be inferred; None where two branches differ."""
-    found: dict[str, int | None] = {}
+Shape = tuple[int | None, ...]
+"""The sizes of a tensor's axes; None where they are open."""
+
+
+def shapes(model: onnx.ModelProto) -> dict[str, Shape | None]:
+    """The shapes of tensors, as far as they can be inferred; None where the rank is not known."""
+    found: dict[str, Shape | None] = {}
     try:
         inferred = onnx.shape_inference.infer_shapes(without_weights(model))
-    except Exception:  # whatever its C++ side threw; unknown ranks only cost some layers and biases
+    except Exception:  # whatever its C++ side threw; that only costs some layers and biases
         return found
     for part in walk(inferred.graph):
         for info in (*part.input, *part.value_info, *part.output):
-            shape = info.type.tensor_type
-            rank = len(shape.shape.dim) if shape.HasField("shape") else None
-            if found.setdefault(info.name, rank) != rank:  # one name in two branches
-                found[info.name] = None
+            kind = info.type.tensor_type
+            dims = [dim.dim_value if dim.dim_value > 0 else None for dim in kind.shape.dim]
+            shape = tuple(dims) if kind.HasField("shape") else None
+            before = found.setdefault(info.name, shape)
+            if before != shape:  # one name in two branches
+                found[info.name] = _common(before, shape)
     return found
+
+
+def _common(first: Shape | None, second: Shape | None) -> Shape | None:
+    if first is None or second is None or len(first) != len(second):
+        return None
+    return tuple(a if a == b else None for a, b in zip(first, second, strict=True))
 
 
 def attach_weights(light: onnx.ModelProto, source: onnx.ModelProto) -> None:

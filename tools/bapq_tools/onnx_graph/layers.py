@@ -136,7 +136,7 @@ class _Ranks:
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self._model = model
-        self._ranks: dict[str, int | None] | None = None
+        self._shapes: dict[str, graphs.Shape | None] | None = None
 
     def of(self, found: _PlacedNode) -> int | None:
         """The rank of a heavy node's output; None when unknown."""
@@ -144,9 +144,10 @@ class _Ranks:
             return 2
         if found.heavy.operator == "Conv":
             return len(found.scope.initializer(found.node.input[1]).dims)
-        if self._ranks is None:
-            self._ranks = graphs.ranks(self._model)
-        return self._ranks.get(found.node.output[0])
+        if self._shapes is None:
+            self._shapes = graphs.shapes(self._model)
+        shape = self._shapes.get(found.node.output[0])
+        return None if shape is None else len(shape)
 
 
 class _NeighbourCache:

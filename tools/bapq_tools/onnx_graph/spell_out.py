@@ -20,6 +20,9 @@ from .heavy_nodes import MIN_WEIGHTS
 
 _MICROSOFT = "com.microsoft"
 
+_MOST_MATRICES = 256
+"""A stack of more is left as it is."""
+
 _ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "Relu": (),
     "Sigmoid": (),
@@ -55,8 +58,12 @@ class _Writer:
         }
 
     @cached_property
-    def _ranks(self) -> dict[str, int | None]:
-        return graphs.ranks(self._model)
+    def _shapes(self) -> dict[str, graphs.Shape | None]:
+        return graphs.shapes(self._model)
+
+    def _rank(self, name: str) -> int | None:
+        shape = self._shapes.get(name)
+        return None if shape is None else len(shape)
 
     def visit(self, graph: onnx.GraphProto, outer: graphs.Scope | None) -> None:
         scope = graphs.Scope.of(graph, outer)
@@ -84,12 +91,43 @@ class _Writer:
         return [helper.make_node("Transpose", [node.input[0]], [turned]), plain]
 
     def _matmul(self, node: onnx.NodeProto, scope: graphs.Scope) -> list[onnx.NodeProto] | None:
+        """A product with one matrix for each of the batch, or with the constant on the left."""
+        stack = scope.constant(node.input[1])
+        if stack is not None and len(stack.dims) == 3 and stack.data_type == TensorProto.FLOAT:
+            return self._batched(node, stack)
+        return self._turned(node, scope)
+
+    def _batched(self, node: onnx.NodeProto, stack: TensorProto) -> list[onnx.NodeProto] | None:
+        """Each matrix becomes a layer, and each part of the batch meets its own.
+
+        Where one activation meets all matrices, as experts do, all meet it.
+        """
+        shape, count = self._shapes.get(node.input[0]), stack.dims[0]
+        if shape is None or len(shape) != 3 or shape[0] not in (1, count) or count > _MOST_MATRICES:
+            return None
+        if stack.dims[1] * stack.dims[2] < MIN_WEIGHTS:
+            return None
+        nodes, parts = [], [node.input[0]] * count
+        if shape[0] == count and count > 1:
+            parts = [self._name(f"{node.input[0]}_part") for _ in range(count)]
+            outputs = {"num_outputs": count} if graphs.standard_opset(self._model) >= 18 else {}
+            nodes.append(helper.make_node("Split", [node.input[0]], parts, axis=0, **outputs))
+        products = [self._name(f"{node.output[0]}_part") for _ in range(count)]
+        name = node.name or node.output[0]
+        for number, values in enumerate(graphs.tensor_array(stack)):
+            weight = self._constant(values, f"{stack.name}_{number}")
+            ends = [parts[number], weight], [products[number]]
+            nodes.append(helper.make_node("MatMul", *ends, f"{name}_{number}"))
+        nodes.append(helper.make_node("Concat", products, node.output, axis=0))
+        return nodes
+
+    def _turned(self, node: onnx.NodeProto, scope: graphs.Scope) -> list[onnx.NodeProto] | None:
         """W x is (xᵀ Wᵀ)ᵀ."""
         left = _weight(node, 0, scope)
         if left is None or scope.constant(node.input[1]) is not None:
             return None
         weight = self._constant(graphs.tensor_array(left).T, f"{left.name}_turned")
-        rank = self._ranks.get(node.input[1])
+        rank = self._rank(node.input[1])
         if rank == 1:
             return [helper.make_node("MatMul", [node.input[1], weight], node.output, node.name)]
         if rank is None or rank < 2:
@@ -112,7 +150,7 @@ class _Writer:
         values = values.T if graphs.attribute(node, "transB", 0) else values
         x, before = node.input[0], []
         if graphs.attribute(node, "transA", 0):
-            rank = self._ranks.get(x)
+            rank = self._rank(x)
             if rank is None or rank < 2:
                 return None
             x = self._name(f"{x}_turned")

@@ -139,6 +139,8 @@ class ForwardPasses:
             for use in layer.uses
             if not use.is_body and use.operator != "Gather"
         }
+        if not columns:
+            return 0
         sizes = {name: f"bapq.size.{name}" for name in columns}
         asked = [helper.make_node("Size", [name], [size]) for name, size in sizes.items()]
         session = self.session([*nodes, *asked], self.live(), list(sizes.values()))

@@ -131,17 +131,15 @@ def load_calibration(
     """
     check_calibration_source(source)
     inputs = {item.name: item.type for item in model_inputs}
-    several = isinstance(source, list | tuple) or (
-        not isinstance(source, Mapping) and os.path.isdir(source)
-    )
+    sources = list(_parts(source))
     digest = hashlib.blake2b(digest_size=16)
     parts, counts = [], []
-    for number, part in enumerate(_parts(source)):
+    for number, part in enumerate(sources):
         try:
             columns, samples = _columns(part, inputs)
         except CalibrationError as error:
             where = f"part {number}" if isinstance(part, Mapping) else os.fspath(part)
-            if several and where not in str(error):
+            if len(sources) > 1 and where not in str(error):
                 raise type(error)(f"{where}: {error}") from error
             raise
         if samples:

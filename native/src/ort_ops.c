@@ -1,4 +1,4 @@
-/* The operators of domain "bapq" for ONNX Runtime: MatMul, Gemm, Conv and Gather.
+/* The operators of domain "bapq" for ONNX Runtime: MatMul, Gemm, Conv, DepthwiseConv and Gather.
  *
  * An operator holds no weights and knows no store. Its last input, "bapq.run", is the ticket of the
  * run it computes for; everything else follows from that and from its attribute `layer`. So one
@@ -14,10 +14,11 @@
 #include <string.h>
 
 #include "arena.h"
+#include "depthwise.h"
 #include "error.h"
 #include "ops.h"
 
-typedef enum { MATMUL, GEMM, CONV, GATHER, KINDS } op_kind;
+typedef enum { MATMUL, GEMM, CONV, DEPTHWISE_CONV, GATHER, KINDS } op_kind;
 
 typedef struct {
     OrtCustomOp callbacks; /* first: ORT hands back a pointer to it */
@@ -67,7 +68,7 @@ static OrtStatus *read_attributes(op_kernel *kernel, const OrtKernelInfo *info) 
     /* Attributes hold no infinities: the ends of float32 stand for no clip, and infinity passes. */
     if (kernel->epilogue.clip_low <= -FLT_MAX) kernel->epilogue.clip_low = -INFINITY;
     if (kernel->epilogue.clip_high >= FLT_MAX) kernel->epilogue.clip_high = INFINITY;
-    if (kernel->kind != CONV) return NULL;
+    if (kernel->kind != CONV && kernel->kind != DEPTHWISE_CONV) return NULL;
     bapq_conv_params *p = &kernel->conv;
     static const char *const names[] = {"group",     "kernel_h",   "kernel_w",   "stride_h",
                                         "stride_w",  "pad_top",    "pad_left",   "pad_bottom",
@@ -177,15 +178,18 @@ static OrtStatus *compute_conv(call *c, const bapq_parallel *parallel) {
     const int64_t *d = c->x.dims;
     int flat = c->x.rank == 3; /* (batch, channels, length) is an image of height 1 */
     if (!flat && c->x.rank != 4) return refuse(c, "Conv's input has neither 3 nor 4 axes");
+    int depthwise = c->kernel->kind == DEPTHWISE_CONV;
     bapq_conv conv;
-    c->status = bapq_conv_shape(c->layer, &c->kernel->conv, d[0], d[1], flat ? 1 : d[2],
-                                flat ? d[2] : d[3], &conv, &c->failure);
+    c->status = (depthwise ? bapq_depthwise_shape : bapq_conv_shape)(
+        c->layer, &c->kernel->conv, d[0], d[1], flat ? 1 : d[2], flat ? d[2] : d[3], &conv,
+        &c->failure);
     if (c->status != BAPQ_OK) return NULL;
     tensor y = {.rank = c->x.rank, .dims = {d[0], c->layer->rows, conv.out_h, conv.out_w}};
     if (flat) y.dims[2] = conv.out_w;
     TRY(make_output(c->kernel, c->context, &y));
-    c->status = bapq_conv_run(c->run, (int32_t)c->kernel->layer, &conv, &c->kernel->epilogue,
-                              parallel, c->x.data, y.data, &c->failure);
+    c->status = (depthwise ? bapq_depthwise_run : bapq_conv_run)(
+        c->run, (int32_t)c->kernel->layer, &conv, &c->kernel->epilogue, parallel, c->x.data, y.data,
+        &c->failure);
     return NULL;
 }
 
@@ -212,7 +216,9 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     c.layer = bapq_run_layer(c.run, (int32_t)kernel->layer);
     ort_parallel pool = {kernel->api, context};
     bapq_parallel parallel = {ort_for_each, &pool};
-    if (kernel->kind == CONV)
+    if (c.layer->depthwise != (kernel->kind == DEPTHWISE_CONV))
+        TRY(refuse(&c, "only DepthwiseConv reads a depthwise layer, and it reads no other"));
+    else if (kernel->kind == CONV || kernel->kind == DEPTHWISE_CONV)
         TRY(compute_conv(&c, &parallel));
     else if (kernel->kind == GATHER)
         TRY(compute_gather(&c));
@@ -226,7 +232,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
 
 /* ---- registration ---- */
 
-static const char *const NAMES[KINDS] = {"MatMul", "Gemm", "Conv", "Gather"};
+static const char *const NAMES[KINDS] = {"MatMul", "Gemm", "Conv", "DepthwiseConv", "Gather"};
 
 static const char *get_name(const OrtCustomOp *op) { return NAMES[((const custom_op *)op)->kind]; }
 static const char *get_provider(const OrtCustomOp *op) {

@@ -13,8 +13,9 @@ typedef struct {
     int32_t finite;     /* 0: the sample holds NaN or infinity, whose codes mean nothing */
 } bapq_conv_input;
 
-/* Scratch that bapq_conv_input_quantize needs besides q, in bytes. */
-int64_t bapq_conv_input_scratch(int64_t channels);
+/* Scratch that bapq_conv_input_quantize needs besides q for a sample of so many values, in bytes.
+ */
+int64_t bapq_conv_input_scratch(int64_t values);
 
 /* True for NaN and infinity. */
 static inline int bapq_is_spoiled(float x) {

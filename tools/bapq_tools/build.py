@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +60,7 @@ from .onnx_graph.ir import HeavyLayer, LayerPlan
 from .onnx_graph.layers import find_layers, nothing_found
 from .quantize.carried import uncarried
 from .quantize.checkpoint import Checkpoint
-from .quantize.options import LayerOptions, scale_columns_of
+from .quantize.options import CONV_SCALE_COLUMNS, LayerOptions, scale_columns_of
 from .quantize.prune import PruneReport, prune_layers
 from .quantize.sequential import quantize_layers
 from .quantize.write import tile_bytes, write_layer
@@ -197,6 +197,7 @@ def build_bank(
             f"only {coverage}; at least {min_coverage:.1%} was asked for: lower min_coverage "
             "(--min-coverage), or change the model where it says why"
         )
+    options = {layer.name: _for_operators(layer, options[layer.name]) for layer in plan.layers}
     _check_space(out, folded, plan, options)
     folded = drop_replaced(folded, plan)
     pruned = prune_layers(plan, options)
@@ -295,6 +296,13 @@ def _reason_for_float(layer: HeavyLayer, options: LayerOptions | None) -> str:
     if options is None:
         return "the recipe keeps it in float"
     return "" if options.levels == (32,) else uncarried(layer) or ""
+
+
+def _for_operators(layer: HeavyLayer, options: LayerOptions) -> LayerOptions:
+    """The options with what convolutions have instead of the defaults; not depthwise ones."""
+    if layer.depthwise or any(use.operator != "Conv" for use in layer.uses):
+        return options
+    return replace(options, scale_columns={**CONV_SCALE_COLUMNS, **options.scale_columns})
 
 
 def _warn_of_discarded(out: Path) -> None:

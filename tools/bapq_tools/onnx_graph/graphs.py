@@ -218,8 +218,8 @@ def copy_graph(source: onnx.GraphProto, target: onnx.GraphProto) -> None:
             light.CopyFrom(tensor)
 
 
-Shape = tuple[int | None, ...]
-"""The sizes of a tensor's axes; None where they are open."""
+Shape = tuple[int | str | None, ...]
+"""The sizes of a tensor's axes; of an open one its name, None without one."""
 
 
 def shapes(model: onnx.ModelProto) -> dict[str, Shape | None]:
@@ -232,12 +232,15 @@ def shapes(model: onnx.ModelProto) -> dict[str, Shape | None]:
     for part in walk(inferred.graph):
         for info in (*part.input, *part.value_info, *part.output):
             kind = info.type.tensor_type
-            dims = [dim.dim_value if dim.dim_value > 0 else None for dim in kind.shape.dim]
-            shape = tuple(dims) if kind.HasField("shape") else None
+            shape = tuple(map(_size, kind.shape.dim)) if kind.HasField("shape") else None
             before = found.setdefault(info.name, shape)
             if before != shape:  # one name in two branches
                 found[info.name] = _common(before, shape)
     return found
+
+
+def _size(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    return dim.dim_value if dim.dim_value > 0 else dim.dim_param or None
 
 
 def _common(first: Shape | None, second: Shape | None) -> Shape | None:

@@ -137,7 +137,7 @@ class Session:
         self._log = EventLog(Path(self._bank.path).name)
         self._profile = find_profile() if profile is None else load_profile(profile)
         self._request = options.request(
-            self._profile.storage_read_mb_s * 1e6 if self._profile else None
+            self._profile.read_mb_s(bank) * 1e6 if self._profile else None
         )
         self._runner = self._open_runner(options)
 

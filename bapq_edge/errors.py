@@ -4,6 +4,7 @@
     ├── ModelError                      the source model
     │   ├── ModelFormatError            not an ONNX model, or a broken one
     │   ├── NoHeavyLayerError           nothing in it is worth a bank
+    │   ├── CoverageError               more of it would stay in float than was allowed
     │   └── UnsupportedModelError       uses what the host pipeline cannot carry
     ├── CalibrationError                the calibration data
     │   ├── CalibrationArrayError       an array is missing, or one too many
@@ -42,6 +43,7 @@
     ├── MissingPlaneWarning             a plane file is absent: fewer levels
     ├── InterruptedUpdateWarning        a bank's update was cut off: the old one is used
     ├── UncalibratedWarning             built without calibration data
+    ├── FrozenInputWarning              what a caller could override in the model is a constant now
     ├── DegradedWarning                 a run used a lower level than planned
     ├── BudgetExceededWarning           a run needed more memory than the budget leaves
     ├── IgnoredSettingWarning           a setting of another library means nothing to a bank
@@ -75,9 +77,11 @@ __all__ = [
     "CalibrationShapeError",
     "CalibrationValueError",
     "ClusterError",
+    "CoverageError",
     "DegradedWarning",
     "EnergyWarning",
     "ExecutionError",
+    "FrozenInputWarning",
     "IgnoredSettingWarning",
     "InputFileError",
     "InterruptedUpdateWarning",
@@ -128,6 +132,12 @@ class NoHeavyLayerError(ModelError):
     """No layer of the model is heavy enough to be worth a bank."""
 
     exit_code = 12
+
+
+class CoverageError(ModelError):
+    """Less of the model's weights can go into planes than was asked for."""
+
+    exit_code = 14
 
 
 class UnsupportedModelError(ModelError):
@@ -341,7 +351,11 @@ class InterruptedUpdateWarning(BapqWarning):
 
 
 class UncalibratedWarning(BapqWarning):
-    """The bank is built without calibration data; its low levels will be less accurate."""
+    """Built without calibration data, as a whole or in some layers: low levels lose accuracy."""
+
+
+class FrozenInputWarning(BapqWarning):
+    """Initializers that the model lets a caller override become constants of the bank."""
 
 
 class BoundaryWarning(BapqWarning):

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ..adaptive.boundary_model import BoundaryModel
+from ..bank.coverage import Coverage
 from ..bank.layer import Layer
 from ..bank.layout import Level
 from ..bank.reader import Bank
@@ -58,6 +59,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         width = max(len(node.name) for node in manifest.kept_in_float)
         for node in manifest.kept_in_float:
             print(f"  {node.name:{width}}  {node.operator:14} {node.weights:>10,}  {node.reason}")
+    print(f"\ncoverage: {Coverage.of(bank.weights, manifest.kept_in_float)}")
 
 
 def _show_boundary(model: BoundaryModel) -> None:

@@ -62,6 +62,7 @@ typedef struct {
     const float *of_sample; /* NULL: nothing yet */
     int64_t of_group, of_pixel;
     int of_floats, has_sums;
+    uint8_t spoiled[PANEL_ROWS]; /* pixels that read a NaN or infinity; see spoil */
 } worker_buffers;
 
 typedef struct {
@@ -180,6 +181,38 @@ static void fill_float(const conv_job *j, int64_t group, int64_t pixel, int32_t 
     }
 }
 
+/* Codes cannot hold a NaN or infinity: notes the pixels whose windows do. */
+static void find_spoiled(const conv_job *j, int64_t group, int64_t pixel, int32_t m,
+                         uint8_t *spoiled) {
+    const bapq_conv *conv = j->conv;
+    const bapq_conv_params *p = &conv->p;
+    int64_t plane = conv->height * conv->width;
+    const float *x = j->x + group * j->group_channels * plane;
+    for (int32_t i = 0; i < m; i++) {
+        int64_t y0 = (pixel + i) / conv->out_w * p->stride_h - p->pad_top;
+        int64_t x0 = (pixel + i) % conv->out_w * p->stride_w - p->pad_left;
+        int found = 0;
+        for (int64_t ky = 0; ky < p->kernel_h; ky++) {
+            int64_t iy = y0 + ky * p->dilation_h;
+            if (iy < 0 || iy >= conv->height) continue;
+            for (int64_t kx = 0; kx < p->kernel_w; kx++) {
+                int64_t ix = x0 + kx * p->dilation_w;
+                if (ix < 0 || ix >= conv->width) continue;
+                for (int32_t c = 0; c < j->group_channels; c++)
+                    found |= bapq_is_spoiled(x[c * plane + iy * conv->width + ix]);
+            }
+        }
+        spoiled[i] = (uint8_t)found;
+    }
+}
+
+/* Makes the outputs of such pixels NaN: out is (m, 16). */
+static void spoil(const uint8_t *spoiled, int32_t m, float *out) {
+    for (int32_t i = 0; i < m; i++)
+        for (int32_t r = 0; spoiled[i] && r < BAPQ_TILE_ROWS; r++)
+            out[i * BAPQ_TILE_ROWS + r] = NAN;
+}
+
 static bapq_panel build_panel(const conv_job *j, worker_buffers *buffers, int64_t group,
                               int64_t pixel, int32_t m) {
     bapq_panel panel = {0};
@@ -199,6 +232,7 @@ static bapq_panel build_panel(const conv_job *j, worker_buffers *buffers, int64_
     int pointwise = is_pointwise(j->conv);
     panel.q = pointwise ? j->input.q + pixel * j->conv->channels : buffers->q;
     if (!there && !pointwise) fill_quantized(j, group, pixel, m, buffers->q);
+    if (!there && !j->input.finite) find_spoiled(j, group, pixel, m, buffers->spoiled);
     uint32_t sum_levels = j->kernels->sum_levels;
     if (j->layer->residual_steps % 2 == 0) sum_levels |= j->kernels->even_sum_levels;
     int sums = sum_levels >> j->view.level & 1;
@@ -245,8 +279,8 @@ static inline void write_rows(const conv_job *j, const float *out, int32_t rows,
 }
 
 /* Rows [first, end) of tile t, all of one group, for m pixels. */
-static void multiply_tile(const conv_job *j, const bapq_panel *panel, int32_t t, int32_t first,
-                          int32_t end, int64_t pixel, int32_t m) {
+static void multiply_tile(const conv_job *j, const bapq_panel *panel, const uint8_t *spoiled,
+                          int32_t t, int32_t first, int32_t end, int64_t pixel, int32_t m) {
     const float *bias;
     bapq_tile tile = bapq_view_tile(&j->view, t, &bias);
     float out[PANEL_ROWS * BAPQ_TILE_ROWS] __attribute__((aligned(64)));
@@ -256,6 +290,7 @@ static void multiply_tile(const conv_job *j, const bapq_panel *panel, int32_t t,
         j->kernels->apply(j->epilogue.function, bias, m, out);
         bias = NULL;
     }
+    if (panel->q && !j->input.finite) spoil(spoiled, m, out);
     float biases[BAPQ_TILE_ROWS];
     bapq_tile_bias(bias, biases);
     int64_t pixels = j->conv->out_h * j->conv->out_w;
@@ -311,7 +346,7 @@ static void multiply_item(void *data, int32_t worker, int64_t panel_index, int32
             int32_t t = row / BAPQ_TILE_ROWS;
             int32_t end =
                 (t + 1) * BAPQ_TILE_ROWS < group_end ? (t + 1) * BAPQ_TILE_ROWS : group_end;
-            multiply_tile(j, &panel, t, row, end, pixel, m);
+            multiply_tile(j, &panel, j->buffers[worker].spoiled, t, row, end, pixel, m);
             row = end;
         }
     }
@@ -347,14 +382,9 @@ static int32_t run_sample(bapq_run *run, int32_t layer, conv_job *j, const bapq_
                           bapq_error *error) {
     const bapq_conv *conv = j->conv;
     int64_t pixels = conv->out_h * conv->out_w;
-    if (j->input.q) {
+    if (j->input.q)
         bapq_conv_input_quantize(j->x, conv->channels, conv->height, conv->width, parallel,
                                  j->input_scratch, &j->input);
-        if (!j->input.finite) {
-            for (int64_t i = 0; i < j->rows * pixels; i++) j->y[i] = NAN;
-            return BAPQ_OK;
-        }
-    }
     const bapq_layer *l = j->layer;
     for (int32_t i = 0; i < bapq_chunk_count(l); i++) {
         int32_t status = bapq_run_acquire(run, layer, i, &j->view, error);

@@ -60,6 +60,35 @@ static void find_extent(void *data, size_t task) {
         (extent){low > INT32_MAX ? largest_signed(j->x + first, n) : (int32_t)low, low};
 }
 
+/* The same of finite values only, where others were found. */
+static void find_finite_extent(void *data, size_t task) {
+    job *j = data;
+    int64_t first = (int64_t)task * EXTENT_VALUES, left = j->channels * j->pixels - first;
+    const float *x = j->x + first;
+    extent found = {0, 0};
+    for (int64_t i = 0; i < left && i < EXTENT_VALUES; i++) {
+        uint32_t bits;
+        if (bapq_is_spoiled(x[i])) continue;
+        memcpy(&bits, x + i, sizeof bits);
+        found.high = (int32_t)bits > found.high ? (int32_t)bits : found.high;
+        found.low = bits > found.low ? bits : found.low;
+    }
+    j->extents[task] = found;
+}
+
+static extent extent_of(job *j, const bapq_parallel *parallel,
+                        void (*find)(void *data, size_t task)) {
+    size_t tasks = (size_t)bapq_ceil_div(j->channels * j->pixels, EXTENT_VALUES);
+    parallel->for_each(parallel->self, find, tasks, j);
+    extent all = {0, 0};
+    for (size_t i = 0; i < tasks; i++) {
+        all.high = j->extents[i].high > all.high ? j->extents[i].high : all.high;
+        all.low = j->extents[i].low > all.low ? j->extents[i].low : all.low;
+    }
+    if (all.low <= INT32_MAX) all.low = 0; /* no sign: nothing is negative */
+    return all;
+}
+
 /* Bits of 1.5 * 2^23 plus a value's code: the sum's last bit is worth 1, so it rounds half to even.
  */
 enum { ZERO = 0x4b400000 };
@@ -178,17 +207,10 @@ void bapq_conv_input_quantize(const float *x, int64_t channels, int64_t height, 
                               const bapq_parallel *parallel, void *scratch,
                               bapq_conv_input *input) {
     job j = {x, channels, height * width, scratch, input, 0.0f, 0.0f, 0};
-    size_t tasks = (size_t)bapq_ceil_div(channels * j.pixels, EXTENT_VALUES);
-    parallel->for_each(parallel->self, find_extent, tasks, &j);
-    extent all = {0, 0};
-    for (size_t i = 0; i < tasks; i++) {
-        all.high = j.extents[i].high > all.high ? j.extents[i].high : all.high;
-        all.low = j.extents[i].low > all.low ? j.extents[i].low : all.low;
-    }
+    extent all = extent_of(&j, parallel, find_extent);
     const int32_t infinity_bits = 0x7f800000;
-    if (all.low <= INT32_MAX) all.low = 0; /* no sign: nothing is negative */
     input->finite = all.high < infinity_bits && (int32_t)(all.low & INT32_MAX) < infinity_bits;
-    if (!input->finite) return;
+    if (!input->finite) all = extent_of(&j, parallel, find_finite_extent);
     float high, low;
     memcpy(&high, &all.high, sizeof high);
     memcpy(&low, &all.low, sizeof low);
@@ -205,7 +227,7 @@ void bapq_conv_input_quantize(const float *x, int64_t channels, int64_t height, 
     }
     input->zero_point -= (int32_t)rint((double)low * j.inverse);
     j.to_code = 12582912.0f + (float)input->zero_point;
-    j.clamps = bits_of(low, j.inverse, j.to_code) < ZERO - 127 ||
+    j.clamps = !input->finite || bits_of(low, j.inverse, j.to_code) < ZERO - 127 ||
                bits_of(high, j.inverse, j.to_code) > ZERO + 127;
     size_t strips = (size_t)bapq_ceil_div(j.pixels, STRIP);
     parallel->for_each(parallel->self, quantize_strip, strips * (size_t)channel_tasks(&j), &j);

@@ -5,6 +5,7 @@
  * session serves concurrent runs on different plans, and swapping a plan touches no session. */
 #include "ort_abi.h"
 
+#include <float.h>
 #include <limits.h>
 #include <math.h>
 #include <pthread.h>
@@ -67,6 +68,9 @@ static OrtStatus *read_attributes(op_kernel *kernel, const OrtKernelInfo *info) 
     epilogue->use_bias = use_bias != 0;
     TRY(ORT_KernelInfoGetAttribute_float(api)(info, "clip_low", &epilogue->clip_low));
     TRY(ORT_KernelInfoGetAttribute_float(api)(info, "clip_high", &epilogue->clip_high));
+    /* Attributes hold no infinities: the ends of float32 stand for no clip, and infinity passes. */
+    if (epilogue->clip_low <= -FLT_MAX) epilogue->clip_low = -INFINITY;
+    if (epilogue->clip_high >= FLT_MAX) epilogue->clip_high = INFINITY;
     epilogue->clip_low += 0.0f; /* a zero without sign, as all outputs have */
     epilogue->clip_high += 0.0f;
     TRY(ORT_KernelInfoGetAttribute_int64(api)(info, "function", &function));

@@ -281,6 +281,70 @@ def test_a_value_that_is_no_number_makes_its_row_nan_and_leaves_the_others(tmp_p
             np.testing.assert_array_equal(y[[0, 2]], clean[[0, 2]])
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Conv(16, 70, (12, 10), (3, 3), pads=(1, 1, 1, 1), batch=2, chunk_rows=16),
+        Conv(32, 40, (6, 7), (1, 1), batch=2),
+        Conv(12, 18, (17, 17), (3, 3), group=3, strides=(2, 1), dilations=(1, 2), batch=2),
+    ],
+    ids=str,
+)
+def test_a_pixel_that_is_no_number_makes_nan_what_it_touches(use_isa, tmp_path, case, value):
+    """As in ONNX Runtime, where a NaN spoils the outputs whose windows, and groups, read it."""
+    rng = np.random.default_rng(4)
+    columns = case.channels // case.group * case.kernel[0] * case.kernel[1]
+    codes = random_codes(rng, case.rows, columns, SCALE_COLUMNS, True)
+    graph = graph_bytes(
+        [node("Conv", "x", "y", **conv_attributes(case))],
+        ["n", case.channels, "h", "w"],
+        ["n", case.rows, "oh", "ow"],
+    )
+    description = describe(case.rows, columns, case.chunk_rows, True)
+    bank = write_bank(tmp_path / "b.bank", graph, [("conv", "Conv", codes, description)])
+    x = rng.standard_normal((case.batch, case.channels, *case.size)).astype(np.float32)
+    broken, finite = x.copy(), x.copy()
+    broken[1, 2, 5, 4], finite[1, 2, 5, 4] = value, 0
+    with Session(bank, threads=2) as session:
+        for level in (8, 4, 2, 1):
+            session.set_level(level)
+            (expected,) = session.run(None, {"x": finite})
+            (y,) = session.run(None, {"x": broken})
+            marked = np.zeros_like(x)
+            marked[1, 2, 5, 4] = 1
+            touched = conv_reference(case, marked, codes, level)[0] != 0
+            # Codes may be such that a weight is 0: one output of a pixel tells for its group.
+            groups = touched.reshape(case.batch, case.group, -1, *touched.shape[2:])
+            touched = np.broadcast_to(groups.any(2, keepdims=True), groups.shape).reshape(y.shape)
+            assert touched.any() and not touched.all()
+            np.testing.assert_array_equal(np.isnan(y), touched)
+            np.testing.assert_array_equal(y[~touched], expected[~touched])
+
+
+@pytest.mark.parametrize("operator", ["MatMul", "Conv"])
+def test_infinity_passes_at_level_32(use_isa, tmp_path, operator):
+    rng = np.random.default_rng(6)
+    codes = random_codes(rng, 20, 40, SCALE_COLUMNS, False)
+    attributes = {"layer": 0, "use_bias": 0, "clip_low": -NO_CLIP, "clip_high": NO_CLIP}
+    shapes = ["n", 40], ["n", 20]
+    if operator == "Conv":
+        attributes = conv_attributes(Conv(40, 20, (1, 1), (1, 1))) | {"use_bias": 0}
+        shapes = ["n", 40, "h", "w"], ["n", 20, "h", "w"]
+    graph = graph_bytes([node(operator, "x", "y", **attributes)], *shapes)
+    bank = write_bank(
+        tmp_path / "b.bank", graph, [("layer", operator, codes, describe(20, 40, 16, False))]
+    )
+    x = rng.standard_normal((4, 40)).astype(np.float32)
+    x[1, 3], x[2, 3], x[3, 3] = np.inf, -np.inf, np.nan
+    with Session(bank, level=32) as session:
+        given = x if operator == "MatMul" else x[:, :, None, None]
+        y = session.run(None, {"x": given})[0].reshape(4, 20)
+    np.testing.assert_array_equal(y[1], np.where(codes.weight[:, 3] > 0, np.inf, -np.inf))
+    np.testing.assert_array_equal(y[2], -y[1])
+    assert np.isfinite(y[0]).all() and np.isnan(y[3]).all()
+
+
 def test_levels_can_differ_from_chunk_to_chunk(tmp_path):
     rng = np.random.default_rng(3)
     codes = random_codes(rng, 80, 64, SCALE_COLUMNS, True)

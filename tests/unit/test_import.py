@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import ml_dtypes
@@ -11,7 +12,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import quantization
 
-from bapq_edge.errors import InputFileError, ModelFormatError, UnsupportedModelError
+from bapq_edge.errors import (
+    FrozenInputWarning,
+    InputFileError,
+    ModelFormatError,
+    UnsupportedModelError,
+)
 from bapq_tools.onnx_graph.importers.onnx_file import load_model
 from support import onnx_models as models
 from support.onnx_models import FLOAT, INT64, weights
@@ -40,14 +46,6 @@ def refuse(path: Path, match: str, error: type[Exception] = ModelFormatError) ->
     with pytest.raises(error, match=match) as caught:
         load_model(path)
     assert "\n" not in str(caught.value)
-
-
-def save_external(source: onnx.ModelProto, folder: Path) -> Path:
-    path = folder / "model.onnx"
-    onnx.save_model(
-        source, path, save_as_external_data=True, location="weights.bin", size_threshold=0
-    )
-    return path
 
 
 # Files that are no model
@@ -83,55 +81,6 @@ def test_tensor_shorter_than_its_shape(tmp_path: Path) -> None:
     source.graph.initializer[0].raw_data = b"\0" * 64
     (tmp_path / "model.onnx").write_bytes(source.SerializeToString())
     refuse(tmp_path / "model.onnx", "'w' .* needs 5120 bytes and has 64")
-
-
-# External data
-
-
-def test_external_data_is_read(tmp_path: Path) -> None:
-    loaded = load_model(save_external(linear(), tmp_path))
-    np.testing.assert_array_equal(
-        numpy_helper.to_array(loaded.graph.initializer[0]), weights(32, 40)
-    )
-
-
-def test_missing_external_data_is_named(tmp_path: Path) -> None:
-    path = save_external(linear(), tmp_path)
-    (tmp_path / "weights.bin").unlink()
-    refuse(path, "weights.bin is missing: it holds the data of tensor 'w'")
-
-
-def test_truncated_external_data(tmp_path: Path) -> None:
-    path = save_external(linear(), tmp_path)
-    with open(tmp_path / "weights.bin", "r+b") as file:
-        file.truncate(100)
-    refuse(path, "weights.bin is truncated.* the file has 100")
-
-
-@pytest.mark.parametrize("key, value", [("offset", "-1"), ("length", "8"), ("offset", "x")])
-def test_external_data_that_does_not_fit(key: str, value: str, tmp_path: Path) -> None:
-    path = save_external(linear(), tmp_path)
-    model = onnx.load_model(path, load_external_data=False)
-    for entry in model.graph.initializer[0].external_data:
-        if entry.key == key:
-            entry.value = value
-    path.write_bytes(model.SerializeToString())
-    refuse(path, "needs 5120 bytes")
-
-
-@pytest.mark.parametrize("location", ["../secret.bin", "{root}/secret.bin", "link.bin", ""])
-def test_external_data_stays_in_the_models_folder(location: str, tmp_path: Path) -> None:
-    (tmp_path / "secret.bin").write_bytes(bytes(10_000))
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
-    path = save_external(linear(), folder)
-    model = onnx.load_model(path, load_external_data=False)
-    for entry in model.graph.initializer[0].external_data:
-        if entry.key == "location":
-            entry.value = location.format(root=tmp_path)
-    path.write_bytes(model.SerializeToString())
-    refuse(path, "outside of the model's folder")
 
 
 # Opsets and functions
@@ -214,7 +163,19 @@ def test_nodes_of_other_domains_are_carried(tmp_path: Path) -> None:
 def test_initializers_are_no_inputs(tmp_path: Path) -> None:
     source = linear()
     source.graph.input.append(helper.make_tensor_value_info("w", FLOAT, [32, 40]))
-    assert [item.name for item in load(source, tmp_path).graph.input] == ["x"]
+    with pytest.warns(FrozenInputWarning, match="1 initializer .* constants of the bank: w;"):
+        loaded = load(source, tmp_path)
+    assert [item.name for item in loaded.graph.input] == ["x"]
+
+
+def test_before_ir_4_listed_initializers_could_not_be_overridden(tmp_path: Path) -> None:
+    source = linear(opset=9)
+    source.ir_version = 3
+    for name, shape in (("w", [32, 40]), ("b", [40])):
+        source.graph.input.append(helper.make_tensor_value_info(name, FLOAT, shape))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(source, tmp_path)
 
 
 def test_constant_nodes_become_initializers_in_bodies_too(tmp_path: Path) -> None:
@@ -302,6 +263,39 @@ def test_bfloat_weights_are_widened(tmp_path: Path) -> None:
     (weight,) = loaded.graph.initializer
     want = weights(32, 40).astype(ml_dtypes.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(numpy_helper.to_array(weight), want)
+
+
+def test_a_model_in_float64_becomes_one_in_float32(tmp_path: Path) -> None:
+    double = TensorProto.DOUBLE
+    source = models.model(
+        [
+            node("MatMul", ["x", "w"], ["p"]),
+            node("Add", ["p", "b"], ["s"]),
+            node("Cast", ["s"], ["half"], to=HALF),
+            node("Cast", ["half"], ["y"], to=double),
+        ],
+        {"x": (double, ["n", 32])},
+        {"y": (double, ["n", 40])},
+        {"w": weights(32, 40).astype(float), "b": weights(40).astype(float)},
+    )
+    x = weights(5, 32).astype(float)
+    loaded = load(source, tmp_path)
+    assert {tensor.data_type for tensor in loaded.graph.initializer} == {FLOAT}
+    assert loaded.graph.input[0].type.tensor_type.elem_type == double
+    (found,), (wanted,) = models.run(loaded, {"x": x}), models.run(source, {"x": x})
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_few_values_in_float64_stay(tmp_path: Path) -> None:
+    """They may be times, which float32 cannot tell apart."""
+    source = models.model(
+        [node("Sub", ["t", "start"], ["d"]), node("MatMul", ["x", "w"], ["y"])],
+        {"t": (TensorProto.DOUBLE, ["n"]), "x": (FLOAT, ["n", 32])},
+        {"d": (TensorProto.DOUBLE, ["n"]), "y": (FLOAT, ["n", 40])},
+        {"w": weights(32, 40), "start": np.array([1.7e9])},
+    )
+    assert models.operators(load(source, tmp_path)) == ["Sub", "MatMul"]
 
 
 # Quantized models

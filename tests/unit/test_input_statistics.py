@@ -12,7 +12,7 @@ from bapq_tools.calibration import forward_passes, input_statistics
 from bapq_tools.calibration.forward_passes import FLOAT as FLOAT_PASS
 from bapq_tools.calibration.forward_passes import ForwardPasses
 from bapq_tools.calibration.input_statistics import InputStatistics
-from bapq_tools.calibration.reference_model import Reference, observed, weight_feeds
+from bapq_tools.calibration.reference_model import Reference, weight_feeds
 from bapq_tools.calibration.samples import load_calibration
 from bapq_tools.onnx_graph.layers import find_layers
 from support import onnx_models as models
@@ -43,7 +43,7 @@ def stats_of(model, feeds, tmp_path, workers=1, change=lambda level, layer: 1.0)
         statistics = InputStatistics(passes, Spill(tmp_path))
         for layer in stage.layers:
             gathered = any(use.operator == "Gather" for use in layer.uses)
-            if observed(layer) and not gathered:
+            if layer.name in stage.observations and not gathered:
                 found |= statistics.of([layer])
             elif gathered:
                 found[layer.name] = statistics.gather_counts(layer)
@@ -237,7 +237,7 @@ def test_tied_weights_count_once_and_gathered_rows_are_counted(tmp_path):
     assert stats["embedding"][:7].tolist() == [2, 1, 0, 0, 0, 3, 0]
 
 
-def test_layers_inside_bodies_have_no_stats(tmp_path):
+def test_layers_inside_bodies_count_the_samples_that_run_them(tmp_path):
     body = models.graph(
         [node("MatMul", ["x", "w"], ["inner"], "inside")], {}, {"inner": (FLOAT, None)}
     )
@@ -253,7 +253,8 @@ def test_layers_inside_bodies_have_no_stats(tmp_path):
     )
     x = weights(4, 32)
     stats = stats_of(model, {"x": x, "c": np.array([True, False, True, False])}, tmp_path)
-    assert set(stats) == {"outside"}
+    assert set(stats) == {"inside", "outside"}
+    assert_statistics(stats["inside"], x[None, ::2])
     inner = np.where(np.array([[True], [False], [True], [False]]), x @ weights(32, 32), x)
     assert_statistics(stats["outside"], inner[None])
 
@@ -268,6 +269,17 @@ def test_sample_that_the_model_refuses_is_named(tmp_path):
     with pytest.raises(CalibrationError, match="fails on calibration sample 2") as caught:
         stats_of(model, {"ids": np.array([1, 2, 99])}, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_model_that_runs_on_no_sample_is_to_blame(tmp_path):
+    model = models.model(
+        [node("Reshape", ["x", "shape"], ["h"]), node("MatMul", ["h", "v"], ["y"], "product")],
+        {"x": (FLOAT, ["n", 30])},
+        {"y": (FLOAT, None)},
+        {"shape": np.array([-1, 32]), "v": weights(32, 64)},
+    )
+    with pytest.raises(CalibrationError, match=r"on none of the 3 calibration samples.*reshape"):
+        stats_of(model, {"x": weights(3, 30)}, tmp_path)
 
 
 def test_activation_that_overflows_is_named(tmp_path):

@@ -92,6 +92,18 @@ def test_kept_for_their_type() -> None:
     assert kept_reason(integer, w=bytes_) == (1280, "already quantized")
 
 
+def test_a_quantized_model_is_told_so() -> None:
+    with pytest.raises(NoHeavyLayerError, match=r"quantized already: 1280 weights .* QDQ form"):
+        plan_of([node("MatMulInteger", ["x", "w"], ["y"])], {"w": np.ones((32, 40), np.int8)})
+
+
+def test_all_tensors_of_a_recurrent_node_count() -> None:
+    shapes = {"w": (1, 256, 32), "r": (1, 256, 64), "b": (1, 512)}
+    lstm = node("LSTM", ["x", *shapes], ["y"], hidden_size=64)
+    count, reason = kept_reason(lstm, **{name: weights(*shape) for name, shape in shapes.items()})
+    assert (count, reason) == (256 * 32 + 256 * 64 + 512, "recurrent operator")
+
+
 def test_kept_by_another_domain() -> None:
     other = node("LinearRegressor", ["x"], ["y"], domain="ai.onnx.ml", coefficients=[1.0] * 2000)
     assert kept_reason(other) == (2000, "operator of domain ai.onnx.ml")

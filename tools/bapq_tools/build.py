@@ -18,6 +18,7 @@ import onnx
 import onnxruntime
 
 from bapq_edge import __version__
+from bapq_edge.bank.coverage import Coverage
 from bapq_edge.bank.files import digest_of_file
 from bapq_edge.bank.layout import (
     LEVELS,
@@ -32,12 +33,15 @@ from bapq_edge.bank.writer import BankWriter, check_bank_target
 from bapq_edge.errors import (
     BankError,
     BoundaryDroppedWarning,
+    CoverageError,
+    NoHeavyLayerError,
     RequestError,
     StorageError,
     UncalibratedWarning,
     UnknownLevelError,
     UnsupportedModelError,
 )
+from bapq_edge.units import counted
 
 from .build_support.heap import use_one_heap
 from .build_support.progress import Progress
@@ -55,7 +59,8 @@ from .onnx_graph.fold import fold
 from .onnx_graph.importers.onnx_file import check_model_source, load_model
 from .onnx_graph.importers.tflite_file import convert_tflite, is_tflite
 from .onnx_graph.ir import HeavyLayer, LayerPlan
-from .onnx_graph.layers import find_layers
+from .onnx_graph.layers import find_layers, nothing_found
+from .quantize.carried import uncarried
 from .quantize.checkpoint import Checkpoint
 from .quantize.options import CONV_SCALE_COLUMNS, LayerOptions, scale_columns_of
 from .quantize.prune import PruneReport, prune_layers
@@ -80,6 +85,10 @@ class BuildReport:
     plane_bytes: dict[Plane, int]
     kept_in_float: int
     """Number of nodes with weights that stay with the graph engine."""
+    coverage: float
+    """Share of the weights that is in planes."""
+    weights_in_float: dict[str, int]
+    """Number of weights that stay in float, by reason."""
     calibration_samples: int
     relative_error: dict[Level, float]
     """The layers' relative errors per level, averaged by their weights."""
@@ -106,6 +115,9 @@ def build_bank(
     levels: Iterable[int] | None = None,
     recipe: RecipeSource | None = None,
     prune_tau: float | None = None,
+    external_data: str | os.PathLike[str] | None = None,
+    min_coverage: float = 0.0,
+    fast: bool = False,
     workers: int | None = None,
     dask: str | None = None,
     progress: bool = True,
@@ -120,11 +132,15 @@ def build_bank(
             [tflite]; its conversion is checked against LiteRT, operator by operator.
         out: path of the bank.
         calibration: an .npz file or a mapping, one array per model input, samples on the first
-            axis.
+            axis; a folder of such files, or a list, where samples differ in size.
         levels: levels of the bank; None: those of the recipe, by default 8, 4, 2 and 1.
         recipe: a YAML file or what it would hold: settings for all layers and for some.
         prune_tau: weights become zero that are smaller than this share of the largest of their
             layer; None: what the recipe says.
+        external_data: a folder that the model's external data may lie in besides its own folder.
+        min_coverage: the share of the weights, 0 to 1, that must go into planes.
+        fast: for a first look: calibration only weighs the columns of each layer and corrects
+            biases; errors are not compensated, nor measured at the model's outputs.
         workers: number of processes; None: as many as there are usable cores.
         dask: address of a Dask scheduler, whose workers are used instead of processes.
         progress: show it on stderr.
@@ -134,6 +150,7 @@ def build_bank(
         RecipeError: the recipe, or `prune_tau`.
         InputFileError: one of the files is missing or cannot be read.
         ModelError, CalibrationError: the source model or the calibration data.
+        CoverageError: less than `min_coverage` goes into planes.
         UnknownLevelError: a level that is none of 32, 8, 4, 2, 1, or no level at all.
         BankFormatError: something else than a bank stands at `out`.
         StorageError: the disk.
@@ -148,6 +165,8 @@ def build_bank(
     out = Path(out)
     check_bank_target(out)
     workers = _checked_workers(workers)
+    if not 0 <= min_coverage <= 1:
+        raise RequestError(f"min_coverage is {min_coverage!r:.80}: give a share from 0 to 1")
     check_model_source(model)
     if calibration is not None:
         check_calibration_source(calibration)
@@ -156,7 +175,7 @@ def build_bank(
 
     with stages.stage("import", 1) as advance:
         converted = convert_tflite(model) if is_tflite(model) else None
-        loaded, source = _load(model, None if converted is None else converted.model)
+        loaded, source = _load(model, external_data, None if converted is None else converted.model)
         advance()
     data = None if calibration is None else load_calibration(calibration, loaded.graph.input)
     if converted is not None:
@@ -179,16 +198,23 @@ def build_bank(
         plan = find_layers(folded)
         advance()
     options = _take_out_kept(plan, settings.resolve(layer.name for layer in plan.layers))
+    weights = sum(layer.weight.size for layer in plan.layers)
+    coverage = Coverage.of(weights, plan.kept_in_float)
+    if coverage.share < min_coverage:
+        raise CoverageError(
+            f"only {coverage}; at least {min_coverage:.1%} was asked for: lower min_coverage "
+            "(--min-coverage), or change the model where it says why"
+        )
     options = {layer.name: _for_operators(layer, options[layer.name]) for layer in plan.layers}
     _check_space(out, folded, plan, options)
     folded = drop_replaced(folded, plan)
     pruned = prune_layers(plan, options)
-    weights = sum(layer.weight.size for layer in plan.layers)
     source_data = None if data is None else Calibration(data.samples, data.blake2b)
     key = {
         "model": _digest_of(folded, plan),
         "calibration": None if data is None else data.blake2b,
         "levels": wanted,
+        "fast": fast,
         "options": {name: repr(entry) for name, entry in options.items()},
         "versions": [__version__, np.__version__, onnxruntime.__version__],
     }
@@ -200,7 +226,10 @@ def build_bank(
         for layer in plan.layers:
             layer.weight = spill.put(layer.weight)
         with stages.stage("quantize") as advance:
-            quantize_layers(folded, plan, data, wanted, options, pool, checkpoint, spill, advance)
+            unknown = quantize_layers(
+                folded, plan, data, wanted, options, pool, checkpoint, spill, fast, advance
+            )
+        _warn_of_uncalibrated(unknown)
         del data
         with (
             stages.stage("write", len(plan.layers)) as advance,
@@ -212,7 +241,7 @@ def build_bank(
                 write_layer(writer, layer, quantized, wanted, zero_rows)
                 advance()
             manifest = writer.finish(assemble(folded, plan), plan.kept_in_float)
-    return _report(out, manifest, weights, stages, pruned)
+    return _report(out, manifest, coverage, stages, pruned)
 
 
 def _digest_of(folded: onnx.ModelProto, plan: LayerPlan) -> str:
@@ -254,16 +283,27 @@ def _checked_levels(levels: Iterable[int]) -> tuple[Level, ...]:
 def _take_out_kept(
     plan: LayerPlan, resolved: dict[str, LayerOptions | None]
 ) -> dict[str, LayerOptions]:
-    """Leave layers to the graph that the recipe keeps in float; returns options of the others."""
-    options = {name: entry for name, entry in resolved.items() if entry is not None}
-    kept = [layer for layer in plan.layers if layer.name not in options]
-    plan.layers[:] = [layer for layer in plan.layers if layer.name in options]
-    for layer in kept:
-        for use in layer.uses:
+    """Leave layers to the graph that stay in float; returns options of the others.
+
+    Raises NoHeavyLayerError where none is left.
+    """
+    reasons = {layer.name: _reason_for_float(layer, resolved[layer.name]) for layer in plan.layers}
+    for layer in plan.layers:
+        for use in layer.uses if reasons[layer.name] else ():
             name = use.node.name or use.node.output[0]
-            reason = "the recipe keeps it in float"
-            plan.kept_in_float.append(KeptNode(name, use.operator, layer.weight.size, reason))
-    return options
+            kept = KeptNode(name, use.operator, layer.weight.size, reasons[layer.name])
+            plan.kept_in_float.append(kept)
+    plan.layers[:] = [layer for layer in plan.layers if not reasons[layer.name]]
+    if not plan.layers:
+        raise NoHeavyLayerError(nothing_found(plan.kept_in_float))
+    return {name: own for name, own in resolved.items() if own is not None and not reasons[name]}
+
+
+def _reason_for_float(layer: HeavyLayer, options: LayerOptions | None) -> str:
+    """Why a layer stays in float; empty where it does not."""
+    if options is None:
+        return "the recipe keeps it in float"
+    return "" if options.levels == (32,) else uncarried(layer) or ""
 
 
 def _for_operators(layer: HeavyLayer, options: LayerOptions) -> LayerOptions:
@@ -286,13 +326,27 @@ def _warn_of_discarded(out: Path) -> None:
             )
 
 
+def _warn_of_uncalibrated(unknown: dict[str, list[str]]) -> None:
+    """Name the layers that were quantized without knowing their inputs."""
+    for reason, names in unknown.items():
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        warnings.warn(
+            f"{counted(len(names), 'layer')}, {reason}, built without calibration: {shown}; low "
+            "levels are less accurate there: add samples that take this way, or keep it in float",
+            UncalibratedWarning,
+            stacklevel=3,
+        )
+
+
 def _load(
-    model: str | os.PathLike[str] | onnx.ModelProto, converted: onnx.ModelProto | None
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    external_data: str | os.PathLike[str] | None,
+    converted: onnx.ModelProto | None,
 ) -> tuple[onnx.ModelProto, SourceModel]:
     """The model in plain form, and what the bank says of its source; `converted`: of a .tflite."""
     if converted is not None:
         assert not isinstance(model, onnx.ModelProto)
-        return _load(converted, None)[0], _source(Path(model), Path(model).name)
+        return _load(converted, None, None)[0], _source(Path(model), Path(model).name)
     if isinstance(model, onnx.ModelProto):
         with tempfile.TemporaryDirectory(prefix="bapq-import-") as folder:
             path = Path(folder) / "model.onnx"
@@ -304,7 +358,7 @@ def _load(
                     "it with external data and give the path"
                 ) from error
             return load_model(path), _source(path, model.graph.name or "model")
-    return load_model(model), _source(Path(model), Path(model).name)
+    return load_model(model, external_data), _source(Path(model), Path(model).name)
 
 
 def _source(path: Path, name: str) -> SourceModel:
@@ -336,10 +390,12 @@ def _check_space(
 def _report(
     out: Path,
     manifest: Manifest,
-    weights: int,
+    coverage: Coverage,
     stages: Progress,
     pruned: dict[str, PruneReport],
 ) -> BuildReport:
+    weights = coverage.in_planes
+
     def average(level: Level) -> float:
         errors = (
             layer.relative_error[level_within(layer.levels, level)] * layer.rows * layer.columns
@@ -354,6 +410,8 @@ def _report(
         weights=weights,
         plane_bytes={plane: entry.bytes for plane, entry in manifest.planes.items()},
         kept_in_float=len(manifest.kept_in_float),
+        coverage=coverage.share,
+        weights_in_float=coverage.in_float,
         calibration_samples=manifest.calibration.samples if manifest.calibration else 0,
         relative_error={level: average(level) for level in manifest.levels},
         stage_seconds=stages.seconds,

@@ -66,7 +66,8 @@ def fit(
     Args:
         bank: the bank.
         calibration: an .npz file or a mapping, one array per model input, samples on the first
-            axis; best are samples that the bank was not built with.
+            axis; a folder of such files, or a list, where samples differ in size. Best are samples
+            that the bank was not built with.
         model: the float model that answers are to agree with; None is level 32 of the bank.
         target_agreement: 0 to 1; the fit fails unless held-out samples show that some boundary
             model keeps it.

@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..onnx_graph.ir import ConvGeometry
 
 
 def rows_of(
-    x: np.ndarray, conv: ConvGeometry | None, limit: int, rng: np.random.Generator
+    inputs: Sequence[np.ndarray],
+    conv: ConvGeometry | None,
+    width: int,
+    limit: int,
+    seed: int,
 ) -> np.ndarray:
-    """Pick at most `limit` of the rows that a layer's matrix multiplies.
+    """Pick at most `limit` of the rows, (n, width), that a layer's matrix multiplies.
 
-    Of arrays of equal shapes, equal `rng`s pick the same rows.
+    `inputs` has one array for each time that the layer runs; empty ones give no row. Of arrays of
+    equal shapes, equal seeds pick the same rows.
     """
-    with np.errstate(over="ignore", invalid="ignore"):
-        if conv is not None:
-            return _conv_rows(x, conv, limit, rng)
-        rows = x.reshape(-1, x.shape[-1])
-        result: np.ndarray = rows[_pick(len(rows), limit, rng)]
-        return result
+    inputs = [x for x in inputs if x.size]
+    if len(inputs) > limit:
+        inputs = [inputs[index] for index in _pick(len(inputs), limit, seed)]
+    parts = [np.empty((0, width), np.float32)]
+    for x in inputs:
+        with np.errstate(over="ignore", invalid="ignore"):
+            if conv is not None:
+                parts.append(_conv_rows(x, conv, limit // len(inputs), seed))
+                continue
+            rows = x.reshape(-1, x.shape[-1])
+            parts.append(rows[_pick(len(rows), limit // len(inputs), seed)])
+    return np.concatenate(parts)
 
 
-def _pick(count: int, limit: int, rng: np.random.Generator) -> np.ndarray:
-    return np.arange(count) if count <= limit else np.sort(rng.choice(count, limit, replace=False))
+def _pick(count: int, limit: int, seed: int) -> np.ndarray:
+    if count <= limit:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))
 
 
-def _conv_rows(
-    x: np.ndarray, conv: ConvGeometry, limit: int, rng: np.random.Generator
-) -> np.ndarray:
+def _conv_rows(x: np.ndarray, conv: ConvGeometry, limit: int, seed: int) -> np.ndarray:
     """Rows of the matrix that im2col builds.
 
     x: (n, channels, [height,] width); result: (rows, groups * columns), the columns of a group in
@@ -39,7 +52,7 @@ def _conv_rows(
     count, channels = x.shape[:2]
     top, rows_out = _windows(x.shape[2], conv, 0)
     left, columns_out = _windows(x.shape[3], conv, 1)
-    picked = _pick(count * rows_out * columns_out, limit, rng)
+    picked = _pick(count * rows_out * columns_out, limit, seed)
     image, position = np.divmod(picked, max(rows_out * columns_out, 1))
     oy, ox = np.divmod(position, max(columns_out, 1))
     ky, kx = np.arange(conv.kernel[0]), np.arange(conv.kernel[1])

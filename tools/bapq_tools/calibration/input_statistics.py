@@ -11,12 +11,11 @@ from bapq_edge.bank.layout import Level
 from bapq_edge.errors import CalibrationError
 
 from ..build_support.spill import Spill
-from ..onnx_graph.ir import ConvGeometry, HeavyLayer
+from ..onnx_graph.ir import HeavyLayer
 from .forward_passes import FLOAT, ForwardPasses
 from .gram import PANEL_COLUMNS, GramMatrices
 from .im2col import rows_of
 from .matrix_stats import LevelStats, MatrixStats
-from .reference_model import observed_use
 
 NEIGHBOUR: dict[Level, Level] = {4: 2, 2: 4, 1: 2}
 """Levels with a forward pass of their own, and the level that plans mix each with most. Level 8
@@ -34,15 +33,25 @@ HELD_OUT = 8
 _BLOCK_COLUMNS = 4608
 """Widest block of columns whose correlations are counted: 3x3 kernels over 512 channels."""
 
+_FREE_WORK = 1 << 38
+_WORK_PER_WEIGHT = 1 << 17
+"""Multiplications that go into the correlations of a layer at most, whatever its size, and per
+weight. Only layers of more than 4608 columns and fewer than 500 rows feel it."""
+
 _LEAST_ROWS, _MOST_ROWS = 8192, 16384
+_MOST_ROW_VALUES = 1 << 28
 _ROW_WORK = 1 << 36
-"""Rows of activations used are as many as make this work (rows x columns²), within these bounds."""
+"""Rows of activations used are as many as make this work (rows x columns²), within these bounds,
+and no more than fit into memory."""
 
 _DEPTHWISE_ROWS = 2048
 """The same where every channel is a group: the few taps of a kernel need no more, and the rows of
 all groups are in memory together."""
 
 _HELD_OUT_ROWS = 1024
+
+_SAFE_EXPONENT = 32
+"""Inputs between 2^-32 and 2^32 are taken as they are."""
 
 
 class InputStatistics:
@@ -59,7 +68,7 @@ class InputStatistics:
     def of(
         self, layers: Sequence[HeavyLayer], unit: int = PANEL_COLUMNS
     ) -> dict[str, list[MatrixStats] | None]:
-        """Statistics by layer name, of layers that multiply the same input (`input_key`).
+        """Statistics by layer name, of layers that multiply the same input (`Observation.key`).
 
         They have one entry per group of the convolution, and are None where no sample gives a row.
         Blocks of columns are multiples of `unit`, which is one of `PANEL_COLUMNS`. Raises
@@ -72,13 +81,14 @@ class InputStatistics:
         groups = [slice(begin, begin + columns) for begin in range(0, exact.shape[1], columns)]
         levels = self._passes.levels[1:]
         rows = {layer.name: len(layer.weight) // len(groups) for layer in layers}
-        blocks = _blocks(columns, unit)
+        blocks = _blocks(columns, unit, sum(rows.values()), len(exact))
         matrices = [GramMatrices.zeros(blocks, levels, rows, self._spill) for _ in groups]
-        means = {FLOAT: _centre(exact, held_out)}
+        factor = _factor(exact)
+        means = {FLOAT: _centre(exact, held_out, factor)}
         apart = {FLOAT: self._spill.put(held_out)}
         for own in levels:
             x, held_out = self._rows(layers[0], own)
-            means[own] = _centre(x, held_out)
+            means[own] = _centre(x, held_out, factor)
             apart[own] = self._spill.put(held_out)
             shares = {level: _shares(level, levels).get(own, 0.0) for level in levels}
             for number, group in enumerate(groups):
@@ -112,13 +122,36 @@ class InputStatistics:
             found[layer.name].append(stats)
         return dict(found)
 
+    def diagonals(self, layers: Sequence[HeavyLayer]) -> dict[str, list[MatrixStats] | None]:
+        """What `of` gives without correlations, drift and held-out samples: of the float pass."""
+        columns = layers[0].weight.shape[1]
+        exact, held_out = self._rows(layers[0], FLOAT)
+        if not len(exact):
+            return dict.fromkeys(layer.name for layer in layers)
+        mean = _centre(exact, held_out, _factor(exact))
+        square = np.einsum("nc,nc->c", exact, exact) / np.float32(len(exact))
+        none = np.empty((0, columns), np.float32)
+        found: dict[str, list[MatrixStats] | None] = {}
+        for layer in layers:
+            groups = len(mean) // columns
+            drift = np.broadcast_to(np.float32(0), (len(layer.weight) // groups, columns))
+            own = []
+            for begin in range(0, len(mean), columns):
+                group = slice(begin, begin + columns)
+                seen = LevelStats((square[group],), drift, mean[group], none)
+                levels = dict.fromkeys(NEIGHBOUR, seen)
+                own.append(MatrixStats((slice(0, columns),), mean[group], none, levels))
+            found[layer.name] = own
+        return found
+
     def gather_counts(self, layer: HeavyLayer) -> np.ndarray:
         """How often the samples read each row of a gathered table, (rows,) float64."""
         rows = len(layer.weight)
         counts = np.zeros(rows)
         for sample in range(self._passes.samples):
-            indices = np.asarray(self._passes.input_of(layer, FLOAT, sample)).reshape(-1)
-            counts += np.bincount(indices.astype(np.int64) % rows, minlength=rows)
+            for indices in self._passes.inputs_of(layer, FLOAT, sample):
+                found = np.asarray(indices).reshape(-1).astype(np.int64) % rows
+                counts += np.bincount(found, minlength=rows)
         return counts
 
     def _rows(self, layer: HeavyLayer, level: Level) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +161,10 @@ class InputStatistics:
         """
         samples = self._passes.samples
         held = range(HELD_OUT - 1, samples, HELD_OUT) if samples >= 2 * HELD_OUT else range(0)
-        columns, conv = layer.weight.shape[1], observed_use(layer).conv
+        observation = self._passes.observation(layer)
+        if observation is None:
+            raise ValueError(f"the input of layer {layer.name} is not seen")
+        columns, conv = layer.weight.shape[1], observation.use.conv
         width = columns * (conv.group if conv else 1)
         parts = []
         for chosen, wanted in (
@@ -139,8 +175,8 @@ class InputStatistics:
             rows = np.empty((len(chosen) * limit, width), np.float32)  # touched as far as filled
             end = 0
             for sample in chosen:
-                x = self._passes.input_of(layer, level, sample)
-                picked = rows_of(x, conv, limit, np.random.default_rng(sample))
+                inputs = self._passes.inputs_of(layer, level, sample)
+                picked = rows_of(inputs, conv, width, limit, sample)
                 if not np.isfinite(picked).all():
                     raise CalibrationError(
                         f"calibration sample {sample} gives layer {layer.name} an input with NaN "
@@ -152,18 +188,13 @@ class InputStatistics:
         return parts[0], parts[1]
 
 
-def input_key(layer: HeavyLayer) -> tuple[str, ConvGeometry | None]:
-    """A key that is equal for layers that multiply the same rows."""
-    use = observed_use(layer)
-    return use.activation_input, use.conv
-
-
 def _rows_wanted(layer: HeavyLayer) -> int:
     """Rows of activations that are used, as far as the samples give them."""
     if layer.depthwise:
         return _DEPTHWISE_ROWS
     columns: int = layer.weight.shape[1]
-    return min(max(_ROW_WORK // columns**2, _LEAST_ROWS), _MOST_ROWS)
+    wanted = min(max(_ROW_WORK // columns**2, _LEAST_ROWS), _MOST_ROWS)
+    return min(wanted, max(_MOST_ROW_VALUES // columns, _HELD_OUT_ROWS))
 
 
 def _shares(level: Level, levels: Sequence[Level]) -> dict[Level, float]:
@@ -174,16 +205,34 @@ def _shares(level: Level, levels: Sequence[Level]) -> dict[Level, float]:
     return {level: 1 - NEIGHBOUR_SHARE, neighbour: NEIGHBOUR_SHARE}
 
 
-def _centre(rows: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-    """Subtract the mean of `rows` from both in place; return it, (columns,) float32."""
+def _factor(rows: np.ndarray) -> np.float32:
+    """The power of two to multiply inputs by, so that their squares stay inside float32's range.
+
+    It is 1 for ordinary inputs. Statistics are compared with each other only, so it cancels out.
+    """
+    peak = float(np.abs(rows).max(initial=0))
+    exponent = np.frexp(peak)[1] if peak else 0
+    return np.float32(1) if abs(exponent) <= _SAFE_EXPONENT else np.float32(2.0 ** -float(exponent))
+
+
+def _centre(rows: np.ndarray, held_out: np.ndarray, factor: np.float32) -> np.ndarray:
+    """Subtract the mean of `rows` from both in place, and multiply them; return the mean."""
     mean: np.ndarray = rows.mean(0, dtype=np.float64).astype(np.float32)
-    rows -= mean
-    held_out -= mean
+    for each in (rows, held_out):
+        each -= mean
+        if factor != 1:
+            each *= factor
     return mean
 
 
-def _blocks(columns: int, unit: int) -> tuple[slice, ...]:
-    """Cut the columns into runs of equal width, which is a multiple of `unit`."""
-    count = -(-columns // _BLOCK_COLUMNS)
+def _blocks(columns: int, unit: int, rows: int, inputs: int) -> tuple[slice, ...]:
+    """Cut the columns into runs of equal width, which is a multiple of `unit`.
+
+    Correlations inside a run cost its width times the columns, however few rows of weights make
+    use of them: wide layers of few rows get narrower runs.
+    """
+    work = max(_FREE_WORK, _WORK_PER_WEIGHT * rows * columns)
+    widest = min(_BLOCK_COLUMNS, work // (columns * (inputs + _BLOCK_COLUMNS)))
+    count = -(-columns // max(widest, unit))
     width = -(-columns // (count * unit)) * unit
     return tuple(slice(b, min(b + width, columns)) for b in range(0, columns, width))

@@ -1,4 +1,8 @@
-"""Statistics of the inputs that a weight matrix meets, as error-compensated rounding needs them."""
+"""Statistics of the inputs that a weight matrix meets, as error-compensated rounding needs them.
+
+Where inputs are so large or small that their squares leave float32's range, all but the means are
+those of the inputs times one power of two.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ class LevelStats:
     """The inputs of a layer where the layers before it run at a level; they are centred."""
 
     grams: tuple[np.ndarray, ...]
-    """Mean of x xᵀ, (c, c) float32 for each block of columns."""
+    """Mean of x xᵀ, (c, c) float32 per block of columns; in a fast build its diagonal, (c,)."""
     drift: np.ndarray
     """Mean of W (x_float - x) xᵀ, (rows, columns) float32: earlier errors, seen in the output."""
     mean: np.ndarray
@@ -35,6 +39,11 @@ class MatrixStats:
     """The float model's inputs where `LevelStats.held_out` are taken, centred."""
     levels: dict[Level, LevelStats]
     """The statistics of levels 4, 2 and 1, as far as the bank has them."""
+
+    @property
+    def correlated(self) -> bool:
+        """Whether correlations of columns are known: compensated rounding needs them."""
+        return all(gram.ndim == 2 for seen in self.levels.values() for gram in seen.grams)
 
     def part(self, rows: slice, block: int) -> MatrixStats:
         """The statistics of some rows of the matrix and one block of its columns."""

@@ -6,16 +6,19 @@ before it have been quantized.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from ..onnx_graph import graphs
-from ..onnx_graph.assemble import rebuild
-from ..onnx_graph.ir import HeavyLayer, LayerPlan, LayerUse
+from ..onnx_graph.assemble import add_initializers_of_bodies, rebuild
+from ..onnx_graph.ir import ConvGeometry, HeavyLayer, LayerPlan, LayerUse
+from .body_taps import Tap, recorded, tapped
 
 _SQUASHING = ("Softmax", "LogSoftmax", "Sigmoid", "Identity", "Flatten", "Reshape")
 """Operators that lose nothing an answer depends on, but may hide how sure it is."""
@@ -24,17 +27,85 @@ _WEIGHT, _BIAS = "bapq.weight.", "bapq.bias."
 
 
 @dataclass(frozen=True)
+class Observation:
+    """Where the input of a layer is seen: a tensor, or what a tap in a body recorded of it."""
+
+    use: LayerUse
+    tensors: tuple[str, ...]
+    """The input itself, or values and shapes as a `Tap` names them."""
+
+    @classmethod
+    def inside(cls, use: LayerUse, tap: Tap) -> Observation:
+        """That of a use inside a body."""
+        return cls(use, (tap.values, tap.shapes))
+
+    @property
+    def key(self) -> tuple[str, ConvGeometry | None]:
+        """A key that is equal for layers that multiply the same rows."""
+        return self.tensors[0], self.use.conv
+
+    def inputs(self, tensors: Mapping[str, Any]) -> list[np.ndarray]:
+        """The inputs, one for each time that the layer ran."""
+        found = [tensors[name] for name in self.tensors]
+        return found if len(found) == 1 else recorded(*found)
+
+
+@dataclass(frozen=True)
 class Stage:
     """Nodes that can run, in order, and the layers whose inputs are known after them."""
 
     nodes: tuple[onnx.NodeProto, ...]
     layers: tuple[HeavyLayer, ...]
+    observations: Mapping[str, Observation]
+    """Where the inputs of the layers are seen, by layer name; those of some cannot be."""
     reads: frozenset[str]
     """Computed tensors that the nodes read from earlier stages."""
     writes: frozenset[str]
     """Tensors that later stages, the layers or the model's outputs read."""
     live: frozenset[str]
     """Tensors of this and earlier stages that are read after this one."""
+    in_float: frozenset[str] | None = None
+    """None, or where the stage only looks into bodies, which run again when all their layers are
+    quantized: the names of the layers in them that are not quantized yet."""
+
+
+@dataclass
+class _PlannedStage:
+    """A stage whose tensors are not named yet."""
+
+    nodes: list[onnx.NodeProto]
+    layers: tuple[HeavyLayer, ...] = ()
+    observations: dict[str, Observation] = field(default_factory=dict)
+    in_float: frozenset[str] | None = None
+
+
+class _Waiting:
+    """Things that wait for names to be known, in an order."""
+
+    def __init__(self, needs: Sequence[Iterable[str]]) -> None:
+        self.missing = [set(names) for names in needs]
+        """What each still waits for; empty sets for those that were ready."""
+        self._by_name: dict[str, list[int]] = {}
+        for index, names in enumerate(self.missing):
+            for name in names:
+                self._by_name.setdefault(name, []).append(index)
+        self._ready = [index for index, names in enumerate(self.missing) if not names]
+        self.left = len(self.missing)
+        """How many have not been ready yet."""
+
+    def know(self, names: Iterable[str]) -> None:
+        """Take note of names."""
+        for name in names:
+            for index in self._by_name.pop(name, ()):
+                self.missing[index].discard(name)
+                if not self.missing[index]:
+                    self._ready.append(index)
+
+    def ready(self) -> list[int]:
+        """Those that have all they waited for, each told once, in order."""
+        found, self._ready = sorted(self._ready), []
+        self.left -= len(found)
+        return found
 
 
 class Reference:
@@ -43,7 +114,8 @@ class Reference:
     def __init__(self, model: onnx.ModelProto, plan: LayerPlan) -> None:
         self._model = model
         self._plan = plan
-        taken = graphs.names(model.graph)
+        self._needs: dict[int, tuple[onnx.NodeProto, frozenset[str]]] = {}  # by identity
+        self._taken = taken = graphs.names(model.graph)
         operators: dict[int, list[onnx.NodeProto]] = {
             id(node): [] for layer in plan.layers for use in layer.uses for node in _own(use)
         }
@@ -51,6 +123,7 @@ class Reference:
             for use in layer.uses:
                 operators[id(use.node)] = self._operator(layer, use, taken)
         self.graph = rebuild(model.graph, operators)
+        add_initializers_of_bodies(model.graph, self.graph)
         self._layers = {
             _weight_name(layer, use): layer for layer in plan.layers for use in layer.uses
         }
@@ -76,100 +149,150 @@ class Reference:
 
     def stages(self) -> Iterator[Stage]:
         """The stages in order; the last one has no layers."""
-        pending = [layer for layer in self._plan.layers if observed(layer)]
-        unobserved = tuple(layer for layer in self._plan.layers if not observed(layer))
-        quantized = {layer.name for layer in unobserved}
-        computed = {item.name for item in self.graph.input}
-        computed |= set(self._initializers) | set(self._sparse)
-        rest = [(node, self.needs(node)) for node in self.graph.node]
-        planned: list[tuple[list[onnx.NodeProto], tuple[HeavyLayer, ...]]] = []
-        if unobserved:
-            planned.append(([], unobserved))
-        while rest:
-            nodes, later = [], []
-            for node, needs in rest:
-                weights = {name for name in needs if name in self._layers}
-                biases = {name for name in needs if name.startswith(_BIAS)}
-                known = {self._layers[name].name for name in weights} <= quantized
-                if known and needs - weights - biases <= computed:
-                    nodes.append(node)
-                    computed.update(name for name in node.output if name)
-                else:
-                    later.append((node, needs))
-            ready = tuple(layer for layer in pending if _input(layer) in computed)
-            if not nodes and not ready:
-                raise ValueError("the graph is not in topological order")
-            pending = [layer for layer in pending if _input(layer) not in computed]
-            quantized |= {layer.name for layer in ready}
-            planned.append((nodes, ready))
-            rest = later
+        pending = list(self._plan.layers)
+        seen = {
+            layer.name: Observation(use, (use.activation_input,))
+            for layer in pending
+            for use in reversed(_telling_uses(layer))
+            if not use.is_body
+        }
+        nodes = _Waiting([self.needs(node) for node in self.graph.node])
+        layers = _Waiting([set(_tensors(seen.get(layer.name))) for layer in pending])
+        known = {item.name for item in self.graph.input}
+        known |= set(self._initializers) | set(self._sparse)
+        quantized: set[str] = set()
+        planned: list[_PlannedStage] = []
+        while nodes.left:
+            stage = _PlannedStage([])
+            while known:
+                layers.know(known)
+                nodes.know(known)
+                new = [self.graph.node[index] for index in nodes.ready()]
+                stage.nodes.extend(new)
+                known = {name for node in new for name in node.output if name}
+            ready = [self._plan.layers[index] for index in layers.ready()]
+            stage.layers = tuple(layer for layer in ready if layer.name not in quantized)
+            stage.observations = {layer.name: seen[layer.name] for layer in stage.layers}
+            if not stage.nodes and not stage.layers:
+                pending = [layer for layer in pending if layer.name not in quantized]
+                stage = self._inside(nodes, pending)
+            planned.append(stage)
+            for layer in stage.layers:
+                quantized.add(layer.name)
+                known |= weight_inputs(layer)
         outputs = {item.name for item in self.graph.output} | set(self.judged_tensors())
         yield from self._with_names(planned, outputs)
 
-    def _with_names(
-        self,
-        planned: list[tuple[list[onnx.NodeProto], tuple[HeavyLayer, ...]]],
-        outputs: set[str],
-    ) -> Iterator[Stage]:
+    def _inside(self, nodes: _Waiting, pending: list[HeavyLayer]) -> _PlannedStage:
+        """Look into a node that waits for layers in its bodies: at the first input of such."""
+        blocked = (
+            index
+            for index, missing in enumerate(nodes.missing)
+            if missing and all(name.startswith((_WEIGHT, _BIAS)) for name in missing)
+        )
+        index = next(blocked, None)
+        if index is None:
+            raise ValueError("the graph is not in topological order")
+        node = self.graph.node[index]
+        names = {self._layers[name].name for name in self.needs(node) if name in self._layers}
+        waiting = [layer for layer in pending if layer.name in names]
+        for use in _telling_uses(waiting[0]):
+            found = tapped(node, use, self._taken) if use.is_body else None
+            if found is not None:
+                taps, tap = found
+                same = {
+                    layer.name: Observation.inside(other, tap)
+                    for layer in waiting
+                    for other in _telling_uses(layer)
+                    if other.graph is use.graph and other.activation_input == use.activation_input
+                    if (other.operator == "Gather") == (use.operator == "Gather")
+                }
+                layers = tuple(layer for layer in waiting if layer.name in same)
+                in_float = frozenset(layer.name for layer in waiting)
+                return _PlannedStage(taps, layers, same, in_float)
+        return _PlannedStage([], (waiting[0],))
+
+    def _with_names(self, planned: list[_PlannedStage], outputs: set[str]) -> Iterator[Stage]:
         """Add the tensors that pass from one stage to the next."""
-        read_after: list[set[str]] = []
-        needed = set(outputs)
-        for nodes, _ in reversed(planned):
-            read_after.append(set(needed))
-            for node in nodes:
-                needed |= self.needs(node)
-        constant = set(self._initializers) | set(self._sparse)
-        computed = {item.name for item in self.graph.input}
-        for (nodes, layers), after in zip(planned, reversed(read_after), strict=True):
-            needs = {name for node in nodes for name in self.needs(node)}
-            writes = {name for node in nodes for name in node.output if name}
-            reads = (needs & computed) - constant
-            computed |= writes
-            wanted = after | {_input(layer) for layer in layers if observed(layer)}
-            live = (wanted & computed) - constant
+        last_read = dict.fromkeys(outputs, len(planned))
+        needs = [set().union(*map(self.needs, each.nodes)) for each in planned]
+        for number, each in enumerate(planned):
+            after = (name for seen in each.observations.values() for name in seen.tensors)
+            for names, place in ((needs[number], number), (after, number + 1)):
+                for name in names:
+                    last_read[name] = max(last_read.get(name, 0), place)
+        live = {item.name for item in self.graph.input}
+        for number, each in enumerate(planned):
+            reads = needs[number] & live
+            outputs = {name for node in each.nodes for name in node.output if name}
+            writes = {name for name in outputs if last_read.get(name, 0) > number}
+            live = {name for name in live | writes if last_read.get(name, 0) > number}
             yield Stage(
-                tuple(nodes), layers, frozenset(reads), frozenset(writes & wanted), frozenset(live)
+                tuple(each.nodes),
+                each.layers,
+                each.observations,
+                frozenset(reads),
+                frozenset(writes),
+                frozenset(live),
+                each.in_float,
             )
 
     def model_of(
         self,
         nodes: Iterable[onnx.NodeProto],
-        inputs: dict[str, np.ndarray],
+        inputs: Mapping[str, onnx.TypeProto],
         outputs: Iterable[str],
+        constants: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> onnx.ModelProto:
-        """Make a model of some nodes; `inputs` are examples of what they read besides weights."""
+        """Make a model of some nodes; `inputs` are the types of what they read besides weights.
+
+        Weights are inputs, too, but those in `constants`.
+        """
         nodes = list(nodes)
         part = onnx.GraphProto(name="stage", node=nodes)
         needs = set().union(*(self.needs(node) for node in nodes))
         for name in sorted(needs):
-            if name in self._initializers and name not in inputs:
+            if name in constants:
+                part.initializer.append(numpy_helper.from_array(constants[name], name))
+            elif name in self._initializers and name not in inputs:
                 part.initializer.append(self._initializers[name])
             elif name in self._sparse:
                 part.sparse_initializer.append(self._sparse[name])
             elif name in self._layers or name.startswith(_BIAS):
                 part.input.append(_value(name, onnx.TensorProto.FLOAT))
-        for name, example in inputs.items():
-            part.input.append(_value(name, helper.np_dtype_to_tensor_dtype(example.dtype)))
+        part.input.extend(onnx.ValueInfoProto(name=n, type=kind) for n, kind in inputs.items())
         part.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
         result = onnx.ModelProto(ir_version=self._model.ir_version, graph=part)
         result.opset_import.extend(self._model.opset_import)
         return result
 
-    def weight_inputs(self, nodes: Iterable[onnx.NodeProto]) -> list[HeavyLayer]:
-        """The layers that these nodes read."""
-        needs = set().union(*(self.needs(node) for node in nodes))
-        found = {layer.name: layer for name, layer in self._layers.items() if name in needs}
-        return list(found.values())
+    def input_types(self) -> dict[str, onnx.TypeProto]:
+        """The types of the model's inputs, of any size."""
+        types = {}
+        for item in self.graph.input:
+            kind = types[item.name] = onnx.TypeProto()
+            kind.CopyFrom(item.type)
+            if kind.HasField("tensor_type"):
+                kind.tensor_type.ClearField("shape")
+        return types
 
-    def needs(self, node: onnx.NodeProto) -> set[str]:
+    def layers_of(self, nodes: Iterable[onnx.NodeProto]) -> list[HeavyLayer]:
+        """The layers whose weights these nodes read."""
+        needs = set().union(*(self.needs(node) for node in nodes))
+        found = {self._layers[n].name: self._layers[n] for n in needs if n in self._layers}
+        return [found[name] for name in sorted(found)]
+
+    def needs(self, node: onnx.NodeProto) -> frozenset[str]:
         """The names that a node reads, and those that its bodies read from outside."""
-        needs = {name for name in node.input if name}
-        for body in graphs.bodies(node):
-            inner = {name for part in graphs.walk(body) for n in part.node for name in n.output}
-            inner |= {item.name for part in graphs.walk(body) for item in part.input}
-            inner |= {item.name for part in graphs.walk(body) for item in part.initializer}
-            needs |= set(graphs.uses(body)) - inner
-        return needs
+        if id(node) not in self._needs:
+            needs = {name for name in node.input if name}
+            for body in graphs.bodies(node):
+                inner = {name for part in graphs.walk(body) for n in part.node for name in n.output}
+                inner |= {item.name for part in graphs.walk(body) for item in part.input}
+                inner |= {item.name for part in graphs.walk(body) for item in part.initializer}
+                needs |= set(graphs.uses(body)) - inner
+            self._needs[id(node)] = node, frozenset(needs)
+        return self._needs[id(node)][1]
 
     @staticmethod
     def _operator(layer: HeavyLayer, use: LayerUse, taken: set[str]) -> list[onnx.NodeProto]:
@@ -207,18 +330,18 @@ def logits_tensor(graph: onnx.GraphProto, output: str) -> str:
     return output
 
 
-def observed(layer: HeavyLayer) -> bool:
-    """Whether some use of the layer has an input that can be seen from outside."""
-    return any(not use.is_body for use in layer.uses)
+def _tensors(observation: Observation | None) -> tuple[str, ...]:
+    return observation.tensors if observation else ("",)  # no tensor has this name
 
 
-def observed_use(layer: HeavyLayer) -> LayerUse:
-    """The use that calibration looks at: the first that can be seen."""
-    return next(use for use in layer.uses if not use.is_body)
+def _telling_uses(layer: HeavyLayer) -> list[LayerUse]:
+    """The uses whose input tells what matters: of a gathered table, which rows are read."""
+    return [use for use in layer.uses if not layer.gathered or use.operator == "Gather"]
 
 
-def _input(layer: HeavyLayer) -> str:
-    return observed_use(layer).activation_input
+def weight_inputs(layer: HeavyLayer) -> set[str]:
+    """The names that `weight_feeds` gives values to."""
+    return {_weight_name(layer, use) for use in layer.uses} | {_BIAS + layer.name}
 
 
 def weight_feeds(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,36 +26,59 @@ from bapq_edge.input_files import check_input_file
 _MASK = "attention_mask"
 """The input by which language models are told which tokens are padding, by common convention."""
 
-CalibrationSource = str | os.PathLike[str] | Mapping[str, np.ndarray]
+CalibrationPart = str | os.PathLike[str] | Mapping[str, Any]
 """An .npz file, an .npy where the model has one input, or the arrays themselves: one per model
 input, samples on the first axis."""
+
+CalibrationSource = CalibrationPart | list[CalibrationPart] | tuple[CalibrationPart, ...]
+"""A part, a folder of .npz files, or several of them, where samples differ in size."""
+
+
+@dataclass(frozen=True)
+class _Column:
+    """The values of one model input, sample by sample."""
+
+    samples: int | None
+    """None where there are as many as of the other inputs."""
+    value: Callable[[int], Any]
+    array: np.ndarray | None = None
+    """The array that holds all values, if one does."""
 
 
 @dataclass(frozen=True)
 class CalibrationData:
     """Checked samples, ready to be fed."""
 
-    arrays: dict[str, np.ndarray]
-    rows_per_sample: dict[str, int]
-    """Rows of the first axis in one sample, by array; 0 where a sample is one entry without it."""
-    samples: int
+    parts: tuple[Mapping[str, _Column], ...]
+    """Columns by input. Samples of one part are alike in size."""
+    ends: tuple[int, ...]
+    """The number of samples up to the end of each part."""
     blake2b: str
     """BLAKE2b-128 over names, types, shapes and values."""
     padded: frozenset[str] = field(default_factory=frozenset)
     """Arrays (samples, tokens) whose padding `feed` cuts off: see `_padded_arrays`."""
 
-    def feed(self, sample: int) -> dict[str, np.ndarray]:
-        """The model inputs of one sample."""
-        feed = {}
-        for name, array in self.arrays.items():
-            rows = self.rows_per_sample[name]
-            feed[name] = array[sample * rows : (sample + 1) * rows] if rows else array[sample]
+    @property
+    def samples(self) -> int:
+        """The number of samples."""
+        return self.ends[-1]
+
+    def feed(self, sample: int) -> dict[str, Any]:
+        """The model inputs of one sample: arrays, lists of them, None for an empty optional."""
+        number = bisect.bisect_right(self.ends, sample)
+        begin = self.ends[number - 1] if number else 0
+        columns = self.parts[number]
+        feed = {name: column.value(sample - begin) for name, column in columns.items()}
         if self.padded:
             seen = np.flatnonzero(feed[_MASK].any(axis=0))
             if len(seen):
                 tokens = slice(int(seen[0]), int(seen[-1]) + 1)
                 feed.update({name: feed[name][:, tokens] for name in self.padded})
-        return {name: np.asarray(value, order="C") for name, value in feed.items()}
+        return {name: _in_order(value) for name, value in feed.items()}
+
+
+def _in_order(value: Any) -> Any:
+    return np.asarray(value, order="C") if isinstance(value, np.ndarray | np.generic) else value
 
 
 def check_calibration_source(source: object) -> None:
@@ -60,13 +87,28 @@ def check_calibration_source(source: object) -> None:
     Raises CalibrationError for an object of another type, InputFileError for a file that cannot be
     read.
     """
-    if isinstance(source, str | os.PathLike):
-        check_input_file(source)
-    elif not isinstance(source, Mapping):
-        raise CalibrationError(
-            f"the calibration data is of type {type(source).__name__}: give an .npz file, or a "
-            "mapping of the model's inputs to arrays"
-        )
+    for part in _parts(source):
+        if isinstance(part, str | os.PathLike):
+            check_input_file(part)
+        elif not isinstance(part, Mapping):
+            raise CalibrationError(
+                f"the calibration data is of type {type(part).__name__}: give an .npz file, a "
+                "folder of them, a mapping of the model's inputs to arrays, or a list of these"
+            )
+
+
+def _parts(source: object) -> Iterator[Any]:
+    """The parts of a list or folder, in order; others are one part."""
+    if isinstance(source, list | tuple):
+        for item in source:
+            yield from _parts(item)
+    elif isinstance(source, str | os.PathLike) and os.path.isdir(source):
+        files = sorted(file for file in Path(source).iterdir() if file.suffix in (".npz", ".npy"))
+        if not files:
+            raise CalibrationError(f"{os.fspath(source)} holds no .npz file; write some into it")
+        yield from files
+    else:
+        yield source
 
 
 def load_calibration(
@@ -75,45 +117,92 @@ def load_calibration(
     """Read and check calibration data against the model's inputs.
 
     An array has the input's own axes, the first one counting samples (a first axis that the model
-    fixes at n takes n rows per sample), or one axis more, in front, that counts whole inputs.
+    fixes at n takes n rows per sample), or one axis more, in front, that counts whole inputs. For
+    an input that is a sequence the first axis counts samples and the second the items of each; an
+    optional may be left out.
 
     Raises:
-        CalibrationError: not a file of plain arrays, or no samples.
+        CalibrationError: not a file of plain arrays, no samples, or an input of a type that cannot
+            be given.
         CalibrationArrayError: an array is missing, or no input has its name.
         CalibrationShapeError: shape or type do not fit, or sample counts differ.
         CalibrationValueError: NaN or infinity.
         InputFileError: the file cannot be read.
     """
     check_calibration_source(source)
-    inputs = {item.name: item.type.tensor_type for item in model_inputs}
-    if isinstance(source, Mapping):
-        given = {str(name): np.asarray(array) for name, array in source.items()}
-    else:
-        given = _read(source, list(inputs))
-    _check_names(given, inputs)
-    arrays, rows_per_sample, counts = {}, {}, {}
-    for name, kind in inputs.items():
-        array = _cast(name, given[name], kind)
-        rows = _rows_per_sample(name, array, kind)
-        _check_finite(name, array, max(rows, 1))
-        arrays[name], rows_per_sample[name] = array, rows
-        counts[name] = len(array) // max(rows, 1)
+    inputs = {item.name: item.type for item in model_inputs}
+    sources = list(_parts(source))
+    digest = hashlib.blake2b(digest_size=16)
+    parts, counts = [], []
+    for number, part in enumerate(sources):
+        try:
+            columns, samples = _columns(part, inputs)
+        except CalibrationError as error:
+            where = f"part {number}" if isinstance(part, Mapping) else os.fspath(part)
+            if len(sources) > 1 and where not in str(error):
+                raise type(error)(f"{where}: {error}") from error
+            raise
+        if samples:
+            parts.append(columns)
+            counts.append(samples)
+            _add_to_digest(digest, columns, samples)
+    if not parts:
+        raise CalibrationError(
+            "the calibration data has 0 samples, at least 1 is needed; 100 or more are better"
+        )
+    padded = _padded_arrays(inputs, parts)
+    return CalibrationData(
+        tuple(parts), tuple(itertools.accumulate(counts)), digest.hexdigest(), padded
+    )
+
+
+def _columns(
+    part: CalibrationPart, inputs: Mapping[str, onnx.TypeProto]
+) -> tuple[dict[str, _Column], int]:
+    """Read one part: a column for each input, and the number of samples."""
+    given = dict(part) if isinstance(part, Mapping) else _read(part, list(inputs))
+    optional = {name for name, kind in inputs.items() if kind.HasField("optional_type")}
+    _check_names(given, inputs, optional)
+    columns = {name: _column(name, given.get(name), kind) for name, kind in inputs.items()}
+    counts = {
+        name: column.samples for name, column in columns.items() if column.samples is not None
+    }
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name} has {count}" for name, count in counts.items())
         raise CalibrationShapeError(
             f"calibration arrays differ in samples: {listed}; give each the same number"
         )
-    samples = next(iter(counts.values()), 0)
-    if samples == 0:
+    return columns, next(iter(counts.values()), 0)
+
+
+def _column(name: str, values: Any, kind: onnx.TypeProto) -> _Column:
+    if kind.HasField("optional_type"):
+        if values is None:
+            return _Column(None, lambda sample: None)
+        return _column(name, values, kind.optional_type.elem_type)
+    if kind.HasField("sequence_type") and kind.sequence_type.elem_type.HasField("tensor_type"):
+        element = kind.sequence_type.elem_type.tensor_type
+        lists = [[_cast(name, np.asarray(item), element) for item in items] for items in values]
+        for sample, item in ((n, item) for n, items in enumerate(lists) for item in items):
+            _check_finite(name, item[None], 1, sample)
+        return _Column(len(lists), lists.__getitem__)
+    if not kind.HasField("tensor_type"):
         raise CalibrationError(
-            "the calibration data has 0 samples, at least 1 is needed; 100 or more are better"
+            f"input {name} is of a type that calibration cannot give, "
+            f"{kind.WhichOneof('value')}; build without calibration"
         )
-    padded = _padded_arrays(inputs, rows_per_sample)
-    return CalibrationData(arrays, rows_per_sample, samples, _digest(arrays), padded)
+    array = _cast(name, np.asarray(values), kind.tensor_type)
+    rows = _rows_per_sample(name, array, kind.tensor_type)
+    _check_finite(name, array, max(rows, 1))
+
+    def value(sample: int) -> Any:
+        return array[sample * rows : (sample + 1) * rows] if rows else array[sample]
+
+    return _Column(len(array) // max(rows, 1), value, array)
 
 
 def _padded_arrays(
-    inputs: Mapping[str, onnx.TypeProto.Tensor], rows_per_sample: Mapping[str, int]
+    inputs: Mapping[str, onnx.TypeProto], parts: Iterable[Mapping[str, _Column]]
 ) -> frozenset[str]:
     """The inputs whose second axis is the free token axis of an `attention_mask`.
 
@@ -121,9 +210,16 @@ def _padded_arrays(
     activation that matters, and statistics must not count it.
     """
 
-    def token_axis(name: str) -> str:
-        dims = inputs[name].shape.dim
-        return dims[1].dim_param if len(dims) == 2 and rows_per_sample[name] else ""
+    def token_axis(name: str) -> object:
+        """What is equal for inputs with the same token axis: its name, or its sizes."""
+        dims = inputs[name].tensor_type.shape.dim
+        if len(dims) != 2 or dims[1].HasField("dim_value"):
+            return None
+        arrays = [columns[name].array for columns in parts]
+        # A first axis of whole inputs, in front of the model's own, has no padding to cut.
+        if any(array is None or array.ndim != 2 for array in arrays):
+            return None
+        return dims[1].dim_param or [array.shape[1] for array in arrays if array is not None]
 
     if _MASK not in inputs or not token_axis(_MASK):
         return frozenset()
@@ -148,9 +244,9 @@ def _read(path: str | os.PathLike[str], inputs: list[str]) -> dict[str, np.ndarr
     return {inputs[0]: arrays}
 
 
-def _check_names(given: Iterable[str], needed: Iterable[str]) -> None:
+def _check_names(given: Iterable[str], needed: Iterable[str], optional: set[str]) -> None:
     there, wanted = sorted(given), sorted(needed)
-    if there != wanted:
+    if {*there, *optional} != set(wanted):
         raise CalibrationArrayError(
             f"the calibration data has the arrays {', '.join(there) or 'none'}, the model needs "
             f"{', '.join(wanted)}; give one array per model input under its name"
@@ -159,6 +255,8 @@ def _check_names(given: Iterable[str], needed: Iterable[str]) -> None:
 
 def _cast(name: str, array: np.ndarray, kind: onnx.TypeProto.Tensor) -> np.ndarray:
     """Cast the array to the input's type, from another size of the same kind, if it fits."""
+    if kind.elem_type == onnx.TensorProto.STRING and array.dtype.kind in "UO":
+        return array.astype(object)
     wanted = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
     if array.dtype == wanted:
         return array
@@ -211,21 +309,30 @@ def _shape_error(name: str, array: np.ndarray, wanted: str, step: str) -> Calibr
     )
 
 
-def _check_finite(name: str, array: np.ndarray, rows: int) -> None:
+def _check_finite(name: str, array: np.ndarray, rows: int, sample: int = 0) -> None:
+    """Refuse what is not finite; `sample` is the number of the first sample in the array."""
     if array.dtype.kind != "f" or np.isfinite(array).all():
         return
     bad = ~np.isfinite(array)
-    first = int(np.argmax(bad.reshape(len(array), -1).any(axis=1))) // rows
+    first = sample + int(np.argmax(bad.reshape(len(array), -1).any(axis=1))) // rows
     raise CalibrationValueError(
         f"calibration array {name} holds {int(bad.sum())} values that are NaN or infinity, the "
         f"first in sample {first}; remove those samples"
     )
 
 
-def _digest(arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+def _add_to_digest(digest: Any, columns: Mapping[str, _Column], samples: int) -> None:
+    for name in sorted(columns):
+        whole = columns[name].array
+        values = [columns[name].value(sample) for sample in range(samples)]
+        for array in values if whole is None else [whole]:
+            for item in array if isinstance(array, list) else [array]:
+                _add_array(digest, name, np.asarray(item))
+
+
+def _add_array(digest: Any, name: str, array: np.ndarray) -> None:
+    digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+    if array.dtype == object:  # strings, or nothing
+        digest.update(repr(array.tolist()).encode())
+    else:
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bapq_edge.bank.coverage import Coverage
 from bapq_edge.bank.reader import Bank
 from bapq_edge.commands.options import add_json, parse_levels
 from bapq_edge.units import counted, format_size
@@ -37,8 +38,10 @@ def add_build_command(commands: Any) -> None:
     build.add_argument(
         "--calibration",
         type=Path,
+        action="append",
         metavar="DATA.npz",
-        help="one array per model input, samples on the first axis; .npy where there is one input",
+        help="one array per model input, samples on the first axis; .npy where there is one input; "
+        "samples of other sizes: a folder of such files, or the option again",
     )
     build.add_argument(
         "--levels",
@@ -56,6 +59,24 @@ def add_build_command(commands: Any) -> None:
         type=float,
         metavar="T",
         help="make weights zero that are below T times the largest of their layer",
+    )
+    build.add_argument(
+        "--external-data",
+        type=Path,
+        metavar="FOLDER",
+        help="where the model's external data may lie besides the model's own folder",
+    )
+    build.add_argument(
+        "--min-coverage",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="fail where less than this share of the weights, such as 0.9, goes into planes",
+    )
+    build.add_argument(
+        "--fast",
+        action="store_true",
+        help="for a first look: round to nearest, without compensating errors",
     )
     build.add_argument(
         "--analyze",
@@ -103,6 +124,9 @@ def _build(arguments: argparse.Namespace, out: Path) -> BuildReport:
         levels=levels,
         recipe=arguments.recipe,
         prune_tau=arguments.prune_tau,
+        external_data=arguments.external_data,
+        min_coverage=arguments.min_coverage,
+        fast=arguments.fast,
         workers=arguments.workers,
         dask=arguments.dask,
         progress=not arguments.quiet,
@@ -142,6 +166,7 @@ def _summary(report: BuildReport) -> str:
         _pruning(report),
         "seconds: "
         + ", ".join(f"{name} {value:.1f}" for name, value in report.stage_seconds.items()),
+        f"coverage: {Coverage(report.weights, report.weights_in_float)}",
     ]
     return "\n".join(line for line in lines if line and not line.endswith(": "))
 

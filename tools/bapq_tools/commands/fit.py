@@ -24,10 +24,12 @@ def add_fit_command(commands: Any) -> None:
     fit.add_argument(
         "--calibration",
         type=Path,
+        action="append",
         required=True,
         metavar="DATA.npz",
         help="one array per model input, samples on the first axis; .npy where there is one input; "
-        "best not those of the build",
+        "samples of other sizes: a folder of such files, or the option again; best not those of "
+        "the build",
     )
     fit.add_argument(
         "--model",

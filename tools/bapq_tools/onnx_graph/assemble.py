@@ -215,6 +215,11 @@ def _add_initializers(source: onnx.GraphProto, target: onnx.GraphProto) -> None:
     """Copy the initializers that the rebuilt graph, or a body in it, still reads."""
     read = graphs.uses(target)
     target.initializer.extend(tensor for tensor in source.initializer if read[tensor.name])
+    add_initializers_of_bodies(source, target)
+
+
+def add_initializers_of_bodies(source: onnx.GraphProto, target: onnx.GraphProto) -> None:
+    """Copy the initializers of bodies that the rebuilt graph still reads."""
     source_bodies = {
         (tuple(node.output), item.name): item.g
         for node in source.node

@@ -16,6 +16,7 @@ from bapq_edge.errors import StorageError, UnsupportedModelError
 
 from . import graphs
 from .importers.onnx_file import load_external_data
+from .spell_out import spell_out
 
 _SILENT = 4
 """ORT's log severity "fatal": errors reach us as exceptions."""
@@ -28,7 +29,7 @@ _EXTERNAL_ALIGNMENT = 4096
 
 
 def fold(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with constants computed and batch norms folded, standard operators only.
+    """The model with constants computed, batch norms folded and products in standard form.
 
     Raises:
         UnsupportedModelError: ONNX Runtime cannot load the model.
@@ -42,6 +43,7 @@ def fold(model: onnx.ModelProto) -> onnx.ModelProto:
         load_external_data(folded, folder)
     _check_operators(model, folded)
     _restore_borders(model, folded)
+    spell_out(folded)
     graphs.remove_dead(folded.graph)
     return folded
 

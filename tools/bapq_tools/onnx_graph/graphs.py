@@ -218,6 +218,37 @@ def copy_graph(source: onnx.GraphProto, target: onnx.GraphProto) -> None:
             light.CopyFrom(tensor)
 
 
+Shape = tuple[int | str | None, ...]
+"""The sizes of a tensor's axes; of an open one its name, None without one."""
+
+
+def shapes(model: onnx.ModelProto) -> dict[str, Shape | None]:
+    """The shapes of tensors, as far as they can be inferred; None where the rank is not known."""
+    found: dict[str, Shape | None] = {}
+    try:
+        inferred = onnx.shape_inference.infer_shapes(without_weights(model))
+    except Exception:  # whatever its C++ side threw; that only costs some layers and biases
+        return found
+    for part in walk(inferred.graph):
+        for info in (*part.input, *part.value_info, *part.output):
+            kind = info.type.tensor_type
+            shape = tuple(map(_size, kind.shape.dim)) if kind.HasField("shape") else None
+            before = found.setdefault(info.name, shape)
+            if before != shape:  # one name in two branches
+                found[info.name] = _common(before, shape)
+    return found
+
+
+def _size(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    return dim.dim_value if dim.dim_value > 0 else dim.dim_param or None
+
+
+def _common(first: Shape | None, second: Shape | None) -> Shape | None:
+    if first is None or second is None or len(first) != len(second):
+        return None
+    return tuple(a if a == b else None for a, b in zip(first, second, strict=True))
+
+
 def attach_weights(light: onnx.ModelProto, source: onnx.ModelProto) -> None:
     """Give the initializers their data back that `without_weights(source)` left out."""
     data = {t.name: t for t in source.graph.initializer if len(t.raw_data) > _WEIGHT_BYTES}

@@ -42,16 +42,32 @@ class Refusal:
     reason: str
 
 
+QUANTIZED = "already quantized"
+"""The reason of nodes whose weights are integers."""
+
+_QUANTIZED_TYPES = frozenset(
+    {
+        "ConvInteger",
+        "DequantizeLinear",
+        "DynamicQuantizeLSTM",
+        "DynamicQuantizeMatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "MatMulNBits",
+        "QAttention",
+        "QEmbedLayerNormalization",
+        "QGemm",
+        "QLinearConv",
+        "QLinearMatMul",
+    }
+)
+"""Operators of the standard and of com.microsoft."""
+
 _REASONS = {
     "ConvTranspose": "transposed convolution",
     "RNN": "recurrent operator",
     "LSTM": "recurrent operator",
     "GRU": "recurrent operator",
-    "QLinearConv": "already quantized",
-    "QLinearMatMul": "already quantized",
-    "MatMulInteger": "already quantized",
-    "ConvInteger": "already quantized",
-    "DequantizeLinear": "already quantized",
 }
 
 _WEIGHT_TYPES = frozenset(
@@ -94,9 +110,11 @@ def _refuse_others(node: onnx.NodeProto, scope: graphs.Scope) -> Refusal | None:
     ]
     sizes = [graphs.tensor_size(tensor) for tensor in constants]
     sizes += [len(item.floats) for item in node.attribute]
-    weights = max(sizes, default=0)
-    if weights < MIN_WEIGHTS:
+    if max(sizes, default=0) < MIN_WEIGHTS:
         return None
+    weights = sum(sizes)
+    if node.op_type in _QUANTIZED_TYPES and node.domain in ("", "ai.onnx", "com.microsoft"):
+        return Refusal(weights, QUANTIZED)
     if not graphs.is_standard(node):
         return Refusal(weights, f"operator of domain {node.domain}")
     if node.op_type in _READERS and TensorProto.DOUBLE in [t.data_type for t in constants]:

@@ -22,7 +22,7 @@ from .fusion import (
     own_bias_input,
     split_own_bias,
 )
-from .heavy_nodes import MIN_WEIGHTS, HeavyNode, Refusal, recognise
+from .heavy_nodes import MIN_WEIGHTS, QUANTIZED, HeavyNode, Refusal, recognise
 from .ir import HeavyLayer, LayerPlan, LayerUse
 from .neighbours import Neighbours
 
@@ -54,7 +54,7 @@ def find_layers(model: onnx.ModelProto) -> LayerPlan:
     search = _Search()
     search.visit(model.graph, None)
     if not search.groups:
-        raise NoHeavyLayerError(_nothing_found([entry for _, entry in search.kept]))
+        raise NoHeavyLayerError(nothing_found([entry for _, entry in search.kept]))
     shapes = _Shapes(model)
     around = _NeighbourCache()
     for group in search.groups.values():
@@ -111,15 +111,23 @@ def _all(search: _Search) -> Iterator[_PlacedNode]:
         yield from group
 
 
-def _nothing_found(kept: list[KeptNode]) -> str:
+def nothing_found(kept: list[KeptNode]) -> str:
+    """The message of a model without a layer for a bank, out of what stays in float."""
     if not kept:
         return (
             "no MatMul, Gemm, Conv or Gather node has constant weights; a bank needs one with "
             f"at least {MIN_WEIGHTS}"
         )
     largest = max(kept, key=lambda node: node.weights)
+    if largest.reason == QUANTIZED:
+        weights = sum(node.weights for node in kept if node.reason == QUANTIZED)
+        return (
+            f"the model is quantized already: {weights} weights stand in nodes such as "
+            f"{largest.operator} {largest.name!r}; build the bank from the float model that it was "
+            "made of, or from its QDQ form"
+        )
     return (
-        f"no layer is heavy enough for a bank: the largest candidate, {largest.operator} "
+        f"no layer of the model fits a bank: the largest candidate, {largest.operator} "
         f"{largest.name!r}, has {largest.weights} weights and stays in float ({largest.reason}); "
         f"a bank needs a MatMul, Gemm, Conv or Gather with at least {MIN_WEIGHTS}"
     )
@@ -130,7 +138,7 @@ class _Shapes:
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self._model = model
-        self._shapes: dict[str, tuple[int | str | None, ...] | None] | None = None
+        self._shapes: dict[str, graphs.Shape | None] | None = None
 
     def output_rank(self, found: _PlacedNode) -> int | None:
         """The rank of a heavy node's output; None when unknown."""
@@ -146,28 +154,10 @@ class _Shapes:
         shape = self._of(one)
         return shape is not None and None not in shape and shape == self._of(other)
 
-    def _of(self, name: str) -> tuple[int | str | None, ...] | None:
+    def _of(self, name: str) -> graphs.Shape | None:
         if self._shapes is None:
-            self._shapes = self._infer()
+            self._shapes = graphs.shapes(self._model)
         return self._shapes.get(name)
-
-    def _infer(self) -> dict[str, tuple[int | str | None, ...] | None]:
-        shapes: dict[str, tuple[int | str | None, ...] | None] = {}
-        try:
-            inferred = onnx.shape_inference.infer_shapes(graphs.without_weights(self._model))
-        except Exception:  # whatever its C++ side threw; unknown shapes only cost some fusions
-            return shapes
-        for part in graphs.walk(inferred.graph):
-            for info in (*part.input, *part.value_info, *part.output):
-                tensor = info.type.tensor_type
-                shape = tuple(map(_size, tensor.shape.dim)) if tensor.HasField("shape") else None
-                if shapes.setdefault(info.name, shape) != shape:  # one name in two branches
-                    shapes[info.name] = None
-        return shapes
-
-
-def _size(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
-    return dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
 
 
 class _NeighbourCache:

@@ -79,7 +79,8 @@ def quantize_family(
     np.maximum(weight, _TINY, out=weight)
     np.copysign(weight, signs, out=weight)
     lead: Level = 4 if 4 in family else 2
-    grid = Grid(lead, residual_steps(options.levels, stats is not None), scale_columns_of(options))
+    correlated = stats is not None and stats.correlated
+    grid = Grid(lead, residual_steps(options.levels, correlated), scale_columns_of(options))
     if stats is None:
         return _nearest_in_blocks(weight, grid, family)
     # A bank with level 8 or 1 of this family only has no forward pass at the lead.
@@ -90,7 +91,7 @@ def quantize_family(
     candidates = [
         CandidateCodes("nearest", [grid.nearest(weight[run], problem.diagonal) for run in runs], {})
     ]
-    if lead in stats.levels and lead in options.levels:
+    if correlated and lead in stats.levels and lead in options.levels:
         compensated = compensated_codes(weight, stats, problem, grid)
         candidates += [] if compensated is None else [compensated]
 

@@ -23,9 +23,12 @@ levels 8 and 4 with float activations are 0.9996 and 0.9922 at 8 steps, 0.9997 a
 0.9998 and 0.9908 at 12, 0.9999 and 0.9812 at 16."""
 
 
-def residual_steps(levels: tuple[Level, ...], calibrated: bool) -> int:
-    """Residual steps of a layer: a bank without level 4 has no use for compensated codes."""
-    compensated = calibrated and 4 in levels
+def residual_steps(levels: tuple[Level, ...], correlated: bool) -> int:
+    """Residual steps of a layer, by whether correlations of its inputs are known.
+
+    A bank without level 4 has no use for compensated codes.
+    """
+    compensated = correlated and 4 in levels
     return COMPENSATED_RESIDUAL_STEPS if compensated else NEAREST_RESIDUAL_STEPS
 
 

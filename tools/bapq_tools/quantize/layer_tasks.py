@@ -101,7 +101,7 @@ def join_layer(
             codes.bias[level] = (bias + shifts[level]).astype(np.float32)
     return QuantizedLayer(
         codes,
-        residual_steps(levels, stats is not None),
+        residual_steps(levels, stats is not None and all(each.correlated for each in stats)),
         {level: scale_columns_of(options)[level] for level in codes.scales},
         {level: errors[level] / norm if norm else 0 * errors[level] for level in levels},
         {level: _most(found) for level, found in methods.items() if found},

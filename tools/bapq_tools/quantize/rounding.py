@@ -35,18 +35,18 @@ class RoundingProblem:
 
     blocks: Sequence[slice]
     grams: Sequence[np.ndarray]
-    """One per block, (c, c) float32, positive definite."""
+    """One per block, (c, c) float32, positive definite; or its diagonal, (c,), if all else is 0."""
 
     @classmethod
     def damped(
         cls, blocks: Sequence[slice], grams: Sequence[np.ndarray], share: float
     ) -> RoundingProblem:
         """Add `share` of the mean diagonal of all blocks to each diagonal."""
-        diagonal = np.concatenate([np.diagonal(gram) for gram in grams])
+        diagonal = np.concatenate([_diagonal(gram) for gram in grams])
         added = np.float32(share * max(float(diagonal.mean(dtype=np.float64)), 1e-30))
         damped = [np.array(gram) for gram in grams]
         for gram in damped:
-            gram.flat[:: len(gram) + 1] += added
+            gram.flat[:: len(gram) + 1 if gram.ndim == 2 else 1] += added
         return cls(blocks, damped)
 
     @cached_property
@@ -65,12 +65,16 @@ class RoundingProblem:
     @property
     def diagonal(self) -> np.ndarray:
         """The diagonal of H, (columns,)."""
-        return np.concatenate([np.diagonal(gram) for gram in self.grams])
+        return np.concatenate([_diagonal(gram) for gram in self.grams])
 
     def times(self, rows: np.ndarray) -> np.ndarray:
         """The product rows @ H, (rows, columns)."""
         pairs = zip(self.blocks, self.grams, strict=True)
-        return np.concatenate([rows[:, block] @ gram for block, gram in pairs], axis=1)
+        products = [
+            rows[:, block] @ gram if gram.ndim == 2 else rows[:, block] * gram
+            for block, gram in pairs
+        ]
+        return np.concatenate(products, axis=1)
 
     def row_errors(self, difference: np.ndarray) -> np.ndarray:
         """The error d H dᵀ of each row d, (rows,) float64."""
@@ -78,6 +82,10 @@ class RoundingProblem:
         unit = difference / np.float32(peak)  # squares of any float32 would overflow
         result: np.ndarray = (unit * self.times(unit)).sum(1, dtype=np.float64) * peak**2
         return result
+
+
+def _diagonal(gram: np.ndarray) -> np.ndarray:
+    return np.diagonal(gram) if gram.ndim == 2 else gram
 
 
 def absorb_drift(weight: np.ndarray, drift: np.ndarray, problem: RoundingProblem) -> np.ndarray:

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
 
 from bapq_edge.bank.layout import Level
 
-from ..calibration.forward_passes import FLOAT, ForwardPasses, Tensors, run
-from ..calibration.reference_model import Reference, weight_feeds
+from ..calibration.forward_passes import FLOAT, ForwardPasses, Tensors, on_samples, run
+from ..calibration.reference_model import Reference, weight_feeds, weight_inputs
 from ..onnx_graph.ir import HeavyLayer
 from .quantized_layer import QuantizedLayer
 
-_SAMPLES = 32
+_MOST_SAMPLES, _LEAST_SAMPLES = 32, 8
 """Number of samples that outputs are compared on."""
+
+_SAMPLE_LAYERS = 64 * _MOST_SAMPLES
+"""Samples times layers: measuring a layer runs all layers behind it, so that models of more than
+64 layers would otherwise take a time that grows with the square of their number."""
+
+_FREE_WORK = 1 << 40
+_WORK_PER_PASS = 32
+"""Multiplications that measuring makes at most, whatever the model, and for each that a run of all
+samples through it makes. ResNet-50 with 100 samples does not feel it; a detector with 3 large
+images does."""
+
+_CONSTANT_BYTES = 64 << 20
+"""Weights are handed to each run, which takes longer than a small layer does; up to this size the
+session has those that do not change."""
+
+_MOST_LAYERS = _SAMPLE_LAYERS // _LEAST_SAMPLES
+"""Number of layers that are measured; of more, others are taken to be like one before them."""
 
 
 class OutputErrors:
@@ -31,20 +47,28 @@ class OutputErrors:
         reference: Reference,
         passes: ForwardPasses,
         nodes: Sequence[onnx.NodeProto],
+        layers: Sequence[HeavyLayer],
         workers: int,
+        count: int,
     ) -> None:
-        """`nodes` are all that come after what the passes have computed."""
+        """`nodes` are all that come after what the passes have computed.
+
+        `layers` are those that `of` may be asked for, `count` is a number of samples.
+        """
         self._passes = passes
         self._workers = workers
-        count = min(_SAMPLES, passes.samples)
         self._samples = [i * passes.samples // count for i in range(count)]
         computed = {name for node in nodes for name in node.output}
         self._outputs = [name for name in reference.judged_tensors() if name in computed]
         if self._outputs:
-            reads = set().union(*(reference.needs(node) for node in nodes))
-            example = {n: v for n, v in passes.tensors(FLOAT, 0).items() if n in reads}
-            self._session = passes.session(nodes, example, self._outputs)
+            needs = set().union(*(reference.needs(node) for node in nodes))
+            self._reads = needs & passes.live()
             self._feeds = passes.weight_feeds(FLOAT, nodes)
+            constants: dict[str, np.ndarray] = {}
+            if sum(values.nbytes for values in self._feeds.values()) <= _CONSTANT_BYTES:
+                changing = set().union(*map(weight_inputs, layers))
+                constants = {n: self._feeds.pop(n) for n in self._feeds.keys() - changing}
+            self._session = passes.session(nodes, self._reads, self._outputs, constants)
             self._wanted = self._run({})
 
     def of(self, layer: HeavyLayer, quantized: QuantizedLayer) -> dict[Level, float]:
@@ -70,11 +94,10 @@ class OutputErrors:
 
     def _run(self, changed: Tensors) -> list[Tensors]:
         def outputs_of(sample: int) -> Tensors:
-            tensors = self._passes.tensors(FLOAT, sample)
+            tensors = self._passes.tensors(FLOAT, sample, self._reads)
             return run(self._session, self._outputs, {**tensors, **self._feeds, **changed}, sample)
 
-        with ThreadPoolExecutor(self._workers) as pool:
-            return list(pool.map(outputs_of, self._samples))
+        return on_samples(outputs_of, self._samples, self._workers)
 
 
 def _measured_levels(levels: Sequence[Level]) -> list[Level]:
@@ -84,7 +107,33 @@ def _measured_levels(levels: Sequence[Level]) -> list[Level]:
 
 def measured_runs(levels: Sequence[Level], samples: int) -> int:
     """Number of runs that `OutputErrors.of` makes for a layer with these levels."""
-    return len(_measured_levels(levels)) * min(_SAMPLES, samples)
+    return len(_measured_levels(levels)) * samples
+
+
+def samples_compared(samples: int, layers: int, multiplications: int) -> int:
+    """How many of the samples outputs are compared on, in a model of so many layers.
+
+    `multiplications` are those of one run of the model.
+    """
+    found = min(samples, _MOST_SAMPLES, max(_LEAST_SAMPLES, _SAMPLE_LAYERS // layers))
+    runs = 1.5 * min(layers, _MOST_LAYERS)  # of the whole model, for each sample: 3 levels, half
+    work = max(_FREE_WORK, _WORK_PER_PASS * samples * multiplications)
+    return max(1, min(found, int(work / (runs * multiplications + 1))))
+
+
+def measured_before(number: int, layers: int) -> int:
+    """The number of the layer, itself or one before it, that is measured for a layer."""
+    return number - number % -(-layers // _MOST_LAYERS)
+
+
+def error_like(quantized: QuantizedLayer, measured: QuantizedLayer) -> dict[Level, float]:
+    """What a layer does to the outputs, if its errors pass through as those of a measured one."""
+    found = {}
+    for level, own in quantized.relative_error.items():
+        theirs = measured.relative_error.get(level, 0.0)
+        passed = measured.output_error.get(level, 0.0) / theirs**2 if theirs else 1.0
+        found[level] = own**2 * passed
+    return found
 
 
 def _relative_square_error(found: Tensors, wanted: Tensors) -> float:
@@ -93,5 +142,8 @@ def _relative_square_error(found: Tensors, wanted: Tensors) -> float:
     for name, expected in wanted.items():
         norm = np.square(expected, dtype=np.float64).sum()
         error = np.square(np.subtract(found[name], expected, dtype=np.float64)).sum()
-        ratios.append(min(error / norm, 1e6) if norm > 0 and np.isfinite(error) else 0.0)
+        if not 0 < norm < np.inf:
+            ratios.append(0.0)
+        else:
+            ratios.append(min(error / norm, 1e6) if np.isfinite(error) else 1e6)
     return float(np.mean(ratios))

@@ -17,9 +17,9 @@ from ..build_support.spill import Spill
 from ..build_support.workers import Workers
 from ..calibration.forward_passes import FLOAT, ForwardPasses
 from ..calibration.gram import PANEL_COLUMNS
-from ..calibration.input_statistics import NEIGHBOUR, InputStatistics, input_key
+from ..calibration.input_statistics import NEIGHBOUR, InputStatistics
 from ..calibration.matrix_stats import MatrixStats
-from ..calibration.reference_model import Reference, observed, weight_feeds
+from ..calibration.reference_model import Reference, weight_feeds
 from ..calibration.samples import CalibrationData
 from ..onnx_graph.ir import HeavyLayer, LayerPlan
 from .checkpoint import Checkpoint
@@ -28,10 +28,19 @@ from .family import quantize_family
 from .layer_tasks import join_layer, layer_tasks
 from .options import LayerOptions, scale_columns_of
 from .quantized_layer import QuantizedLayer
-from .sensitivity import OutputErrors, measured_runs
+from .sensitivity import (
+    OutputErrors,
+    error_like,
+    measured_before,
+    measured_runs,
+    samples_compared,
+)
 
 Options = Mapping[str, LayerOptions]
 """The options of the layers, by name."""
+
+_UNSEEN = "inside bodies that calibration cannot look into"
+_NEVER_RUN = "which no calibration sample reaches"
 
 
 def quantize_layers(
@@ -43,12 +52,16 @@ def quantize_layers(
     workers: Workers,
     checkpoint: Checkpoint,
     spill: Spill,
+    fast: bool = False,
     advance: Callable[[float], None] = lambda share: None,
-) -> None:
+) -> dict[str, list[str]]:
     """Quantize every layer of the plan into `checkpoint`, under its index.
 
-    `levels` are the bank's. A layer has all or some of them, by its options. `advance` is told the
-    share of the whole work that was done since its last call.
+    `levels` are the bank's. A layer has all or some of them, by its options. With `fast`, codes are
+    the nearest, there is no pass but that in float, and what the outputs suffer is not measured.
+    `advance` is told the share of the whole work that was done since its last call.
+
+    Returns the names of the layers that calibration tells nothing about, by reason.
 
     Raises:
         CalibrationError: the model fails on a sample, or a layer's input is not finite there.
@@ -62,7 +75,7 @@ def quantize_layers(
             with eta.doing("codes", codes_s(layer, False)):
                 (found,) = _quantize([_CalibratedLayer(layer)], options, workers)
                 checkpoint.put(index[layer.name], found)
-        return
+        return {}
 
     def feeds(level: Level, layer: HeavyLayer) -> dict[str, np.ndarray]:
         if level == FLOAT:
@@ -73,43 +86,74 @@ def quantize_layers(
 
     reference = Reference(model, plan)
     pass_levels = [level for level in NEIGHBOUR if level in levels] or [min(levels)]
+    if fast:
+        pass_levels = []
     passes = ForwardPasses(reference, data, pass_levels, feeds, workers.count, checkpoint.scratch)
     stages = list(reference.stages())
     to_do = [
         [layer for layer in stage.layers if index[layer.name] not in checkpoint] for stage in stages
     ]
-    run_layers = [len(reference.weight_inputs(stage.nodes)) for stage in stages]
+    run_layers = [len(reference.layers_of(stage.nodes)) for stage in stages]
     pass_runs = len(passes.levels) * data.samples
     pass_s = [forward_s(count, pass_runs) for count in run_layers]
+    order = [layer for stage in stages for layer in stage.layers]
+    work = 0 if fast else passes.multiplications(order)
+    compared = samples_compared(data.samples, len(order), work)
+    measured_by = {
+        layer.name: order[measured_before(number, len(order))] for number, layer in enumerate(order)
+    }
     measure_s: dict[str, float] = {}
     for number, layers in enumerate(to_do):
         eta.plan("forward", pass_s[number])
         for layer in layers:
-            runs = measured_runs(options[layer.name].levels, data.samples)
+            runs = measured_runs(options[layer.name].levels, compared)
+            runs = runs if measured_by[layer.name] is layer and not fast else 0
             measure_s[layer.name] = forward_s(sum(run_layers[number + 1 :]), runs)
             eta.plan("forward", measure_s[layer.name])
             eta.plan("statistics", statistics_s(layer, pass_runs))
-            eta.plan("codes", codes_s(layer, observed(layer)))
+            eta.plan("codes", codes_s(layer, layer.name in stages[number].observations))
+
+    def later_nodes(number: int) -> list[onnx.NodeProto]:
+        later = (each for each in stages[number + 1 :] if each.in_float is None)
+        return [node for each in later for node in each.nodes]
+
+    unknown: dict[str, list[str]] = {}
     for number, (stage, layers) in enumerate(zip(stages, to_do, strict=True)):
         with eta.doing("forward", pass_s[number]):
             passes.run(stage)
         if not layers:
             continue
-        later_nodes = [node for later in stages[number + 1 :] for node in later.nodes]
         errors: OutputErrors | None = None
         with spill.temporary():
             with eta.doing("statistics", sum(statistics_s(layer, pass_runs) for layer in layers)):
-                calibrated = _calibrated(layers, InputStatistics(passes, spill), options)
+                calibrated = _calibrated(layers, passes, spill, options, fast)
+            for each in calibrated:
+                if each.unknown:
+                    unknown.setdefault(each.unknown, []).append(each.layer.name)
             results = _quantize(calibrated, options, workers)
             for layer in layers:
-                with eta.doing("codes", codes_s(layer, observed(layer))):
+                with eta.doing("codes", codes_s(layer, layer.name in stage.observations)):
                     found = next(results)
                 with eta.doing("forward", measure_s[layer.name]):
-                    errors = errors or OutputErrors(reference, passes, later_nodes, workers.count)
-                    measured = errors.of(layer, found)
+                    other = measured_by[layer.name]
+                    if fast:
+                        measured = {}
+                    elif other is layer:
+                        errors = errors or OutputErrors(
+                            reference,
+                            passes,
+                            later_nodes(number),
+                            stage.layers,
+                            workers.count,
+                            compared,
+                        )
+                        measured = errors.of(layer, found)
+                    else:
+                        measured = error_like(found, checkpoint.get(index[other.name], other, 1))
                     found = dataclasses.replace(found, output_error=measured)
                     checkpoint.put(index[layer.name], found)
         spill.release()
+    return unknown
 
 
 @dataclass(frozen=True)
@@ -119,25 +163,39 @@ class _CalibratedLayer:
     layer: HeavyLayer
     stats: list[MatrixStats] | None = None
     row_weight: np.ndarray | None = None
+    unknown: str = ""
+    """Why calibration tells nothing, if so."""
 
 
 def _calibrated(
-    layers: Sequence[HeavyLayer], statistics: InputStatistics, options: Options
+    layers: Sequence[HeavyLayer],
+    passes: ForwardPasses,
+    spill: Spill,
+    options: Options,
+    fast: bool,
 ) -> list[_CalibratedLayer]:
     """Layers of a stage with the statistics of their inputs, in the same order."""
-    found = {layer.name: _CalibratedLayer(layer) for layer in layers}
+    statistics = InputStatistics(passes, spill)
+    found = {layer.name: _CalibratedLayer(layer, unknown=_UNSEEN) for layer in layers}
     same_input: dict[object, list[HeavyLayer]] = {}
-    for layer in filter(observed, layers):
+    for layer in layers:
+        observation = passes.observation(layer)
+        if observation is None:
+            continue
         if layer.gathered:
-            often = good_turing(statistics.gather_counts(layer))
-            found[layer.name] = _CalibratedLayer(layer, row_weight=often)
+            counts = statistics.gather_counts(layer)
+            reason = "" if counts.any() else _NEVER_RUN
+            found[layer.name] = _CalibratedLayer(layer, None, good_turing(counts), reason)
         else:
-            same_input.setdefault(input_key(layer), []).append(layer)
+            same_input.setdefault(observation.key, []).append(layer)
     for group in same_input.values():
         sizes = {n for layer in group for n in scale_columns_of(options[layer.name]).values()}
         # No scale group is cut in two.
-        stats = statistics.of(group, math.lcm(PANEL_COLUMNS, *sizes))
-        found.update({layer.name: _CalibratedLayer(layer, stats[layer.name]) for layer in group})
+        unit = math.lcm(PANEL_COLUMNS, *sizes)
+        stats = statistics.diagonals(group) if fast else statistics.of(group, unit)
+        for layer in group:
+            own = stats[layer.name]
+            found[layer.name] = _CalibratedLayer(layer, own, None, "" if own else _NEVER_RUN)
     return list(found.values())
 
 

@@ -18,11 +18,20 @@ _VALUE_TYPES = {
 }
 
 
-def drop_initializers_from_inputs(model: onnx.ModelProto) -> None:
-    """Initializers that old exporters also list as inputs become constants."""
+_OVERRIDABLE_IR = 4
+
+
+def drop_initializers_from_inputs(model: onnx.ModelProto) -> list[str]:
+    """Initializers that are also listed as inputs become constants.
+
+    Returns the names of those that could be overridden: before IR 4 every initializer had to be
+    listed, and none could.
+    """
     constant = {tensor.name for tensor in model.graph.initializer}
     constant.update(sparse.values.name for sparse in model.graph.sparse_initializer)
+    listed = [item.name for item in model.graph.input if item.name in constant]
     graphs.delete_where(model.graph.input, lambda item: item.name in constant)
+    return listed if model.ir_version >= _OVERRIDABLE_IR else []
 
 
 def constants_to_initializers(model: onnx.ModelProto) -> None:

@@ -1,12 +1,14 @@
 """Reads an ONNX file into one plain float32 model that the passes understand.
 
-Weights end up in initializers, local functions are inlined, half floats are widened and QDQ pairs
-are resolved, so that no later stage meets these forms.
+Weights end up in initializers, local functions are inlined, other floats than float32 are converted
+and QDQ pairs resolved, so that no later stage meets these forms.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -15,12 +17,13 @@ import onnx.version_converter
 from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
-from bapq_edge.errors import ModelFormatError, UnsupportedModelError
+from bapq_edge.errors import FrozenInputWarning, ModelFormatError, UnsupportedModelError
 from bapq_edge.input_files import check_input_file, input_file_errors
+from bapq_edge.units import counted
 
 from .. import graphs
 from .constants import constants_to_initializers, drop_initializers_from_inputs
-from .half_floats import widen_half_floats
+from .other_floats import to_float32
 from .quantized import resolve_quantization
 
 OLDEST_OPSET = 9
@@ -41,26 +44,46 @@ def check_model_source(source: object) -> None:
         )
 
 
-def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
+def load_model(
+    path: str | os.PathLike[str], external_data: str | os.PathLike[str] | None = None
+) -> onnx.ModelProto:
     """Read an ONNX file, with its external data, and bring it into plain form.
 
+    `external_data` is a folder that external data may lie in besides the model's own.
+
     Raises:
-        ModelFormatError: not an ONNX model, broken, or its external data is missing or outside of
-            the model's folder.
+        ModelFormatError: not an ONNX model, broken, or its external data is missing or in no folder
+            where it may lie.
         UnsupportedModelError: an opset that cannot be converted.
         InputFileError: the file cannot be read.
     """
     path = Path(path)
     model = _inline_functions(_parse(path))
-    load_external_data(model, path.parent)
+    # Caches keep files under their digest, and link to them by name: a model's data then lies
+    # beside the file that the model's own name leads to.
+    others = [] if external_data is None else [Path(external_data)]
+    load_external_data(model, path.parent, path.resolve().parent, others)
     _check_sizes(model, path)
+    open_dimensions(model)
     model = _convert_opset(model)
-    drop_initializers_from_inputs(model)
+    _warn_of_frozen(drop_initializers_from_inputs(model))
     constants_to_initializers(model)
-    widen_half_floats(model)
+    to_float32(model)
     resolve_quantization(model)
     lower_versions(model)
     return model
+
+
+def _warn_of_frozen(names: list[str]) -> None:
+    if names:
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        warnings.warn(
+            f"{counted(len(names), 'initializer')} that a caller may override as an input of the "
+            f"model become constants of the bank: {shown}; where one is to be an input, remove its "
+            "initializer from the model",
+            FrozenInputWarning,
+            stacklevel=5,
+        )
 
 
 def _parse(path: Path) -> onnx.ModelProto:
@@ -85,16 +108,24 @@ def _read(path: Path, offset: int = 0, size: int = -1) -> bytes:
         return file.read(size)
 
 
-def load_external_data(model: onnx.ModelProto, folder: Path) -> None:
-    """Read tensors kept in files beside the model into the model."""
+def load_external_data(
+    model: onnx.ModelProto,
+    folder: Path,
+    linked: Path | None = None,
+    others: Sequence[Path] = (),
+) -> None:
+    """Read tensors kept in files beside the model into the model.
+
+    A name in `folder` may be a link to a file in `linked`. In `others` data may lie by any name.
+    """
     for tensor in graphs.tensors(model.graph):
         if tensor.data_location == TensorProto.EXTERNAL:
-            _load_tensor(tensor, folder)
+            _load_tensor(tensor, folder, linked or folder, others)
 
 
-def _load_tensor(tensor: TensorProto, folder: Path) -> None:
+def _load_tensor(tensor: TensorProto, folder: Path, linked: Path, others: Sequence[Path]) -> None:
     entries = {item.key: item.value for item in tensor.external_data}
-    path = _external_path(tensor, entries.get("location", ""), folder)
+    path = _external_path(tensor, entries.get("location", ""), folder, linked, others)
     expected = _data_bytes(tensor)
     try:
         offset = int(entries.get("offset", 0))
@@ -117,13 +148,18 @@ def _load_tensor(tensor: TensorProto, folder: Path) -> None:
     del tensor.external_data[:]
 
 
-def _external_path(tensor: TensorProto, location: str, folder: Path) -> Path:
-    root = folder.resolve()
-    path = (root / location).resolve()
-    if not location or "\0" in location or not path.is_relative_to(root):
+def _external_path(
+    tensor: TensorProto, location: str, folder: Path, linked: Path, others: Sequence[Path]
+) -> Path:
+    name = Path(location)
+    plain = bool(location) and not name.is_absolute() and ".." not in name.parts
+    allowed = [*others, folder, linked] if plain else others
+    path = folder if "\0" in location else (folder / name).resolve()
+    if not location or not any(path.is_relative_to(root.resolve()) for root in allowed):
         raise ModelFormatError(
             f"tensor {tensor.name!r} keeps its data in {location!r}, outside of the model's "
-            f"folder {folder}; put both into one folder"
+            f"folder {folder}; put both into one folder, or name the data's with external_data "
+            "(--external-data)"
         )
     if not path.is_file():
         raise ModelFormatError(
@@ -155,6 +191,23 @@ def _check_sizes(model: onnx.ModelProto, path: Path) -> None:
                 f"{path}: tensor {tensor.name!r} of shape {list(tensor.dims)} needs "
                 f"{_data_bytes(tensor)} bytes and has {len(tensor.raw_data)}; export it again"
             )
+
+
+def open_dimensions(model: onnx.ModelProto) -> None:
+    """Sizes of -1 or 0, as some exporters write them, become open dimensions."""
+    for part in graphs.walk(model.graph):
+        for info in (*part.input, *part.output, *part.value_info):
+            _open_dimensions(info.type)
+
+
+def _open_dimensions(kind: onnx.TypeProto) -> None:
+    name = kind.WhichOneof("value")
+    if name in ("tensor_type", "sparse_tensor_type"):
+        for dim in getattr(kind, name).shape.dim:
+            if dim.HasField("dim_value") and dim.dim_value <= 0:
+                dim.ClearField("dim_value")
+    elif name in ("sequence_type", "optional_type"):
+        _open_dimensions(getattr(kind, name).elem_type)
 
 
 def _convert_opset(model: onnx.ModelProto) -> onnx.ModelProto:

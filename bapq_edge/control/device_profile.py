@@ -55,6 +55,11 @@ class DeviceProfile:
                     f"{'positive integer' if expected is int else 'non-empty string'}"
                 )
 
+    @property
+    def storage_bytes_s(self) -> float:
+        """Read speed to plan with until it is measured."""
+        return self.storage_read_mb_s * 1e6
+
 
 def _directory() -> Path:
     import bapq_edge

@@ -20,6 +20,7 @@ from bapq_edge import Session
 from bapq_edge.bank.layout import LEVELS
 from bapq_edge.errors import BudgetTooSmallError, StorageError
 from bapq_edge.planning.planner import Request
+from bapq_edge.planning.timing import Speeds
 from benchmarks.zoo import make_model
 from benchmarks.zoo.digits import INPUT_NAMES, calibration_npz, load_digits_split
 from support.internals import adopt, bank_of, costs_of, graphs_of, store_of
@@ -89,7 +90,8 @@ def test_levels_chosen_for_a_limit_give_what_they_give_in_memory(bank):
                     int(whole * share), *limits(costs_of(session), Request())[:1]
                 ),
                 latency_s=0.001,
-                storage_bytes_s=whole * 500,
+                max_slowdown=None,
+                speeds=Speeds(whole * 500, np.zeros(len(costs_of(session).chunks_of_layer))),
             )
             planned = publish(session, request)
             streamed = [run(session, x) for x in xs]

@@ -1,4 +1,4 @@
-"""Level "auto": the best answers whose reading hides behind computing, and no worse than a level."""
+"""Level "auto": the best answers whose reading hides behind computing, never worse than a level."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CARD_BYTES_S = 40_000_000
 
 
 def a_model(seed, layers=12, guessed=False, levels=LEVELS):
-    """Layers of several chunks; how much they weigh and compute has little to do with each other."""
+    """Layers of several chunks; what they weigh has little to do with what they compute."""
     rng = np.random.default_rng(seed)
     chunks_of_layer = rng.integers(2, 20, layers)
     chunks = int(chunks_of_layer.sum())

@@ -43,14 +43,17 @@ def choose(costs: ChunkCosts, request: Request, first: int) -> Choice:
     best = costs.sensitivity[:, first:].argmin(1) + first
     if request.weight_bytes_limit is None or costs.row_read.all():
         return Choice(best)
-    return _Search(costs, request, first).choice(best)
+    return _Search(costs, request, first, best).choice()
 
 
 class _Search:
     """The search for one request, over the chunks that take memory."""
 
-    def __init__(self, costs: ChunkCosts, request: Request, first: int) -> None:
-        self._costs, self._request, self._first = costs, request, first
+    def __init__(
+        self, costs: ChunkCosts, request: Request, first: int, best: NDArray[np.intp]
+    ) -> None:
+        """`best` are the columns of least error, for chunks that take no memory."""
+        self._costs, self._request, self._first, self._best = costs, request, first, best
         assert request.weight_bytes_limit is not None
         self._limit = request.weight_bytes_limit
         self._speeds = request.speeds
@@ -59,20 +62,20 @@ class _Search:
         self._rows = np.arange(len(self._sizes))
         self._last = len(costs.levels) - 1
 
-    def choice(self, best: NDArray[np.intp]) -> Choice:
-        """The choice; `best` are the columns of least error for chunks that take no memory."""
+    def choice(self) -> Choice:
+        """The best of the candidates."""
         floor = self._last
         uniform = [column for column in range(self._top, self._last + 1) if self._uniform(column)]
         if self._costs.guessed and uniform:
             # Which chunk needs its bits is a guess, so none runs below the level that all can have.
             floor = uniform[0]
-        candidates = [np.full(len(best), column) for column in uniform]
+        candidates = [np.full(len(self._rows), column) for column in uniform]
         candidates += self._mixtures(floor)
         if not candidates:
-            candidates = [np.full(len(best), self._last)]
+            candidates = [np.full(len(self._rows), self._last)]
         chosen = min(candidates, key=self._error_of)
         held_back = self._held_back(chosen)
-        return Choice(np.where(self._costs.row_read, best, chosen), held_back)
+        return Choice(self._with_rows(chosen), held_back)
 
     # ---- candidates ----
 
@@ -167,13 +170,17 @@ class _Search:
         return placed.run_s <= self._allowed_s * _ROUNDING
 
     def _error_of(self, columns: NDArray[np.intp]) -> float:
-        return float(self._error[self._rows, columns].sum(dtype=np.float64))
+        return self._costs.error_of(self._with_rows(columns))
+
+    def _with_rows(self, columns: NDArray[np.intp]) -> NDArray[np.intp]:
+        """The same, with chunks that are read by row at their best."""
+        return np.where(self._costs.row_read, self._best, columns)
 
     def _held_back(self, chosen: NDArray[np.intp]) -> str | None:
         """Why no better levels were chosen, if time is the reason."""
         late = not self._in_time(chosen)
         better = any(
-            self._error[:, column].sum(dtype=np.float64) < self._error_of(chosen)
+            self._error_of(np.full(len(self._rows), column)) < self._error_of(chosen)
             and fits(int(sizes.sum()), int(sizes.max()), self._limit)
             for column in range(self._top, self._last)
             for sizes in [self._sizes[:, column]]

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bank.layout import PLANES_OF_LEVEL, Level
+from ..bank.manifest import Expected
 from ..bank.reader import Bank
 from ..errors import RequestError
 from .timing import Speeds
@@ -38,6 +39,25 @@ class ChunkCosts:
     """(layers,): number of chunks of each layer; layers follow each other."""
     guessed: bool = False
     """Whether the sensitivities are a guess: the bank was built without calibration data."""
+    expected: Expected | None = None
+    """What the build has measured of plans."""
+
+    def error_of(self, columns: NDArray[np.intp]) -> float:
+        """Squared relative error of the outputs, as predicted; columns (chunks,).
+
+        The sum of the sensitivities, read by what the build has measured of other mixtures; of a
+        uniform level, what was measured of that one. Chunks that are read by row may be at another
+        level: what their sensitivities differ by counts in proportion.
+        """
+        total = float(self.sensitivity[np.arange(len(columns)), columns].sum(dtype=np.float64))
+        if self.expected is None or total == 0:
+            return total
+        of_others = columns[~self.row_read]
+        if len(of_others) and (of_others == of_others[0]).all():
+            measured = self.expected.level(self.levels[of_others[0]])
+            if measured is not None and measured.table > 0:
+                return measured.error * min(total / measured.table, 1.0)
+        return float(self.expected.factor * total**self.expected.exponent)
 
     def by_layer(self, values: NDArray[np.int64]) -> NDArray[np.float64]:
         """Sums of values, (chunks,), over the chunks of each layer: (layers,)."""
@@ -104,4 +124,5 @@ def chunk_costs(bank: Bank) -> ChunkCosts:
         runs_at,
         np.array([layer.chunk_count for layer in manifest.layers]),
         guessed=manifest.calibration is None,
+        expected=manifest.expected,
     )

@@ -59,7 +59,7 @@ class _Wanted:
     planes: NDArray[np.bool_]
     """(chunks, planes): what is read and could be in memory."""
     error: float
-    """Sum of the chunks' sensitivities."""
+    """Squared relative error of the outputs."""
 
 
 def smallest_joint_limit(
@@ -108,7 +108,7 @@ def _wanted(joint: JointCosts, precision: Precision, request: Request) -> _Wante
     columns = columns_for(costs, own)
     rows = np.arange(len(columns))
     levels = costs.runs_at[rows, columns]
-    error = float(costs.sensitivity[rows, columns].sum(dtype=np.float64))
+    error = costs.error_of(columns)
     if precision.region is not None and joint.skipped is not None:
         if not 0 <= precision.region < len(joint.skipped):
             raise RequestError(

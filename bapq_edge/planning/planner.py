@@ -48,7 +48,7 @@ class Plan:
     bits_per_weight: float
     """Nominal bits, all weights of the bank counted."""
     predicted_error: float
-    """Sum of the chunks' sensitivities."""
+    """Squared relative error of the outputs."""
     reason: str
     """The plan in one line, for people."""
     predicted_s: float = 0.0
@@ -147,7 +147,9 @@ def _columns_for_bits(costs: ChunkCosts, bits: float, first: int) -> NDArray[np.
         floor = int(np.argmax(weight_bits.sum(0) <= most))
     kept = slice(first, first + floor + 1)
     knapsack = GreedyKnapsack(weight_bits[:, : floor + 1], costs.sensitivity[:, kept])
-    return knapsack.climb(most) + first
+    uniform = [np.full(len(weight_bits), c) for c in np.flatnonzero(weight_bits.sum(0) <= most)]
+    # A level of no more bits may have been found to do better than its errors added up.
+    return min([knapsack.climb(most), *uniform], key=lambda c: costs.error_of(c + first)) + first
 
 
 def _pin(
@@ -190,7 +192,7 @@ def _pin(
         resident_bytes=pinned_bytes + ring_bytes,
         streamed_bytes=total - pinned_bytes,
         bits_per_weight=int((levels * costs.weights).sum()) / int(costs.weights.sum()),
-        predicted_error=float(costs.sensitivity[rows, columns].sum(dtype=np.float64)),
+        predicted_error=costs.error_of(columns),
         reason=reason,
         predicted_s=placed.run_s,
         held_back=chosen.held_back,

@@ -26,8 +26,8 @@ from bapq_edge.bank.layout import (
     level_within,
     tiles_of,
 )
-from bapq_edge.bank.manifest import Calibration, KeptNode, Manifest, SourceModel
-from bapq_edge.bank.reader import read_manifest
+from bapq_edge.bank.manifest import Calibration, Expected, KeptNode, Manifest, SourceModel
+from bapq_edge.bank.reader import Bank, read_manifest
 from bapq_edge.bank.writer import BankWriter, check_bank_target
 from bapq_edge.errors import (
     BankError,
@@ -55,6 +55,7 @@ from .onnx_graph.importers.onnx_file import check_model_source, load_model
 from .onnx_graph.ir import LayerPlan
 from .onnx_graph.layers import find_layers
 from .quantize.checkpoint import Checkpoint
+from .quantize.expectation import float_answers, measure_plans, plan_count
 from .quantize.options import LayerOptions, scale_columns_of
 from .quantize.prune import PruneReport, prune_layers
 from .quantize.sequential import quantize_layers
@@ -62,6 +63,9 @@ from .quantize.write import tile_bytes, write_layer
 from .recipe import RecipeSource, load_recipe
 
 __all__ = ["BuildReport", "build_bank"]
+
+_JUDGED_SAMPLES = 32
+"""Number of held-out samples that plans are run on."""
 
 _TABLES_BYTES = 1 << 20
 """Space for manifest, chunk tables and the graph's nodes, when the free space is checked."""
@@ -155,6 +159,7 @@ def build_bank(
         loaded, source = _load(model)
         advance()
     data = None if calibration is None else load_calibration(calibration, loaded.graph.input)
+    learnt, held_out = (None, None) if data is None else data.split()
     if calibration is None and wanted != (32,):
         warnings.warn(
             f"{out.name} is built without calibration data; its low levels will be less accurate: "
@@ -190,19 +195,32 @@ def build_bank(
         spill = Spill(checkpoint.scratch)
         for layer in plan.layers:
             layer.weight = spill.put(layer.weight)
+        judged = None if held_out is None else held_out.spread(_JUDGED_SAMPLES)
         with stages.stage("quantize") as advance:
-            quantize_layers(folded, plan, data, wanted, options, pool, checkpoint, spill, advance)
-        del data
-        with (
-            stages.stage("write", len(plan.layers)) as advance,
-            BankWriter(out, levels=wanted, source=source, calibration=source_data) as writer,
-        ):
-            for index, layer in enumerate(plan.layers):
-                quantized = checkpoint.get(index, layer)
-                zero_rows = pruned[layer.name].zero_rows if layer.name in pruned else None
-                write_layer(writer, layer, quantized, wanted, zero_rows)
-                advance()
-            manifest = writer.finish(assemble(folded, plan), plan.kept_in_float)
+            quantize_layers(folded, plan, learnt, wanted, options, pool, checkpoint, spill, advance)
+            answers = None
+            if judged is not None and wanted != (32,):  # before the float weights go
+                answers = float_answers(folded, plan, judged, pool.count, checkpoint.scratch)
+        whole = held_out is not learnt
+        del data, learnt, held_out
+
+        def measure(bank: Bank) -> Expected | None:
+            if judged is None or answers is None:
+                return None
+            with stages.stage("measure", plan_count(wanted)) as advance:
+                return measure_plans(
+                    bank, judged, answers, pool.count, held_out=whole, advance=advance
+                )
+
+        with BankWriter(out, levels=wanted, source=source, calibration=source_data) as writer:
+            with stages.stage("write", len(plan.layers)) as advance:
+                for index, layer in enumerate(plan.layers):
+                    quantized = checkpoint.get(index, layer)
+                    zero_rows = pruned[layer.name].zero_rows if layer.name in pruned else None
+                    write_layer(writer, layer, quantized, wanted, zero_rows)
+                    advance()
+                graph = assemble(folded, plan)
+            manifest = writer.finish(graph, plan.kept_in_float, expected=measure)
     return _report(out, manifest, weights, stages, pruned)
 
 

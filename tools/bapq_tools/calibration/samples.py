@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
@@ -21,6 +21,10 @@ from bapq_edge.input_files import check_input_file
 
 _MASK = "attention_mask"
 """The input by which language models are told which tokens are padding, by common convention."""
+
+_HELD_OUT_SHARE = 8
+_MOST_HELD_OUT = 64
+"""More would tell errors hardly better, and codes need them."""
 
 CalibrationSource = str | os.PathLike[str] | Mapping[str, np.ndarray]
 """An .npz file, an .npy where the model has one input, or the arrays themselves: one per model
@@ -52,6 +56,31 @@ class CalibrationData:
                 tokens = slice(int(seen[0]), int(seen[-1]) + 1)
                 feed.update({name: feed[name][:, tokens] for name in self.padded})
         return {name: np.asarray(value, order="C") for name, value in feed.items()}
+
+    def some(self, samples: Sequence[int]) -> CalibrationData:
+        """Some of the samples; the digest stays that of all."""
+        arrays = {}
+        for name, array in self.arrays.items():
+            rows = self.rows_per_sample[name] or 1
+            arrays[name] = array[(np.array(samples)[:, None] * rows + np.arange(rows)).ravel()]
+        return replace(self, arrays=arrays, samples=len(samples))
+
+    def spread(self, most: int) -> CalibrationData:
+        """At most so many of the samples, evenly spread."""
+        count = min(most, self.samples)
+        return self.some([i * self.samples // count for i in range(count)])
+
+    def split(self) -> tuple[CalibrationData, CalibrationData]:
+        """What codes are chosen with, and what is held out for measuring; the same every time.
+
+        An eighth is held out, up to 64, evenly spread. A single sample has to serve both.
+        """
+        if self.samples < 2:
+            return self, self
+        count = min(max(self.samples // _HELD_OUT_SHARE, 1), _MOST_HELD_OUT)
+        held = {(2 * i + 1) * self.samples // (2 * count) for i in range(count)}
+        rest = [sample for sample in range(self.samples) if sample not in held]
+        return self.some(rest), self.some(sorted(held))
 
 
 def check_calibration_source(source: object) -> None:

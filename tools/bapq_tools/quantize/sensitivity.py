@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,6 +17,9 @@ from .quantized_layer import QuantizedLayer
 
 _SAMPLES = 32
 """Number of samples that outputs are compared on."""
+
+_MOST = 1e6
+"""Largest square of a relative error; outputs that are no numbers have it, too."""
 
 
 class OutputErrors:
@@ -38,6 +41,7 @@ class OutputErrors:
         self._workers = workers
         count = min(_SAMPLES, passes.samples)
         self._samples = [i * passes.samples // count for i in range(count)]
+        self._free_to_shift = reference.softmax_inputs()
         computed = {name for node in nodes for name in node.output}
         self._outputs = [name for name in reference.judged_tensors() if name in computed]
         if self._outputs:
@@ -63,7 +67,8 @@ class OutputErrors:
             elif level in _measured_levels(levels):
                 changed = weight_feeds(layer, quantized.weight(level), quantized.bias(level))
                 pairs = zip(self._run(changed), self._wanted, strict=True)
-                errors[level] = float(np.mean([_relative_square_error(a, b) for a, b in pairs]))
+                each = [relative_square_error(a, b, self._free_to_shift) for a, b in pairs]
+                errors[level] = float(np.mean(each))
         if 8 in levels and 4 in levels:
             errors[8] = errors[4] * own[8] / own[4] if own[4] else own[8]
         return errors
@@ -87,11 +92,21 @@ def measured_runs(levels: Sequence[Level], samples: int) -> int:
     return len(_measured_levels(levels)) * min(_SAMPLES, samples)
 
 
-def _relative_square_error(found: Tensors, wanted: Tensors) -> float:
-    """The mean over the outputs of |found - wanted|² / |wanted|², each at most 1e6."""
+def relative_square_error(
+    found: Tensors, wanted: Tensors, free_to_shift: Collection[str] = ()
+) -> float:
+    """The mean over the outputs of |found - wanted|² / |wanted|², each at most `_MOST`.
+
+    Of tensors that are free to shift, rows are compared without their means.
+    """
     ratios = []
     for name, expected in wanted.items():
-        norm = np.square(expected, dtype=np.float64).sum()
-        error = np.square(np.subtract(found[name], expected, dtype=np.float64)).sum()
-        ratios.append(min(error / norm, 1e6) if norm > 0 and np.isfinite(error) else 0.0)
+        expected = expected.astype(np.float64)
+        difference = found[name] - expected
+        if name in free_to_shift:
+            expected = expected - expected.mean(-1, keepdims=True)
+            difference -= difference.mean(-1, keepdims=True)
+        norm, error = np.square(expected).sum(), np.square(difference).sum()
+        ratio = min(error / norm, _MOST) if np.isfinite(error) else _MOST
+        ratios.append(ratio if norm > 0 else 0.0)
     return float(np.mean(ratios))

@@ -42,6 +42,7 @@
     ├── MissingPlaneWarning             a plane file is absent: fewer levels
     ├── InterruptedUpdateWarning        a bank's update was cut off: the old one is used
     ├── UncalibratedWarning             built without calibration data
+    ├── CalibrationWarning              calibration samples are too few, too alike, of one class
     ├── DegradedWarning                 a run used a lower level than planned
     ├── BudgetExceededWarning           a run needed more memory than the budget leaves
     ├── BoundaryDroppedWarning          a bank is written again without its boundary models
@@ -72,6 +73,7 @@ __all__ = [
     "CalibrationError",
     "CalibrationShapeError",
     "CalibrationValueError",
+    "CalibrationWarning",
     "ClusterError",
     "DegradedWarning",
     "ExecutionError",
@@ -338,6 +340,10 @@ class InterruptedUpdateWarning(BapqWarning):
 
 class UncalibratedWarning(BapqWarning):
     """The bank is built without calibration data; its low levels will be less accurate."""
+
+
+class CalibrationWarning(BapqWarning):
+    """The calibration samples are too few, too alike or of one class to choose low levels by."""
 
 
 class BoundaryWarning(BapqWarning):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 
 import numpy as np
+import onnx
 import pytest
 from onnx.helper import make_node as node
 
@@ -15,9 +17,10 @@ from bapq_edge.bank.exchange import pack, unpack
 from bapq_edge.bank.manifest import Expected, ExpectedPoint
 from bapq_edge.bank.reader import Bank
 from bapq_edge.cli import main
-from bapq_edge.errors import BankFormatError
+from bapq_edge.errors import BankFormatError, CalibrationWarning
 from bapq_edge.planning.planner import Request, chunk_costs, plan
 from bapq_tools import build_bank
+from bapq_tools.calibration.samples import load_calibration
 from support.onnx_models import FLOAT, model
 
 SAMPLES = 64
@@ -150,6 +153,68 @@ def test_inspect_shows_and_draws_it(bank, classifier, tmp_path, capsys):
         bare = build_bank(classifier, tmp_path / "bare.bank", progress=False).bank
     assert main(["inspect", bare, "--plot"]) != 0
     assert "build it with calibration data" in capsys.readouterr().err
+
+
+# ---- samples ----
+
+
+@pytest.mark.parametrize("samples", [1, 2, 9, 64, 1000])
+def test_an_eighth_is_held_out_and_the_same_every_time(classifier, samples):
+    values = np.arange(samples * 64, dtype=np.float32).reshape(samples, 64)
+    data = load_calibration({"x": values}, classifier.graph.input)
+    learnt, held_out = data.split()
+    again = data.split()[1]
+    np.testing.assert_array_equal(held_out.arrays["x"], again.arrays["x"])
+    assert held_out.samples == min(max(samples // 8, 1), 64)
+    seen = [set(part.arrays["x"][:, 0].tolist()) for part in (learnt, held_out)]
+    assert len(seen[0] | seen[1]) == samples
+    assert samples == 1 or not seen[0] & seen[1]
+
+
+def doubts(classifier, path, x):
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        build_bank(classifier, path, calibration={"x": x}, progress=False)
+    assert all(warning.category is CalibrationWarning for warning in heard)
+    assert all(warning.filename == __file__ for warning in heard)
+    return [str(warning.message) for warning in heard]
+
+
+def test_samples_that_cannot_do_are_told_with_the_number_that_would(classifier, x, tmp_path):
+    path = tmp_path / "m.bank"
+    assert doubts(classifier, path, x) == []
+    (few,) = doubts(classifier, path, x[:3])
+    assert "3 samples, too few" in few and "128 would do" in few
+    (copies,) = doubts(classifier, path, np.tile(x[:9], (8, 1)))
+    assert "of the 72 calibration samples 9 differ" in copies and "128" in copies
+    noise = np.random.default_rng(5).standard_normal(x.shape).astype(np.float32)
+    (alike,) = doubts(classifier, path, x[:1] + 1e-4 * noise)
+    assert "too much alike" in alike and "128" in alike
+    (one,) = doubts(classifier, path, x[:1] + 0.1 * noise)
+    assert "of class" in one and "of 10 that it knows" in one and "128" in one
+
+
+def test_the_build_ends_with_what_to_expect(classifier, x, tmp_path, capsys):
+    onnx.save(classifier, tmp_path / "m.onnx")
+    np.savez(tmp_path / "x.npz", x=x)
+    command = ["build", str(tmp_path / "m.onnx"), "--calibration", str(tmp_path / "x.npz")]
+    assert main([*command, "--quiet", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    plans = {row["plan"]: row for row in report["expected"]}
+    assert list(plans) == ["level 8", "level 4", "3 bits", "level 2", "level 1"]
+    assert report["relative_error"] == {} and report["coverage"] == 1.0
+    bank = Bank.open(tmp_path / "m.bank")
+    for level in (8, 4, 2, 1):
+        assert plans[f"level {level}"]["weight_bytes"] == bank.weight_bytes(level)
+    assert 2.25 <= plans["3 bits"]["bits"] <= 3
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "what you can expect, measured on 8 held-out samples" in printed
+    assert "coverage: 100.0% of the weights" in printed and "mean relative error" not in printed
+    assert len([line for line in printed.splitlines() if line.startswith("level ")]) == 4
+
+
+# ---- the format ----
 
 
 @pytest.mark.parametrize(

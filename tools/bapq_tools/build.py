@@ -18,6 +18,7 @@ import onnx
 import onnxruntime
 
 from bapq_edge import __version__
+from bapq_edge.bank.fields import Measure
 from bapq_edge.bank.files import digest_of_file
 from bapq_edge.bank.layout import (
     LEVELS,
@@ -32,6 +33,7 @@ from bapq_edge.bank.writer import BankWriter, check_bank_target
 from bapq_edge.errors import (
     BankError,
     BoundaryDroppedWarning,
+    CalibrationWarning,
     RequestError,
     StorageError,
     UncalibratedWarning,
@@ -43,11 +45,13 @@ from .build_support.heap import use_one_heap
 from .build_support.progress import Progress
 from .build_support.spill import Spill
 from .build_support.workers import Workers
+from .calibration.float_answers import float_answers
 from .calibration.samples import (
     CalibrationSource,
     check_calibration_source,
     load_calibration,
 )
+from .calibration.sufficiency import doubts_of_answers, doubts_of_samples
 from .onnx_graph import graphs
 from .onnx_graph.assemble import assemble, drop_replaced
 from .onnx_graph.fold import fold
@@ -55,7 +59,7 @@ from .onnx_graph.importers.onnx_file import check_model_source, load_model
 from .onnx_graph.ir import LayerPlan
 from .onnx_graph.layers import find_layers
 from .quantize.checkpoint import Checkpoint
-from .quantize.expectation import float_answers, measure_plans, plan_count
+from .quantize.expectation import ExpectedPlan, expected_plans, measure_plans, plan_count
 from .quantize.options import LayerOptions, scale_columns_of
 from .quantize.prune import PruneReport, prune_layers
 from .quantize.sequential import quantize_layers
@@ -84,7 +88,8 @@ class BuildReport:
     """Number of nodes with weights that stay with the graph engine."""
     calibration_samples: int
     relative_error: dict[Level, float]
-    """The layers' relative errors per level, averaged by their weights."""
+    """Without calibration data: relative error of the weights per level. Else empty: see
+    `expected`."""
     stage_seconds: dict[str, float]
     remaining_ratio: dict[str, float] = field(default_factory=dict)
     """Share of the weights that are not zero, for each layer that was pruned."""
@@ -94,6 +99,14 @@ class BuildReport:
     """Rows of pruned layers that are zero as a whole: their output is their bias."""
     dropped_rows: int = 0
     """Number of these rows that are not stored."""
+    coverage: float = 1.0
+    """Share of the model's weights in planes; the others stay in the graph in float."""
+    expected: tuple[ExpectedPlan, ...] = ()
+    """What to expect of the levels and of 3 bits; empty where nothing was measured."""
+    measured_samples: int = 0
+    """Number of samples that this was measured on."""
+    measure: Measure | None = None
+    """What `ExpectedPlan.answers` are."""
 
     def __fspath__(self) -> str:
         """The path of the bank."""
@@ -160,6 +173,8 @@ def build_bank(
         advance()
     data = None if calibration is None else load_calibration(calibration, loaded.graph.input)
     learnt, held_out = (None, None) if data is None else data.split()
+    if data is not None and wanted != (32,):
+        _warn_of_samples(doubts_of_samples(data))
     if calibration is None and wanted != (32,):
         warnings.warn(
             f"{out.name} is built without calibration data; its low levels will be less accurate: "
@@ -201,6 +216,7 @@ def build_bank(
             answers = None
             if judged is not None and wanted != (32,):  # before the float weights go
                 answers = float_answers(folded, plan, judged, pool.count, checkpoint.scratch)
+                _warn_of_samples(doubts_of_answers(answers.tensors))
         whole = held_out is not learnt
         del data, learnt, held_out
 
@@ -288,6 +304,11 @@ def _warn_of_discarded(out: Path) -> None:
             )
 
 
+def _warn_of_samples(doubts: list[str]) -> None:
+    for doubt in doubts:
+        warnings.warn(doubt, CalibrationWarning, stacklevel=3)
+
+
 def _load(
     model: str | os.PathLike[str] | onnx.ModelProto,
 ) -> tuple[onnx.ModelProto, SourceModel]:
@@ -343,6 +364,8 @@ def _report(
         )
         return sum(errors) / weights
 
+    told = manifest.expected
+    kept = sum(node.weights for node in manifest.kept_in_float)
     zeroed = sum(report.weights - report.remaining for report in pruned.values())
     return BuildReport(
         bank=str(out),
@@ -351,10 +374,14 @@ def _report(
         plane_bytes={plane: entry.bytes for plane, entry in manifest.planes.items()},
         kept_in_float=len(manifest.kept_in_float),
         calibration_samples=manifest.calibration.samples if manifest.calibration else 0,
-        relative_error={level: average(level) for level in manifest.levels},
+        relative_error={} if told else {level: average(level) for level in manifest.levels},
         stage_seconds=stages.seconds,
         remaining_ratio={name: report.remaining_ratio for name, report in pruned.items()},
         remaining_ratio_in_all=1 - zeroed / weights,
         pruned_rows=sum(int(report.zero_rows.sum()) for report in pruned.values()),
         dropped_rows=sum(layer.rows - layer.stored_rows for layer in manifest.layers),
+        coverage=weights / (weights + kept),
+        expected=tuple(expected_plans(Bank.open(out))),
+        measured_samples=told.samples if told else 0,
+        measure=told.measure if told else None,
     )

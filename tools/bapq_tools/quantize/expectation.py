@@ -7,15 +7,14 @@ order of mixtures. Uniform levels, whose codes were chosen for each other, are t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx
 
-from bapq_edge.bank.fields import Measure
 from bapq_edge.bank.layout import Level
 from bapq_edge.bank.manifest import Expected, ExpectedPoint
 from bapq_edge.bank.reader import Bank
@@ -24,16 +23,21 @@ from bapq_edge.engine.graph import Graph, open_graph
 from bapq_edge.engine.store import Store
 from bapq_edge.planning.planner import ChunkCosts, Plan, Request, chunk_costs, plan
 
-from ..calibration.forward_passes import FLOAT, ForwardPasses, Tensors
-from ..calibration.reference_model import Reference, weight_feeds
+from ..calibration.float_answers import FloatAnswers, Judge
+from ..calibration.forward_passes import FLOAT, Tensors
 from ..calibration.samples import CalibrationData
-from ..onnx_graph.ir import HeavyLayer, LayerPlan
 from .sensitivity import relative_square_error
 
-__all__ = ["FloatAnswers", "float_answers", "measure_plans", "plan_count"]
+__all__ = ["ExpectedPlan", "expected_plans", "measure_plans", "plan_count"]
 
-_MIXTURES = 8
+_MIXTURES = 7
 """Number of mixtures, spread from the lowest level to level 8."""
+
+_TOLD_BITS = 3.0
+"""A mixture that is measured besides: the build tells what to expect of it."""
+
+_NEAR = 0.75
+"""What fewer bits still stand for it, where chunks are large."""
 
 _EXPONENTS = (0.25, 2.0)
 """Bounds of the power law: a steeper or flatter one is an accident of few points."""
@@ -43,37 +47,38 @@ _DIGITS = 6
 
 
 @dataclass(frozen=True)
-class FloatAnswers:
-    """What plans are compared with."""
+class ExpectedPlan:
+    """What a plan does, measured on held-out samples."""
 
-    tensors: list[Tensors]
-    """The judged tensors of the float model, by name, for each sample."""
-    free_to_shift: frozenset[str]
-    """Those whose rows a Softmax reads."""
+    plan: str
+    """Such as "level 4", or "3 bits"."""
+    bits: float
+    """Nominal bits per weight."""
+    answers: float
+    """Agreement with the float model, or cosine to its outputs: mean over the samples."""
+    error: float
+    """Relative error of the outputs: norm of the error over their norm."""
+    weight_bytes: int
+    """Bytes that a run reads, or holds in memory."""
 
 
-def float_answers(
-    model: onnx.ModelProto, plan: LayerPlan, data: CalibrationData, workers: int, folder: Path
-) -> FloatAnswers:
-    """Run the float model on samples.
-
-    What does not fit in memory meanwhile goes to `folder`. Raises CalibrationError where the model
-    fails on a sample.
-    """
-    reference = Reference(model, plan)
-
-    def feeds(_: Level, layer: HeavyLayer) -> dict[str, np.ndarray]:
-        return weight_feeds(layer, layer.weight, layer.bias)
-
-    passes = ForwardPasses(reference, data, (), feeds, workers, folder)
-    for stage in reference.stages():
-        passes.run(stage)
-    judged = reference.judged_tensors()
-    answers = []
-    for sample in range(data.samples):
-        tensors = passes.tensors(FLOAT, sample)
-        answers.append({name: tensors[name] for name in judged if name in tensors})
-    return FloatAnswers(answers, reference.softmax_inputs())
+def expected_plans(bank: Bank) -> Iterator[ExpectedPlan]:
+    """What to expect of the levels and of 3 bits, as far as they were measured; most bits first."""
+    expected = bank.manifest.expected
+    points = () if expected is None else expected.points[::-1]
+    costs = chunk_costs(bank)
+    mixtures = [p.bits for p in points if p.level == 0 and _NEAR <= p.bits / _TOLD_BITS <= 1]
+    for point in points:
+        name, weight_bytes = f"level {point.level}", 0
+        if point.level in bank.levels:
+            weight_bytes = plan(costs, Request(level=point.level)).resident_bytes
+        elif mixtures and point.bits == max(mixtures):
+            name = f"{_TOLD_BITS:g} bits"
+            weight_bytes = plan(costs, Request(bits=_TOLD_BITS)).resident_bytes
+        else:
+            continue
+        error = math.sqrt(point.error)
+        yield ExpectedPlan(name, point.bits, point.answers, error, weight_bytes)
 
 
 def measure_plans(
@@ -94,7 +99,7 @@ def measure_plans(
     if not names:
         return None
     wanted = [{name: tensors[name] for name in names} for tensors in answers.tensors]
-    judge = _Judge(wanted)
+    judge = Judge(wanted)
     costs = chunk_costs(bank)
     opened = Graph(open_graph(graph, threads=1), str(bank.path))
     store = Store(bank)
@@ -128,7 +133,7 @@ def measure_plans(
 
 def plan_count(levels: Sequence[Level]) -> int:
     """Number of plans that are run at most."""
-    return len([level for level in levels if level != FLOAT]) + _MIXTURES
+    return len([level for level in levels if level != FLOAT]) + _MIXTURES + 1
 
 
 def _plans(costs: ChunkCosts) -> Iterator[Plan]:
@@ -140,8 +145,11 @@ def _plans(costs: ChunkCosts) -> Iterator[Plan]:
         return
     seen = set()
     # Somewhat inside: next to a uniform level a mixture is that level, or nearly.
-    for bits in np.geomspace(1.2 * levels[-1], 0.85 * levels[0], _MIXTURES):
-        request = Request(bits=max(float(bits), levels[-1]), highest_level=levels[0])
+    mixtures = np.geomspace(1.2 * levels[-1], 0.85 * levels[0], _MIXTURES).tolist()
+    if levels[-1] < _TOLD_BITS < levels[0]:
+        mixtures.append(_TOLD_BITS)
+    for bits in mixtures:
+        request = Request(bits=max(bits, levels[-1]), highest_level=levels[0])
         made = plan(costs, request)
         if made.uniform_level is None and made.levels.tobytes() not in seen:
             seen.add(made.levels.tobytes())
@@ -173,38 +181,3 @@ def _judged_graph(bank: Bank, wanted: Tensors) -> tuple[bytes, list[str]]:
             info.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
             model.graph.output.append(info)
     return model.SerializeToString(), names
-
-
-class _Judge:
-    """How answers are told for people: as agreement of classes, or as cosine."""
-
-    def __init__(self, wanted: Sequence[Tensors]) -> None:
-        """A tensor of two axes and at least two columns holds scores of classes, unless its rows
-        have norm 1; everything else is judged by its direction."""
-        self._wanted = wanted
-        scores = [name for name, value in wanted[0].items() if _holds_scores(value)]
-        self._scores = scores[0] if scores else None
-        self.measure: Measure = "agreement" if scores else "cosine"
-
-    def answer(self, found: Tensors, sample: int) -> float:
-        """Of one sample: the share of rows with the float model's class, or the mean cosine."""
-        wanted = self._wanted[sample]
-        if self._scores is not None:
-            a, b = found[self._scores], wanted[self._scores]
-            return float(np.mean(a.argmax(1) == b.argmax(1)))
-        return float(np.mean([_cosine(found[name], value) for name, value in wanted.items()]))
-
-
-def _holds_scores(value: np.ndarray) -> bool:
-    if value.ndim != 2 or value.shape[1] < 2:
-        return False
-    norms = np.linalg.norm(value.astype(np.float64), axis=1)
-    return not bool(np.allclose(norms, 1, atol=1e-3))
-
-
-def _cosine(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
-    norm = float(np.linalg.norm(a) * np.linalg.norm(b))
-    if not np.isfinite(norm):
-        return 0.0
-    return float(np.clip(a @ b / norm, -1, 1)) if norm else float(not a.any() and not b.any())

@@ -64,13 +64,13 @@ class _Search:
 
     def choice(self) -> Choice:
         """The best of the candidates."""
-        floor = self._last
-        uniform = [column for column in range(self._top, self._last + 1) if self._uniform(column)]
-        if self._costs.guessed and uniform:
-            # Which chunk needs its bits is a guess, so none runs below the level that all can have.
-            floor = uniform[0]
+        columns = range(self._first, self._last + 1)
+        uniform = [column for column in columns if self._uniform(column)]
         candidates = [np.full(len(self._rows), column) for column in uniform]
-        candidates += self._mixtures(floor)
+        # Which chunk needs its bits must be known to mix them: channels of one layer that are
+        # rounded differently may do worse than all of them rounded coarsely.
+        if not self._costs.guessed:
+            candidates += self._mixtures()
         if not candidates:
             candidates = [np.full(len(self._rows), self._last)]
         chosen = min(candidates, key=self._error_of)
@@ -90,11 +90,13 @@ class _Search:
 
     def _uniform(self, column: int) -> bool:
         """Whether all chunks can run at this level."""
+        if column < self._top and self._sizes[:, column].sum() > self._limit:
+            return False
         return self._in_time(np.full(len(self._rows), column))
 
-    def _mixtures(self, floor: int) -> Iterator[NDArray[np.intp]]:
-        """Mixtures of levels, none below column `floor`."""
-        kept = slice(self._first, floor + 1)
+    def _mixtures(self) -> Iterator[NDArray[np.intp]]:
+        """Mixtures of levels."""
+        kept = slice(self._first, None)
         in_memory = GreedyKnapsack(self._sizes[:, kept], self._error[:, kept])
         found = in_memory.climb(self._limit) + self._first
         if self._in_time(found):
@@ -102,33 +104,33 @@ class _Search:
         if self._speeds is None:
             return
         # A ring for larger chunks leaves less to pin, so every highest level is tried.
-        for top in range(self._top, floor + 1):
-            streamed = self._streamed(slice(top, floor + 1))
+        for top in range(self._top, self._last + 1):
+            streamed = self._streamed(top)
             if streamed is not None:
                 yield streamed
 
-    def _streamed(self, kept: slice) -> NDArray[np.intp] | None:
-        """The best mixture of some columns that streams what can be read in time."""
-        largest = aligned(int(self._sizes[:, kept.start].max()))
-        if not fits(int(self._sizes[:, kept.start].sum()), largest, self._limit):
+    def _streamed(self, top: int) -> NDArray[np.intp] | None:
+        """The best mixture from column `top` on that streams what can be read in time."""
+        largest = aligned(int(self._sizes[:, top].max()))
+        if not fits(int(self._sizes[:, top].sum()), largest, self._limit):
             return None
         speeds = self._speeds
         assert speeds is not None
         ring_bytes = ring_bytes_for(self._limit, largest)
-        of_layer = self._costs.by_layer(self._sizes[:, kept.start])
+        of_layer = self._costs.by_layer(self._sizes[:, top])
         hidden = hidden_bytes(of_layer, speeds, ring_bytes)
         # What a layer can stream for free at its highest level costs nothing.
         free = np.repeat(hidden >= of_layer, self._costs.chunks_of_layer)
-        sizes = np.where(free[:, None], 0, self._sizes[:, kept])
+        sizes = np.where(free[:, None], 0, self._sizes[:, top:])
         spare_s = max(self._allowed_s - speeds.compute_s, 0.0)
         streamed = float(hidden[hidden < of_layer].sum()) + spare_s * speeds.storage_bytes_s
         # Pinning whole chunks may fall short of its share by less than one.
         pinned = self._limit - ring_bytes - largest
-        knapsack = GreedyKnapsack(sizes, self._error[:, kept])
+        knapsack = GreedyKnapsack(sizes, self._error[:, top:])
 
         def climb(share: float) -> NDArray[np.intp]:
             most = int(min(pinned + share * streamed, sizes[:, 0].sum()))
-            columns: NDArray[np.intp] = knapsack.climb(most) + kept.start
+            columns: NDArray[np.intp] = knapsack.climb(most) + top
             return columns
 
         found = climb(1.0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -74,7 +74,10 @@ def expected_plans(bank: Bank) -> Iterator[ExpectedPlan]:
             weight_bytes = plan(costs, Request(level=point.level)).resident_bytes
         elif mixtures and point.bits == max(mixtures):
             name = f"{_TOLD_BITS:g} bits"
-            weight_bytes = plan(costs, Request(bits=_TOLD_BITS)).resident_bytes
+            # As it was measured: what is expected now may speak for a level.
+            measured = replace(costs, expected=None)
+            request = Request(bits=_TOLD_BITS, highest_level=_levels(costs)[0])
+            weight_bytes = plan(measured, request).resident_bytes
         else:
             continue
         error = math.sqrt(point.error)
@@ -138,7 +141,7 @@ def plan_count(levels: Sequence[Level]) -> int:
 
 def _plans(costs: ChunkCosts) -> Iterator[Plan]:
     """Every level below 32, and mixtures between them that differ."""
-    levels = [level for level in costs.levels if level != FLOAT] or list(costs.levels)
+    levels = _levels(costs)
     for level in levels:
         yield plan(costs, Request(level=level))
     if len(levels) < 2:
@@ -154,6 +157,11 @@ def _plans(costs: ChunkCosts) -> Iterator[Plan]:
         if made.uniform_level is None and made.levels.tobytes() not in seen:
             seen.add(made.levels.tobytes())
             yield made
+
+
+def _levels(costs: ChunkCosts) -> list[Level]:
+    """The levels that lose something."""
+    return [level for level in costs.levels if level != FLOAT] or list(costs.levels)
 
 
 def _power_law(points: Sequence[ExpectedPoint]) -> tuple[float, float]:

@@ -106,9 +106,9 @@ def measure_plans(
     costs = chunk_costs(bank)
     opened = Graph(open_graph(graph, threads=1), str(bank.path))
     store = Store(bank)
-    points: dict[bytes, ExpectedPoint] = {}
+    points: list[ExpectedPoint] = []
     try:
-        for made in _plans(costs):
+        for level, made in _plans(costs):
             store.publish(made.levels, made.pinned, made.ring_bytes, None, threads=1)
 
             def once(sample: int) -> tuple[float, float]:
@@ -119,18 +119,19 @@ def measure_plans(
             with ThreadPoolExecutor(workers) as pool:
                 judged = np.array(list(pool.map(once, range(data.samples))))
             error, agreeing = (float(f"{mean:.{_DIGITS}g}") for mean in judged.mean(0))
-            points[made.levels.tobytes()] = ExpectedPoint(
-                level=made.uniform_level or 0,
+            point = ExpectedPoint(
+                level=level,
                 bits=float(f"{made.bits_per_weight:.{_DIGITS}g}"),
                 table=float(f"{made.predicted_error:.{_DIGITS}g}"),
                 error=error,
                 answers=agreeing,
             )
+            points.append(point)
             advance()
     finally:
         store.close()
-    factor, exponent = _power_law([point for point in points.values() if point.level == 0])
-    ordered = sorted(points.values(), key=lambda point: (point.bits, -point.level))
+    factor, exponent = _power_law([point for point in points if point.level == 0])
+    ordered = sorted(points, key=lambda point: (point.bits, -point.level))
     return Expected(data.samples, held_out, judge.measure, factor, exponent, tuple(ordered))
 
 
@@ -139,24 +140,25 @@ def plan_count(levels: Sequence[Level]) -> int:
     return len([level for level in levels if level != FLOAT]) + _MIXTURES + 1
 
 
-def _plans(costs: ChunkCosts) -> Iterator[Plan]:
-    """Every level below 32, and mixtures between them that differ."""
+def _plans(costs: ChunkCosts) -> Iterator[tuple[int, Plan]]:
+    """Every level below 32 with its plan, and under 0 mixtures between them that differ."""
     levels = _levels(costs)
-    for level in levels:
-        yield plan(costs, Request(level=level))
-    if len(levels) < 2:
+    uniform = {level: plan(costs, Request(level=level)) for level in levels}
+    yield from uniform.items()
+    # Where layers lack levels, a run at one has other bits.
+    low, high = (uniform[level].bits_per_weight for level in (levels[-1], levels[0]))
+    if low >= high:
         return
-    seen = set()
     # Somewhat inside: next to a uniform level a mixture is that level, or nearly.
-    mixtures = np.geomspace(1.2 * levels[-1], 0.85 * levels[0], _MIXTURES).tolist()
-    if levels[-1] < _TOLD_BITS < levels[0]:
+    mixtures = np.geomspace(min(1.2 * low, high), max(0.85 * high, low), _MIXTURES).tolist()
+    if low < _TOLD_BITS < high:
         mixtures.append(_TOLD_BITS)
+    seen = {made.levels.tobytes() for made in uniform.values()}
     for bits in mixtures:
-        request = Request(bits=max(bits, levels[-1]), highest_level=levels[0])
-        made = plan(costs, request)
-        if made.uniform_level is None and made.levels.tobytes() not in seen:
+        made = plan(costs, Request(bits=max(bits, low), highest_level=levels[0]))
+        if made.levels.tobytes() not in seen:
             seen.add(made.levels.tobytes())
-            yield made
+            yield 0, made
 
 
 def _levels(costs: ChunkCosts) -> list[Level]:

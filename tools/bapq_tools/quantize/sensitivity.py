@@ -107,6 +107,8 @@ def relative_square_error(
             expected = expected - expected.mean(-1, keepdims=True)
             difference -= difference.mean(-1, keepdims=True)
         norm, error = np.square(expected).sum(), np.square(difference).sum()
-        ratio = min(error / norm, _MOST) if np.isfinite(error) else _MOST
-        ratios.append(ratio if norm > 0 else 0.0)
+        if norm == 0:
+            ratios.append(0.0)
+        else:
+            ratios.append(min(error / norm, _MOST) if np.isfinite(error) else _MOST)
     return float(np.mean(ratios))

@@ -1,21 +1,25 @@
-/* The operators of domain "bapq" for ONNX Runtime: MatMul, Gemm, Conv and Gather.
+/* The operators of domain "bapq" for ONNX Runtime: MatMul, Gemm, Conv, DepthwiseConv and Gather.
  *
- * An operator holds no weights and knows no store. Its last input, "bapq.run", is the ticket of the
- * run it computes for; everything else follows from that and from its attribute `layer`. So one
+ * An operator holds no weights and knows no store. Its second input, "bapq.run", is the ticket of
+ * the run it computes for; everything else follows from that and from its attribute `layer`. So one
  * session serves concurrent runs on different plans, and swapping a plan touches no session. */
 #include "ort_abi.h"
 
 #include <limits.h>
+#include <math.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "arena.h"
+#include "depthwise.h"
 #include "error.h"
 #include "ops.h"
 
-typedef enum { MATMUL, GEMM, CONV, GATHER, KINDS } op_kind;
+typedef enum { MATMUL, GEMM, CONV, DEPTHWISE_CONV, GATHER, KINDS } op_kind;
+
+static bool takes_residual(op_kind kind) { return kind != GATHER && kind != DEPTHWISE_CONV; }
 
 typedef struct {
     OrtCustomOp callbacks; /* first: ORT hands back a pointer to it */
@@ -57,12 +61,21 @@ static OrtStatus *read_attributes(op_kernel *kernel, const OrtKernelInfo *info) 
     const OrtApi *api = kernel->api;
     TRY(ORT_KernelInfoGetAttribute_int64(api)(info, "layer", &kernel->layer));
     if (kernel->kind == GATHER) return NULL;
-    int64_t use_bias;
+    int64_t use_bias, function;
     TRY(ORT_KernelInfoGetAttribute_int64(api)(info, "use_bias", &use_bias));
-    kernel->epilogue.use_bias = use_bias != 0;
-    TRY(ORT_KernelInfoGetAttribute_float(api)(info, "clip_low", &kernel->epilogue.clip_low));
-    TRY(ORT_KernelInfoGetAttribute_float(api)(info, "clip_high", &kernel->epilogue.clip_high));
-    if (kernel->kind != CONV) return NULL;
+    bapq_epilogue *epilogue = &kernel->epilogue;
+    epilogue->use_bias = use_bias != 0;
+    TRY(ORT_KernelInfoGetAttribute_float(api)(info, "clip_low", &epilogue->clip_low));
+    TRY(ORT_KernelInfoGetAttribute_float(api)(info, "clip_high", &epilogue->clip_high));
+    epilogue->clip_low += 0.0f; /* a zero without sign, as all outputs have */
+    epilogue->clip_high += 0.0f;
+    TRY(ORT_KernelInfoGetAttribute_int64(api)(info, "function", &function));
+    if (isnan(epilogue->clip_low) || isnan(epilogue->clip_high) || function < 0 ||
+        function >= BAPQ_FUNCTIONS || (function && kernel->kind == DEPTHWISE_CONV))
+        return ORT_CreateStatus(api)(ORT_INVALID_ARGUMENT,
+                                     "bapq: an operator's clip or function is none that there is");
+    epilogue->function = (bapq_function)function;
+    if (kernel->kind != CONV && kernel->kind != DEPTHWISE_CONV) return NULL;
     bapq_conv_params *p = &kernel->conv;
     static const char *const names[] = {"group",     "kernel_h",   "kernel_w",   "stride_h",
                                         "stride_w",  "pad_top",    "pad_left",   "pad_bottom",
@@ -92,12 +105,15 @@ static void destroy_kernel(void *kernel) { free(kernel); }
 
 /* ---- tensors ---- */
 
+/* data is NULL where there is no such input. */
 static OrtStatus *get_input(const op_kernel *kernel, OrtKernelContext *context, size_t index,
                             tensor *out) {
     const OrtApi *api = kernel->api;
     const OrtValue *value = NULL;
     OrtShapeInfo *shape = NULL;
+    out->data = NULL;
     TRY(ORT_KernelContext_GetInput(api)(context, index, &value));
+    if (value == NULL) return NULL;
     TRY(ORT_GetTensorTypeAndShape(api)(value, &shape));
     OrtStatus *status = ORT_GetDimensionsCount(api)(shape, &out->rank);
     if (status == NULL && out->rank > MAX_RANK)
@@ -142,7 +158,8 @@ typedef struct {
     OrtKernelContext *context;
     bapq_run *run;
     const bapq_layer *layer;
-    tensor x;
+    tensor x, residual;
+    bapq_epilogue epilogue;
     int32_t status;
     bapq_error failure; /* unless status is BAPQ_OK */
 } call;
@@ -150,6 +167,16 @@ typedef struct {
 static OrtStatus *refuse(call *c, const char *what) {
     c->status = bapq_fail(&c->failure, BAPQ_ARGUMENT, "%s", what);
     return NULL;
+}
+
+/* Makes the output, and checks what is added to it. */
+static OrtStatus *begin(call *c, tensor *y) {
+    const tensor *r = &c->residual;
+    if (r->data && (r->rank != y->rank || memcmp(r->dims, y->dims, r->rank * sizeof *r->dims) != 0))
+        return refuse(c, "the residual has not the shape of the operator's output");
+    c->epilogue = c->kernel->epilogue;
+    c->epilogue.residual = r->data;
+    return make_output(c->kernel, c->context, y);
 }
 
 static OrtStatus *compute_matmul(call *c, const bapq_parallel *parallel) {
@@ -162,8 +189,9 @@ static OrtStatus *compute_matmul(call *c, const bapq_parallel *parallel) {
     }
     if (c->kernel->kind == GEMM && c->x.rank != 2) return refuse(c, "Gemm's input is not a matrix");
     y.dims[y.rank - 1] = c->layer->rows;
-    TRY(make_output(c->kernel, c->context, &y));
-    c->status = bapq_matmul(c->run, (int32_t)c->kernel->layer, &c->kernel->epilogue, parallel,
+    TRY(begin(c, &y));
+    if (c->status != BAPQ_OK) return NULL;
+    c->status = bapq_matmul(c->run, (int32_t)c->kernel->layer, &c->epilogue, parallel,
                             product(c->x.dims, c->x.rank - 1), c->x.data, y.data, &c->failure);
     return NULL;
 }
@@ -172,15 +200,19 @@ static OrtStatus *compute_conv(call *c, const bapq_parallel *parallel) {
     const int64_t *d = c->x.dims;
     int flat = c->x.rank == 3; /* (batch, channels, length) is an image of height 1 */
     if (!flat && c->x.rank != 4) return refuse(c, "Conv's input has neither 3 nor 4 axes");
+    int depthwise = c->kernel->kind == DEPTHWISE_CONV;
     bapq_conv conv;
-    c->status = bapq_conv_shape(c->layer, &c->kernel->conv, d[0], d[1], flat ? 1 : d[2],
-                                flat ? d[2] : d[3], &conv, &c->failure);
+    c->status = (depthwise ? bapq_depthwise_shape : bapq_conv_shape)(
+        c->layer, &c->kernel->conv, d[0], d[1], flat ? 1 : d[2], flat ? d[2] : d[3], &conv,
+        &c->failure);
     if (c->status != BAPQ_OK) return NULL;
     tensor y = {.rank = c->x.rank, .dims = {d[0], c->layer->rows, conv.out_h, conv.out_w}};
     if (flat) y.dims[2] = conv.out_w;
-    TRY(make_output(c->kernel, c->context, &y));
-    c->status = bapq_conv_run(c->run, (int32_t)c->kernel->layer, &conv, &c->kernel->epilogue,
-                              parallel, c->x.data, y.data, &c->failure);
+    TRY(begin(c, &y));
+    if (c->status != BAPQ_OK) return NULL;
+    c->status = (depthwise ? bapq_depthwise_run : bapq_conv_run)(c->run, (int32_t)c->kernel->layer,
+                                                                 &conv, &c->epilogue, parallel,
+                                                                 c->x.data, y.data, &c->failure);
     return NULL;
 }
 
@@ -200,6 +232,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     tensor ticket;
     TRY(get_input(kernel, context, 0, &c.x));
     TRY(get_input(kernel, context, 1, &ticket));
+    if (takes_residual(kernel->kind)) TRY(get_input(kernel, context, 2, &c.residual));
     c.run = bapq_run_of(*(const int64_t *)ticket.data);
     if (c.run == NULL || kernel->layer < 0 || kernel->layer >= bapq_run_layer_count(c.run))
         return ORT_CreateStatus(kernel->api)(ORT_INVALID_ARGUMENT,
@@ -207,7 +240,9 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     c.layer = bapq_run_layer(c.run, (int32_t)kernel->layer);
     ort_parallel pool = {kernel->api, context};
     bapq_parallel parallel = {ort_for_each, &pool};
-    if (kernel->kind == CONV)
+    if (c.layer->depthwise != (kernel->kind == DEPTHWISE_CONV))
+        TRY(refuse(&c, "only DepthwiseConv reads a depthwise layer, and it reads no other"));
+    else if (kernel->kind == CONV || kernel->kind == DEPTHWISE_CONV)
         TRY(compute_conv(&c, &parallel));
     else if (kernel->kind == GATHER)
         TRY(compute_gather(&c));
@@ -221,7 +256,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
 
 /* ---- registration ---- */
 
-static const char *const NAMES[KINDS] = {"MatMul", "Gemm", "Conv", "Gather"};
+static const char *const NAMES[KINDS] = {"MatMul", "Gemm", "Conv", "DepthwiseConv", "Gather"};
 
 static const char *get_name(const OrtCustomOp *op) { return NAMES[((const custom_op *)op)->kind]; }
 static const char *get_provider(const OrtCustomOp *op) {
@@ -233,8 +268,7 @@ static int get_input_type(const OrtCustomOp *op, size_t index) {
     return index == 1 || ids ? ORT_INT64 : ORT_FLOAT;
 }
 static size_t get_input_count(const OrtCustomOp *op) {
-    (void)op;
-    return 2;
+    return takes_residual(((const custom_op *)op)->kind) ? 3 : 2;
 }
 static int get_output_type(const OrtCustomOp *op, size_t index) {
     (void)op, (void)index;
@@ -244,9 +278,13 @@ static size_t get_output_count(const OrtCustomOp *op) {
     (void)op;
     return 1;
 }
-static int get_characteristic(const OrtCustomOp *op, size_t index) {
+static int get_input_characteristic(const OrtCustomOp *op, size_t index) {
+    (void)op;
+    return index == 2 ? ORT_OPTIONAL : ORT_REQUIRED;
+}
+static int get_output_characteristic(const OrtCustomOp *op, size_t index) {
     (void)op, (void)index;
-    return ORT_INPUT_REQUIRED;
+    return ORT_REQUIRED;
 }
 static int get_memory_type(const OrtCustomOp *op, size_t index) {
     (void)op, (void)index;
@@ -279,8 +317,8 @@ static OrtStatus *make_domain(const OrtApi *api) {
                                             .GetOutputType = get_output_type,
                                             .GetOutputTypeCount = get_output_count,
                                             .KernelDestroy = destroy_kernel,
-                                            .GetInputCharacteristic = get_characteristic,
-                                            .GetOutputCharacteristic = get_characteristic,
+                                            .GetInputCharacteristic = get_input_characteristic,
+                                            .GetOutputCharacteristic = get_output_characteristic,
                                             .GetInputMemoryType = get_memory_type,
                                             .GetVariadicInputMinArity = get_one,
                                             .GetVariadicInputHomogeneity = get_one,

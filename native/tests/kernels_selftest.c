@@ -18,14 +18,14 @@ typedef struct {
     float weights[MAX_COLUMNS * BAPQ_TILE_ROWS];
     uint16_t scales[MAX_BLOCKS * BAPQ_TILE_ROWS];
     int8_t q[MAX_ROWS * MAX_COLUMNS];
-    float scale[MAX_ROWS * MAX_BLOCKS];
+    float scale[(MAX_ROWS + BAPQ_SCALE_ROWS) * MAX_BLOCKS];
     float sum[MAX_ROWS * MAX_BLOCKS];
     float x[MAX_ROWS * MAX_COLUMNS];
 } operands;
 
 typedef struct {
     int8_t q[MAX_COLUMNS];
-    float scale[MAX_BLOCKS];
+    float scale[MAX_BLOCKS * BAPQ_SCALE_ROWS];
     float sum[MAX_BLOCKS];
 } quantized;
 
@@ -74,7 +74,7 @@ static void fill(operands *o, int extreme) {
     for (int i = 0; i < MAX_BLOCKS * BAPQ_TILE_ROWS; i++) {
         o->scales[i] = (uint16_t)random_in(0x3a00, 0x3f80);
     }
-    for (int i = 0; i < MAX_ROWS * MAX_BLOCKS; i++) {
+    for (int i = 0; i < (MAX_ROWS + BAPQ_SCALE_ROWS) * MAX_BLOCKS; i++) {
         o->scale[i] = fabsf(random_float(random_in(-8, 2)));
     }
 }
@@ -141,8 +141,8 @@ static bool same_quantize(const bapq_kernels *k) {
     memset(&want, 0, sizeof want);
     bapq_kernels_scalar.quantize_row(x, n, want.q, want.scale, want.sum);
     k->quantize_row(x, n, got.q, got.scale, got.sum);
-    unify_nans(got.scale, MAX_BLOCKS);
-    unify_nans(want.scale, MAX_BLOCKS);
+    unify_nans(got.scale, MAX_BLOCKS * BAPQ_SCALE_ROWS);
+    unify_nans(want.scale, MAX_BLOCKS * BAPQ_SCALE_ROWS);
     if (k == &bapq_kernels_scalar) {
         add_to_digest(&want, sizeof want);
     }
@@ -160,6 +160,53 @@ static bool same_sums(const bapq_kernels *k, operands *o) {
     k->block_sums(o->q, rows, blocks, got);
     if (memcmp(got, want, (size_t)(rows * blocks) * sizeof *want) != 0) {
         printf("  differs: block_sums, %d rows, %d blocks\n", rows, blocks);
+        return false;
+    }
+    return true;
+}
+
+/* Kernels of every size with steps of every kind; NaNs, infinities and zeros of both signs on the
+ * way. What lies behind the outputs must stay as it was. */
+static bool same_depthwise(const bapq_kernels *k, const operands *o) {
+    enum { ROW = 80, MAX_KERNEL = 8, MAX_OUTPUTS = 12 * 40 };
+    static float x[64 * ROW], got[MAX_OUTPUTS + 16], want[MAX_OUTPUTS + 16];
+    static const uint32_t special[] = {0x7f800000, 0xff800000, 0x7fc00000, 0x80000000};
+    memcpy(x, o->x, sizeof x);
+    if (random_in(0, 3) == 0) {
+        memcpy(&x[random_in(0, 64 * ROW - 1)], &special[random_in(0, 3)], sizeof *x);
+    }
+    const int32_t usual = random_in(0, 1) ? 3 : 5, square = random_in(0, 2);
+    const int32_t dilation = random_in(1, random_in(1, 3));
+    ptrdiff_t tap[MAX_KERNEL];
+    for (int i = 0; i < MAX_KERNEL; i++) {
+        tap[i] = i * random_in(1, 4);
+    }
+    const bapq_windows windows = {
+        .x = x,
+        .tap = tap,
+        .kernel_row = (ptrdiff_t)dilation * ROW,
+        .output_row = (ptrdiff_t)random_in(1, 3) * ROW,
+        .kernel_h = square ? usual : random_in(1, MAX_KERNEL),
+        .kernel_w = square ? usual : random_in(1, MAX_KERNEL),
+        .rows = random_in(1, 12),
+        .width = random_in(1, 40),
+    };
+    const int32_t none = random_in(0, 1);
+    const float bias = none ? -0.0f : random_float(0), low = none ? -INFINITY : 0.0f;
+    const float high = none ? INFINITY : random_float(2);
+    memset(got, 0xa5, sizeof got);
+    memset(want, 0xa5, sizeof want);
+    bapq_kernels_scalar.depthwise(&windows, o->weights, bias, low, high, want);
+    k->depthwise(&windows, o->weights, bias, low, high, got);
+    const size_t count = (size_t)windows.rows * (size_t)windows.width;
+    unify_nans(got, count);
+    unify_nans(want, count);
+    if (k == &bapq_kernels_scalar) {
+        add_to_digest(want, count * sizeof *want);
+    }
+    if (memcmp(got, want, sizeof want) != 0) {
+        printf("  differs: depthwise, kernel %d x %d, dilation %d, outputs %d x %d\n",
+               windows.kernel_h, windows.kernel_w, dilation, windows.rows, windows.width);
         return false;
     }
     return true;
@@ -188,6 +235,7 @@ int main(void) {
             }
             *(same_quantize(family[f]) ? &family_passed : &family_failed) += 1;
             *(same_sums(family[f], o) ? &family_passed : &family_failed) += 1;
+            *(same_depthwise(family[f], o) ? &family_passed : &family_failed) += 1;
         }
         printf("%-10s %d passed, %d failed%s\n", family[f]->name, family_passed, family_failed,
                family[f] == best ? " (chosen)" : "");

@@ -44,7 +44,8 @@ BAPQ_INLINE void tile_codes(int level, const bapq_tile *w, const bapq_panel *x, 
                     sum += q[k];
                 }
                 const float f = (float)dot - zero * (float)sum;
-                const float scale = x->uniform ? 1.0f : x->scale[(ptrdiff_t)i * w->blocks + first];
+                const float scale =
+                    x->uniform ? 1.0f : scales_of(x, w->blocks, i)[first * BAPQ_SCALE_ROWS];
                 float *acc = &out[(ptrdiff_t)i * BAPQ_TILE_ROWS + r];
                 *acc = fmaf(steps[r] * scale, f, *acc);
             }
@@ -69,6 +70,23 @@ static void tile_float(const bapq_tile *w, const bapq_panel *x, int32_t m, float
             }
         }
         memcpy(out + (ptrdiff_t)i * BAPQ_TILE_ROWS, acc, sizeof acc);
+    }
+}
+
+static void depthwise(const bapq_windows *x, const float *weight, float bias, float low, float high,
+                      float *y) {
+    for (int32_t r = 0; r < x->rows; r++) {
+        for (int32_t i = 0; i < x->width; i++) {
+            float acc = bias;
+            for (int32_t ky = 0; ky < x->kernel_h; ky++) {
+                const float *row = x->x + r * x->output_row + ky * x->kernel_row + i;
+                for (int32_t kx = 0; kx < x->kernel_w; kx++) {
+                    acc = fmaf(row[x->tap[kx]], weight[ky * x->kernel_w + kx], acc);
+                }
+            }
+            acc = acc < low ? low : acc; /* in this order NaN passes through */
+            *y++ = acc > high ? high : acc;
+        }
     }
 }
 

@@ -314,7 +314,7 @@ def test_command_builds_and_reports(model_file, samples, tmp_path, capsys):
     assert main([*command, "--calibration", str(tmp_path / "data.npz"), "--levels", "4,2"]) == 0
     printed = capsys.readouterr()
     assert "5,120 weights in 2 layers, 20 calibration samples" in printed.out
-    assert "at level 4" in printed.out and "m1" in printed.out
+    assert "\nlevel 4 " in printed.out and "m1" in printed.out
     stages = [line.partition(":")[0] for line in printed.err.splitlines()]
     assert stages == ["import", "fold", "layers", "quantize", "write", "measure"]
     assert Bank.open(out).manifest.levels == (4, 2)

@@ -165,7 +165,7 @@ class Session:
                 request=self._request,
                 shares=None if self._runner is None else self._runner.shares,
                 threads=self._threads,
-                storage_bytes_s=self._profile.storage_bytes_s if self._profile else None,
+                storage_bytes_s=self._profile.read_mb_s(bank) * 1e6 if self._profile else None,
                 weight_budget_bytes=options.weight_budget,
                 on_switch=options.on_switch,
             )

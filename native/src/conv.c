@@ -199,7 +199,9 @@ static bapq_panel build_panel(const conv_job *j, worker_buffers *buffers, int64_
     int pointwise = is_pointwise(j->conv);
     panel.q = pointwise ? j->input.q + pixel * j->conv->channels : buffers->q;
     if (!there && !pointwise) fill_quantized(j, group, pixel, m, buffers->q);
-    int sums = j->kernels->sum_levels >> j->view.level & 1;
+    uint32_t sum_levels = j->kernels->sum_levels;
+    if (j->layer->residual_steps % 2 == 0) sum_levels |= j->kernels->even_sum_levels;
+    int sums = sum_levels >> j->view.level & 1;
     if (sums && !(there && buffers->has_sums))
         j->kernels->block_sums(panel.q, m, j->blocks, buffers->sum);
     buffers->has_sums = sums || (there && buffers->has_sums);

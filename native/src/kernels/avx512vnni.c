@@ -207,5 +207,5 @@ static void tile_float(const bapq_tile *w, const bapq_panel *x, int32_t m, float
 
 #include "depthwise.inc"
 
-BAPQ_DEFINE_FAMILY(avx512vnni, BAPQ_ALL_CODES)
+BAPQ_DEFINE_FAMILY(avx512vnni, BAPQ_ALL_CODES, 0)
 #endif

@@ -110,7 +110,8 @@ typedef struct {
     bapq_quantize_row_fn quantize_row;
     bapq_block_sums_fn block_sums;
     bapq_depthwise_fn depthwise;
-    uint32_t sum_levels; /* bit l: tile[l] reads the sums of a uniform panel, too */
+    uint32_t sum_levels;      /* bit l: tile[l] reads the sums of a uniform panel, too */
+    uint32_t even_sum_levels; /* the same, but only of layers whose residual_steps are even */
     bapq_apply_fn apply;
 } bapq_kernels;
 

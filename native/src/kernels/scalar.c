@@ -90,4 +90,4 @@ static void depthwise(const bapq_windows *x, const float *weight, float bias, fl
     }
 }
 
-BAPQ_DEFINE_FAMILY(scalar, 0)
+BAPQ_DEFINE_FAMILY(scalar, 0, 0)

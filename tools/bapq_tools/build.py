@@ -173,8 +173,6 @@ def build_bank(
         advance()
     data = None if calibration is None else load_calibration(calibration, loaded.graph.input)
     learnt, held_out = (None, None) if data is None else data.split()
-    if data is not None and wanted != (32,):
-        _warn_of_samples(doubts_of_samples(data))
     if calibration is None and wanted != (32,):
         warnings.warn(
             f"{out.name} is built without calibration data; its low levels will be less accurate: "
@@ -193,6 +191,8 @@ def build_bank(
     options = _take_out_kept(plan, settings.resolve(layer.name for layer in plan.layers))
     options = {layer.name: _for_operators(layer, options[layer.name]) for layer in plan.layers}
     _check_space(out, folded, plan, options)
+    if data is not None and wanted != (32,):
+        _warn_of_samples(doubts_of_samples(data))
     folded = drop_replaced(folded, plan)
     pruned = prune_layers(plan, options)
     weights = sum(layer.weight.size for layer in plan.layers)

@@ -43,6 +43,7 @@
     ├── MissingPlaneWarning             a plane file is absent: fewer levels
     ├── InterruptedUpdateWarning        a bank's update was cut off: the old one is used
     ├── UncalibratedWarning             built without calibration data
+    ├── CalibrationWarning              calibration samples are too few, too alike, of one class
     ├── FrozenInputWarning              what a caller could override in the model is a constant now
     ├── DegradedWarning                 a run used a lower level than planned
     ├── BudgetExceededWarning           a run needed more memory than the budget leaves
@@ -76,6 +77,7 @@ __all__ = [
     "CalibrationError",
     "CalibrationShapeError",
     "CalibrationValueError",
+    "CalibrationWarning",
     "ClusterError",
     "CoverageError",
     "DegradedWarning",
@@ -356,6 +358,10 @@ class UncalibratedWarning(BapqWarning):
 
 class FrozenInputWarning(BapqWarning):
     """Initializers that the model lets a caller override become constants of the bank."""
+
+
+class CalibrationWarning(BapqWarning):
+    """The calibration samples are too few, too alike or of one class to choose low levels by."""
 
 
 class BoundaryWarning(BapqWarning):

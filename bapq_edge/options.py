@@ -30,6 +30,9 @@ PolicyName = Literal["static", "gate", "escalate"]
 
 _MOST_BITS = 32
 
+_MAX_SLOWDOWN = 1.1
+"""What streaming may cost where nothing is said: less than the noise of most applications."""
+
 _MOST_THREADS = 1024
 """More than any board has cores; every thread takes memory and time to start."""
 
@@ -52,6 +55,7 @@ class SessionOptions:
     policy: Policy | PolicyName | None = None
     target_agreement: float | None = None
     latency_ms: float | None = None
+    max_slowdown: float | None = None
     weight_budget: int | None = None
     """The budget in bytes; a size such as "1MiB" is taken too, and becomes a number."""
     threads: int | None = None
@@ -70,6 +74,10 @@ class SessionOptions:
         _check_policy(self.policy)
         _check_number("target_agreement", self.target_agreement, 1.0, "a share from 0 to 1")
         _check_number("latency_ms", self.latency_ms, math.inf, "a number of milliseconds from 0 up")
+        slowdown = self.max_slowdown is None or (
+            _is_number(self.max_slowdown) and self.max_slowdown >= 1
+        )
+        _check(slowdown, "max_slowdown", self.max_slowdown, "a number from 1 up, or None")
         whole = self.threads is None or _is_whole(self.threads)
         _check(whole, "threads", self.threads, "a whole number from 1 up, or None")
         if self.threads is not None and self.threads < 1:
@@ -107,13 +115,14 @@ class SessionOptions:
     def _become(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # as a frozen dataclass sets its own fields
 
-    def request(self, storage_bytes_s: float | None) -> Request:
-        """What is asked of the planner, given the read speed of the storage.
-
-        A policy turns `bits` into precisions of its own.
-        """
+    @property
+    def request(self) -> Request:
+        """What is asked of the planner; a policy turns `bits` into precisions of its own."""
         bits = None if self.steered else self.bits
-        return Request(self.level, bits, latency_s=self.latency_s, storage_bytes_s=storage_bytes_s)
+        slowdown = _MAX_SLOWDOWN if self.latency_ms is None else None
+        if self.max_slowdown is not None:
+            slowdown = float(self.max_slowdown)
+        return Request(self.level, bits, latency_s=self.latency_s, max_slowdown=slowdown)
 
     @property
     def steered(self) -> bool:

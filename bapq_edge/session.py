@@ -80,6 +80,7 @@ class Session(InferenceSessionMethods):
         policy: Policy | PolicyName | None = None,
         target_agreement: float | None = None,
         latency_ms: float | None = None,
+        max_slowdown: float | None = None,
         weight_budget: int | str | None = None,
         threads: int | None = None,
         controller: Literal["auto"] | None = None,
@@ -108,9 +109,9 @@ class Session(InferenceSessionMethods):
                 does; the boundary model that keeps it with the fewest bits is chosen. With a policy
                 by name `bits` may be given instead, not as well: the best agreement at so many bits
                 on average.
-            latency_ms: time that a run may take for reading: with level "auto" the planner then
-                streams what can be read in it, if that makes the answer better. Escalating: an
-                answer that would come later is not asked for.
+            latency_ms: time that a run may take: level "auto" streams what makes the answer better
+                and can be read in it. Escalating: a later answer is not asked for.
+            max_slowdown: most time of such a run, in times of one from memory; None is 1.1.
             weight_budget: most bytes of weights in memory, whatever `memory_budget` leaves.
             threads: threads that one operator runs on, 1 to 1024; None is one per core that this
                 process may use.
@@ -134,6 +135,7 @@ class Session(InferenceSessionMethods):
             policy=policy,
             target_agreement=target_agreement,
             latency_ms=latency_ms,
+            max_slowdown=max_slowdown,
             weight_budget=weight_budget,  # type: ignore[arg-type]
             threads=threads,
             controller=controller,
@@ -146,9 +148,7 @@ class Session(InferenceSessionMethods):
         self._bank = Bank.open(bank)
         self._log = EventLog(Path(self._bank.path).name)
         self._profile = find_profile() if profile is None else load_profile(profile)
-        self._request = options.request(
-            self._profile.read_mb_s(bank) * 1e6 if self._profile else None
-        )
+        self._request = options.request
         self._runner = self._open_runner(options)
 
         self._runs = RunsInFlight(str(self._bank.path))
@@ -175,6 +175,7 @@ class Session(InferenceSessionMethods):
                 request=self._request,
                 shares=None if self._runner is None else self._runner.shares,
                 threads=self._threads,
+                storage_bytes_s=self._profile.read_mb_s(bank) * 1e6 if self._profile else None,
                 weight_budget_bytes=options.weight_budget,
                 on_switch=options.on_switch,
             )
@@ -378,6 +379,9 @@ class Session(InferenceSessionMethods):
             return SessionStats(
                 level=plan.uniform_level,
                 planned_bits_per_weight=plan.bits_per_weight,
+                predicted_error=plan.relative_error,
+                predicted_ms=plan.predicted_s * 1e3 or None,
+                plan=plan.reason,
                 resident_bytes=store.home_bytes + store.ring_bytes + store.row_cache_bytes,
                 peak_bytes=self._ledger.growth_bytes(),
                 streamed_bytes=store.read_bytes,

@@ -42,6 +42,14 @@ class SessionStats:
     """Level of all chunks in the next run; None when they differ."""
     planned_bits_per_weight: float
     """Bits per weight of the next run, as planned: a mean over all weights of the bank."""
+    predicted_error: float
+    """Relative error of the outputs in the next run, as the bank's sensitivity table has it: norm
+    of the error over norm of the outputs. Without calibration data it is a guess."""
+    predicted_ms: float | None
+    """Time of the next run in a row of runs, waiting for reads included; None: not measured, as
+    where no budget is set."""
+    plan: str
+    """The plan in words: what is pinned and streamed, and what held level "auto" back."""
     resident_bytes: int
     """Weights in memory: pinned chunks, ring and row cache."""
     peak_bytes: int
@@ -104,7 +112,8 @@ class Event:
     """Time since the session opened."""
     kind: str
     """One of: open, switch (other levels), budget, memory, request, controller (other pinned
-    chunks), degraded, sensor, drift (other inputs than calibration saw), latency, close."""
+    chunks), storage (reading holds level "auto" back, or its speed changed), degraded, sensor,
+    drift (other inputs than calibration saw), latency, close."""
     bits_per_weight: float
     """Bits per weight that are planned after the event."""
     previous_bits_per_weight: float | None

@@ -34,6 +34,9 @@ MAX_CHUNKS = 1 << 20
 """Most chunks of a bank: chunk tables stay under 16 MiB. At 128 KiB a chunk this is 128 GiB per
 plane."""
 
+MAX_POINTS = 256
+"""Most plans whose errors are stated."""
+
 MAX_TABLE_ROWS = 1 << 22
 """Most rows of a bank in layers that reorder or drop some: their tables stay under 17 MB each, and
 a small file cannot ask for a huge output."""
@@ -119,12 +122,29 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
     _check_files(manifest, check)
     _check_boundaries(manifest, check)
     _check_split(manifest, check)
+    _check_expected(manifest, check)
 
 
 def _require(where: str, good: bool, key: str, found: Any, expected: Any) -> None:
     if not good:
         # Cut: a hostile list may be long.
         raise BankFormatError(f"{where}: {key} is {str(found)[:80]}, must be {expected}")
+
+
+def _check_expected(manifest: Manifest, check: Check) -> None:
+    expected = manifest.expected
+    if expected is None:
+        return
+    check(manifest.calibration is not None, "expected", "there", "absent without calibration")
+    points = expected.points
+    check(0 < len(points) <= MAX_POINTS, "expected.points", len(points), f"1 to {MAX_POINTS}")
+    bits = [point.bits for point in points]
+    check(bits == sorted(bits), "expected.points", "in another order", "by bits")
+    for i, point in enumerate(points):
+        at = f"expected.points[{i}].level"
+        check(point.level in (0, *manifest.levels), at, point.level, f"0 or of {manifest.levels}")
+        first = next(n for n, other in enumerate(points) if other.level == point.level)
+        check(point.level == 0 or first == i, at, point.level, "a level once")
 
 
 def _check_layers(manifest: Manifest, check: Check) -> None:

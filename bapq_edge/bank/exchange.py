@@ -95,6 +95,7 @@ def pack(directory: str | os.PathLike[str], bank_path: str | os.PathLike[str]) -
             manifest.kept_in_float,
             [(each.model, _read_boundary(folder, manifest, each)) for each in manifest.boundary],
             (halves[0], halves[1], manifest.split.head_layers) if manifest.split else None,
+            manifest.expected,
         )
     return Path(bank_path)
 

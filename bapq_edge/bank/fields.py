@@ -6,7 +6,7 @@ A value that breaks the rule of its type is refused as the manifest is read (`st
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from ..errors import BankPathError
 from .layout import BLOCK_COLUMNS, TILE_ROWS
@@ -18,9 +18,11 @@ __all__ = [
     "Digest",
     "File",
     "Fraction",
+    "Measure",
     "Name",
     "Rows",
     "ScaleColumns",
+    "Share",
     "Size",
     "Steps",
     "Text",
@@ -78,6 +80,8 @@ Columns = Annotated[int, integer(1, 1 << 24)]
 ChunkRows = Annotated[int, integer(TILE_ROWS, 1 << 30, TILE_ROWS)]
 ScaleColumns = Annotated[int, integer(BLOCK_COLUMNS, 1 << 24, BLOCK_COLUMNS)]
 Steps = Annotated[int, integer(8, 16)]
+Measure = Literal["agreement", "cosine"]
+Share = Annotated[float, number(-1, 1)]
 Fraction = Annotated[float, Rule("a finite number, 0 or more", lambda x: 0 <= x < float("inf"))]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .boundary import Boundary
-from .fields import Digest, File, Name, Size, Text
+from .fields import Digest, File, Fraction, Measure, Name, Share, Size, Text
 from .layer import Layer
 from .layout import TILE_ROWS, Level, Plane, tiles_of
 from .npy import CHUNK_DTYPE
@@ -31,6 +31,8 @@ __all__ = [
     "SENSITIVITY_FILE",
     "BoundaryEntry",
     "Calibration",
+    "Expected",
+    "ExpectedPoint",
     "FileEntry",
     "KeptNode",
     "Manifest",
@@ -118,6 +120,44 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class ExpectedPoint:
+    """A plan that the build has run on samples that it had not calibrated with."""
+
+    level: Size
+    """Level of all chunks; 0: a mixture of levels."""
+    bits: Fraction
+    """Nominal bits per weight, all weights counted."""
+    table: Fraction
+    """Sum of the sensitivities of its chunks."""
+    error: Fraction
+    """Squared relative error of the outputs, mean over outputs and samples."""
+    answers: Share
+    """Mean over the samples of what `Expected.measure` names."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What plans lose, as measured, and how the sensitivity table is to be read by it."""
+
+    samples: Size
+    """Number of samples that it was measured on."""
+    held_out: bool
+    """Whether codes were chosen without these samples."""
+    measure: Measure
+    """"agreement": share of samples whose class is that of the float model; "cosine": between the
+    outputs and the float model's."""
+    factor: Fraction
+    exponent: Fraction
+    """The error of a mixture is `factor` * (sum of its sensitivities) ** `exponent`."""
+    points: tuple[ExpectedPoint, ...]
+    """By bits, the fewest first."""
+
+    def level(self, level: Level) -> ExpectedPoint | None:
+        """The point of a uniform level, if it was measured."""
+        return next((point for point in self.points if point.level == level), None)
+
+
+@dataclass(frozen=True)
 class SplitGraph:
     """The graph cut in two at the tap of a gate; both halves together do what `graph` does."""
 
@@ -159,6 +199,7 @@ class Manifest:
     split: SplitGraph | None = None
     kept_in_float: tuple[KeptNode, ...] = ()
     calibration: Calibration | None = None
+    expected: Expected | None = None
     format: str = field(default=FORMAT_NAME)
     format_version: int = field(default=FORMAT_VERSION)
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,6 +30,7 @@ from .manifest import (
     SENSITIVITY_FILE,
     BoundaryEntry,
     Calibration,
+    Expected,
     FileEntry,
     KeptNode,
     Manifest,
@@ -225,11 +226,13 @@ class BankWriter:
         kept_in_float: Iterable[KeptNode] = (),
         boundary: Sequence[tuple[Boundary, BoundaryArrays]] = (),
         split: tuple[bytes, bytes, int] | None = None,
+        expected: Expected | Callable[[Bank], Expected | None] | None = None,
     ) -> Manifest:
         """Write graph, tables and manifest, then put the bank at its name in one step.
 
         `boundary` are models with their arrays; `split` the two halves of the graph and how many
-        layers are the first half's.
+        layers are the first half's. `expected` tells what plans lose, or is a function that runs
+        them on the finished bank, at its temporary place, and returns it.
 
         Raises BankFormatError when they do not fit together, StorageError.
         """
@@ -286,6 +289,10 @@ class BankWriter:
                     self._write(HEAD_FILE, split[0]), self._write(BODY_FILE, split[1]), split[2]
                 ),
             )
+            if expected is not None and not isinstance(expected, Expected):
+                self._write(MANIFEST_FILE, manifest.to_json())
+                expected = expected(Bank.open(directory))
+            manifest = dataclasses.replace(manifest, expected=expected)
             self._write(MANIFEST_FILE, manifest.to_json())
             # What was written is read back by the rules that every reader applies.
             Bank.open(directory)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 from ..adaptive.boundary_model import BoundaryModel
 from ..bank.coverage import Coverage
 from ..bank.layer import Layer
 from ..bank.layout import Level
+from ..bank.manifest import Expected
 from ..bank.reader import Bank
+from ..errors import RequestError
 from ..units import counted, format_size
 from .options import add_bank, add_json
 
 __all__ = ["add_inspect"]
+
+_BAR_LENGTH = 40
 
 
 def add_inspect(commands: Any) -> None:
@@ -21,6 +26,9 @@ def add_inspect(commands: Any) -> None:
     command = commands.add_parser("inspect", help="show what a bank holds")
     add_bank(command)
     add_json(command, "the manifest")
+    command.add_argument(
+        "--plot", action="store_true", help="draw what plans lose, by bits per weight"
+    )
     command.set_defaults(command=_inspect)
 
 
@@ -39,6 +47,12 @@ def _inspect(arguments: argparse.Namespace) -> None:
     for level in bank.levels:
         size = format_size(bank.weight_bytes(level))
         print(f"{level:5}  {bank.bits_per_weight(level):11.2f}  {size:>15}")
+    if manifest.expected is not None:
+        _show_expected(manifest.expected, arguments.plot)
+    elif arguments.plot:
+        raise RequestError(
+            f"{bank.path} tells nothing of its plans: build it with calibration data"
+        )
     levels = [level for level in bank.levels if level != 32]
     errors = "".join(f"  {f'error@{level}':>8}" for level in levels)
     width = max(len(layer.name) for layer in manifest.layers)
@@ -60,6 +74,25 @@ def _inspect(arguments: argparse.Namespace) -> None:
         for node in manifest.kept_in_float:
             print(f"  {node.name:{width}}  {node.operator:14} {node.weights:>10,}  {node.reason}")
     print(f"\ncoverage: {Coverage.of(bank.weights, manifest.kept_in_float)}")
+
+
+def _show_expected(expected: Expected, plot: bool) -> None:
+    """What plans lose; with bars, on a scale of decades, if it is to be drawn."""
+    which = "held-out sample" if expected.held_out else "calibration sample"
+    print(f"\nwhat plans lose, measured on {counted(expected.samples, which)}:")
+    print(f"  bits  {'plan':8}  {expected.measure:>9}  {'error':>8}")
+    errors = [point.error for point in expected.points]
+    least = min((error for error in errors if error > 0), default=1.0)
+    decades = math.log10(max(max(errors), least) / least) or 1.0
+    for point in expected.points:
+        plan = f"level {point.level}" if point.level else "mixed"
+        line = f"{point.bits:6.2f}  {plan:8}  {point.answers:9.4f}  {math.sqrt(point.error):8.4f}"
+        if plot:
+            share = math.log10(max(point.error, least) / least) / decades
+            line += "  " + "#" * (1 + round(share * (_BAR_LENGTH - 1)))
+        print(line)
+    if plot:
+        print("bars: logarithm of the error; a level drops below the mixtures where it does better")
 
 
 def _show_boundary(model: BoundaryModel) -> None:

@@ -27,6 +27,7 @@ _OPTIONS = (
     "policy",
     "target_agreement",
     "latency_ms",
+    "max_slowdown",
     "threads",
     "controller",
     "profile",
@@ -79,7 +80,13 @@ def add_session(command: Any) -> None:
         help="share of inputs, 0 to 1, to be answered as the float model does",
     )
     session.add_argument(
-        "--latency-ms", type=float, metavar="MS", help="time that a run may take for reading"
+        "--latency-ms", type=float, metavar="MS", help="time that a run may take, reading included"
+    )
+    session.add_argument(
+        "--max-slowdown",
+        type=float,
+        metavar="X",
+        help="what streaming may cost level auto, in times of a run from memory (default: 1.1)",
     )
     session.add_argument(
         "--threads",

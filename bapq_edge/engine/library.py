@@ -29,7 +29,7 @@ __all__ = [
     "load_library",
 ]
 
-_ABI_VERSION = 9
+_ABI_VERSION = 10
 
 TRACE_KINDS = ("read", "rows", "wait")
 """The reader thread read a chunk, an operator read rows of one, an operator waited."""
@@ -144,6 +144,17 @@ class StatsStruct(ctypes.Structure):
     )
 
 
+class TimesStruct(ctypes.Structure):
+    """`bapq_times`: what reading and computing took."""
+
+    _fields_ = (
+        ("runs", ctypes.c_int64),
+        ("read_bytes", ctypes.c_int64),
+        ("read_ns", ctypes.c_int64),
+        ("read_cpu_ns", ctypes.c_int64),
+    )
+
+
 class ReportStruct(ctypes.Structure):
     """`bapq_run_report`: how a run went."""
 
@@ -205,6 +216,7 @@ def load_library() -> ctypes.CDLL:
             [store, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int32), error],
         ),
         "bapq_store_read_stats": (None, [store, ctypes.POINTER(StatsStruct)]),
+        "bapq_store_take_times": (None, [store, ctypes.POINTER(TimesStruct), ctypes.c_void_p]),
         "bapq_store_trace": (ctypes.c_int32, [store, ctypes.c_int64, error]),
         "bapq_store_trace_read": (
             ctypes.c_int64,

@@ -24,10 +24,11 @@ from .library import (
     ReportStruct,
     StatsStruct,
     Status,
+    TimesStruct,
     load_library,
 )
 
-__all__ = ["Run", "RunReport", "Store", "StoreStats"]
+__all__ = ["Run", "RunReport", "Store", "StoreStats", "StoreTimes"]
 
 _NO_LIMIT = 2**62
 _ROW_CACHE_SLOTS = 64
@@ -64,6 +65,23 @@ class StoreStats:
     """Bytes of the operators' buffers, all open runs together."""
     live_plans: int
     """Number of plans in use: the published one, and those that open runs still hold."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoreTimes:
+    """What reading and computing took since it was last asked for."""
+
+    runs: int
+    """Number of runs that ended."""
+    read_bytes: int
+    """Bytes that were read ahead of operators: rows that a Gather asks for are none of them."""
+    read_ns: int
+    """Time that reading them took."""
+    read_cpu_ns: int
+    """Time of it on a core: copying and checking."""
+    layer_ns: NDArray[np.int64]
+    """(layers,): time of all runs together, besides waiting for reads, from asking for the layer to
+    asking for the next one."""
 
 
 class Run:
@@ -247,6 +265,17 @@ class Store:
         native = StatsStruct()
         self._library.bapq_store_read_stats(self._handle, ctypes.byref(native))
         return StoreStats(*(getattr(native, name) for name, _ in StatsStruct._fields_))
+
+    def take_times(self) -> StoreTimes:
+        """What reading and computing took since the last call."""
+        native = TimesStruct()
+        layer_ns = np.empty(len(self._bank.manifest.layers), np.int64)
+        self._library.bapq_store_take_times(
+            self._handle, ctypes.byref(native), layer_ns.ctypes.data
+        )
+        return StoreTimes(
+            native.runs, native.read_bytes, native.read_ns, native.read_cpu_ns, layer_ns
+        )
 
     def trace_start(self, capacity: int) -> None:
         """Record reads and waits from now on; what was recorded and not read is forgotten.

@@ -18,16 +18,9 @@ from ..bank.layout import PLANES, PLANES_OF_LEVEL
 from ..bank.reader import Bank
 from ..errors import BudgetTooSmallError, RequestError
 from ..units import format_size
-from .planner import (
-    ChunkCosts,
-    Plan,
-    Request,
-    aligned,
-    columns_for,
-    pin_evenly,
-    ring_bytes_for,
-    smallest_for,
-)
+from .costs import ChunkCosts, Request
+from .placing import aligned, pin_evenly, ring_bytes_for, smallest_for
+from .planner import Plan, columns_for
 
 __all__ = ["JointCosts", "plan_jointly", "smallest_joint_limit"]
 
@@ -66,7 +59,7 @@ class _Wanted:
     planes: NDArray[np.bool_]
     """(chunks, planes): what is read and could be in memory."""
     error: float
-    """Sum of the chunks' sensitivities."""
+    """Squared relative error of the outputs."""
 
 
 def smallest_joint_limit(
@@ -111,11 +104,11 @@ def plan_jointly(
 def _wanted(joint: JointCosts, precision: Precision, request: Request) -> _Wanted:
     costs = joint.costs
     level = "auto" if precision.level is None else precision.level
-    own = replace(request, level=level, bits=precision.bits, latency_s=None)
+    own = replace(request, level=level, bits=precision.bits, speeds=None)
     columns = columns_for(costs, own)
     rows = np.arange(len(columns))
     levels = costs.runs_at[rows, columns]
-    error = float(costs.sensitivity[rows, columns].sum(dtype=np.float64))
+    error = costs.error_of(columns)
     if precision.region is not None and joint.skipped is not None:
         if not 0 <= precision.region < len(joint.skipped):
             raise RequestError(

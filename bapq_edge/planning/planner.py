@@ -6,90 +6,29 @@ at every change of what is wanted or allowed. docs/explanation/planner.md explai
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bank.layout import CHUNK_ALIGNMENT, PLANES_OF_LEVEL, Level
-from ..bank.reader import Bank
+from ..bank.layout import Level
 from ..errors import BudgetTooSmallError, RequestError, UnknownLevelError
 from ..units import format_size
+from .automatic import Choice, choose
+from .costs import ChunkCosts, Request, chunk_costs
+from .knapsack import GreedyKnapsack
+from .placing import aligned, pin_evenly, place, smallest_for
 
 __all__ = [
     "ChunkCosts",
     "Plan",
     "Request",
-    "aligned",
     "chunk_costs",
     "columns_for",
-    "pin_evenly",
     "plan",
-    "ring_bytes_for",
-    "smallest_for",
     "smallest_limit",
 ]
-
-_RING_CHUNKS = 3
-"""One chunk being computed on, one ready, one being read: reading and computing never wait for a
-free place, only for each other."""
-
-_LEAST_RING_CHUNKS = 2
-"""One being computed on, one being read."""
-
-_RING_SHARE = 8
-"""Where an eighth of the limit is more than `_RING_CHUNKS`, the ring takes that much."""
-
-_RING_BYTES = 4 << 20
-"""No ring is larger: this one rides out 100 ms of a slow card (40 MB/s). More memory is better
-spent on pinned chunks: a larger ring reads no byte less."""
-
-
-@dataclass(frozen=True, eq=False)
-class ChunkCosts:
-    """What a bank offers."""
-
-    levels: tuple[Level, ...]
-    """Levels that can run, highest first."""
-    weights: NDArray[np.int64]
-    """(chunks,): number of weights of each."""
-    level_bytes: NDArray[np.int64]
-    """(chunks, levels): bytes of the planes that the level reads; no level reads more than a higher
-    one."""
-    sensitivity: NDArray[np.float32]
-    """(chunks, levels): squared relative error that the chunk adds to the output of its layer."""
-    row_read: NDArray[np.bool_]
-    """(chunks,): read row by row on demand; such a chunk is never in memory as a whole."""
-    runs_at: NDArray[np.uint8]
-    """(chunks, levels): the level itself, or what a chunk whose layer lacks it runs at instead;
-    bytes and sensitivity are those of that one."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is wanted, and what the device allows."""
-
-    level: Level | Literal["auto"] = "auto"
-    """One level for all chunks, or the planner's choice."""
-    bits: float | None = None
-    """Bits per weight, at most, on average over all weights of the bank; needs level "auto"."""
-    highest_level: Level = 32
-    """No chunk runs above it, unless even its lowest level is above it."""
-    weight_bytes_limit: int | None = None
-    """Most bytes of pinned chunks and ring; None is no limit."""
-    latency_s: float | None = None
-    """Time that reading may take in a run; "auto" then streams what can be read in it, if that
-    lowers the error. None: "auto" streams only what it cannot avoid."""
-    storage_bytes_s: float | None = None
-    """Read speed; without it nothing is assumed to be read in time."""
-
-    def __post_init__(self) -> None:
-        """Refuse what contradicts itself."""
-        if self.bits is not None and self.level != "auto":
-            raise RequestError(
-                f"level {self.level} and {self.bits:g} bits are both asked for: choose one"
-            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,9 +48,13 @@ class Plan:
     bits_per_weight: float
     """Nominal bits, all weights of the bank counted."""
     predicted_error: float
-    """Sum of the chunks' sensitivities."""
+    """Squared relative error of the outputs."""
     reason: str
     """The plan in one line, for people."""
+    predicted_s: float = 0.0
+    """Time of a run; 0 where the device's speeds are not known."""
+    held_back: str | None = None
+    """Why "auto" took no better levels that the memory allows, in one line; None: it did."""
     kept: NDArray[np.uint8] | None = None
     """(chunks,) bit p: the p-th of `layout.PLANES`, if it is in memory, stays there, for plans
     to come too; None: what this plan does not pin may go."""
@@ -119,35 +62,15 @@ class Plan:
     """Number of the region (`Store.add_region`) whose values stand in for skipped rows."""
 
     @property
+    def relative_error(self) -> float:
+        """Norm of the outputs' error over norm of the outputs, as predicted."""
+        return math.sqrt(self.predicted_error)
+
+    @property
     def uniform_level(self) -> int | None:
         """The level of all chunks; None when they differ."""
         first = int(self.levels[0])
         return first if bool((self.levels == first).all()) else None
-
-
-def chunk_costs(bank: Bank) -> ChunkCosts:
-    """The planner's view of a bank; reads its sensitivity table."""
-    manifest = bank.manifest
-    chunk_count = manifest.chunk_count
-    weights = np.empty(chunk_count, np.int64)
-    row_read = np.empty(chunk_count, np.bool_)
-    runs_at = np.empty((chunk_count, len(bank.levels)), np.uint8)
-    for layer in manifest.layers:
-        chunks = layer.chunk_range
-        weights[chunks] = layer.chunk_rows * layer.columns
-        last_rows = layer.chunk_slice(chunks.stop - 1)
-        weights[chunks.stop - 1] = (last_rows.stop - last_rows.start) * layer.columns
-        row_read[chunks] = layer.operators == ("Gather",)
-        runs_at[chunks] = [bank.level_of(layer, level) for level in bank.levels]
-    level_bytes = np.zeros((chunk_count, len(bank.levels)), np.int64)
-    sensitivity = np.zeros((chunk_count, len(bank.levels)), np.float32)
-    table = bank.sensitivity()
-    for level in bank.levels:
-        here = runs_at == level
-        for plane in PLANES_OF_LEVEL[level]:
-            level_bytes += here * bank.chunks(plane)["bytes"][:, None].astype(np.int64)
-        sensitivity += here * table[:, [manifest.levels.index(level)]]
-    return ChunkCosts(bank.levels, weights, level_bytes, sensitivity, row_read, runs_at)
 
 
 def smallest_limit(costs: ChunkCosts, request: Request) -> int:
@@ -172,24 +95,28 @@ def plan(costs: ChunkCosts, request: Request, resident: NDArray[np.bool_] | None
     Raises UnknownLevelError for a level that the bank lacks, RequestError for fewer bits than
     its lowest level, BudgetTooSmallError with the smallest limit that works.
     """
-    columns = columns_for(costs, request)
+    chosen = _choice(costs, request)
     first = _first_allowed(costs, request)
     precision = "auto" if request.level == "auto" else f"level {request.level}"
     if request.bits is not None:
         precision = f"{request.bits:g} bits"
     if first and (request.level == "auto" or _column(costs, request.level) < first):
         precision += f", capped at {costs.levels[first]}"
-    return _pin(costs, columns, request.weight_bytes_limit, resident, precision)
+    return _pin(costs, chosen, request, resident, precision)
 
 
 def columns_for(costs: ChunkCosts, request: Request) -> NDArray[np.intp]:
     """(chunks,): column of `costs.levels` that each chunk runs at. Raises what `plan` raises."""
+    return _choice(costs, request).columns
+
+
+def _choice(costs: ChunkCosts, request: Request) -> Choice:
     first = _first_allowed(costs, request)
     if request.bits is not None:
-        return _columns_for_bits(costs, request.bits, first)
+        return Choice(_columns_for_bits(costs, request.bits, first))
     if request.level == "auto":
-        return _columns_for_limit(costs, request, first)
-    return np.full(len(costs.weights), max(_column(costs, request.level), first))
+        return choose(costs, request, first)
+    return Choice(np.full(len(costs.weights), max(_column(costs, request.level), first)))
 
 
 def _first_allowed(costs: ChunkCosts, request: Request) -> int:
@@ -215,127 +142,30 @@ def _columns_for_bits(costs: ChunkCosts, bits: float, first: int) -> NDArray[np.
             f"ask for {lowest:g} or more"
         )
     most = int(min(bits * weights, int(weight_bits[:, 0].sum())))
-    knapsack = _GreedyKnapsack(weight_bits, costs.sensitivity[:, first:])
-    columns: NDArray[np.intp] = knapsack.climb(most)
-    return columns + first
-
-
-def _columns_for_limit(costs: ChunkCosts, request: Request, first: int) -> NDArray[np.intp]:
-    """The smallest error within the limit, or within the limit and what can be read in time."""
-    columns: NDArray[np.intp] = costs.sensitivity[:, first:].argmin(1) + first
-    limit = request.weight_bytes_limit
-    streamable = ~costs.row_read
-    if limit is None or not streamable.any():
-        return columns
-    sizes = costs.level_bytes[streamable, first:]
-    error = costs.sensitivity[streamable, first:]
-    knapsack = _GreedyKnapsack(sizes, error)
-    candidates = [knapsack.climb(limit)]
-    readable = (request.latency_s or 0) * (request.storage_bytes_s or 0)
-    if readable > 0:
-        # A ring for larger chunks leaves less to pin, so every highest level is tried.
-        for top in range(sizes.shape[1]):
-            largest = aligned(int(sizes[:, top].max()))
-            if _LEAST_RING_CHUNKS * largest <= limit:
-                # Pinning whole chunks may fall short of its share by less than one.
-                pinned = limit - ring_bytes_for(limit, largest) - largest
-                most = int(min(pinned + readable, sizes[:, top].sum()))
-                candidates.append(knapsack.climb(most, top))
-    rows = np.arange(len(sizes))
-    columns[streamable] = first + min(
-        candidates, key=lambda found: float(error[rows, found].sum(dtype=np.float64))
-    )
-    return columns
-
-
-class _GreedyKnapsack:
-    """All steps from the lowest level up, best first, of a multiple-choice knapsack.
-
-    The steps of a chunk are the edges of the convex hull of its (cost, error) points; so each saves
-    less error per cost than the one before.
-    """
-
-    def __init__(self, cost: NDArray[np.int64], error: NDArray[np.float32]) -> None:
-        """Both (chunks, levels); costs never rise from left to right."""
-        self._base = int(cost[:, -1].sum())
-        # Bytes and bits are exact in float64, and rows of one type and order are quick.
-        price_of, error_of = (a.T.astype(np.float64, order="C") for a in (cost, error))
-        levels, chunks = price_of.shape
-        rows = np.arange(chunks)
-        column = np.full(chunks, levels - 1)
-        ratio = np.full(chunks, np.inf)
-        path = [column]
-        steps = [(rows[:0], price_of[0, :0], column[:0], ratio[:0])]
-        for _ in range(levels - 1):
-            price = price_of - price_of[column, rows]
-            saved = error_of[column, rows] - error_of
-            # A step that costs nothing comes first, one that saves nothing last: what calibration
-            # never saw may matter all the same.
-            ratios = np.divide(saved, price, out=np.full(price.shape, np.inf), where=price > 0)
-            ratios[(saved < 0) | (np.arange(levels)[:, None] >= column)] = -1
-            best = ratios.argmax(0)  # the highest level of equals
-            # Rounding must not put a step before the one that it builds on.
-            ratio = np.minimum(ratio, ratios[best, rows])
-            moved = np.flatnonzero(ratio >= 0)
-            steps.append((moved, price[best[moved], moved], best[moved], ratio[moved]))
-            column = np.where(ratio >= 0, best, column)
-            path.append(column)
-        self._path = np.stack(path)
-        """(steps + 1, chunks): column after so many steps."""
-        chunk, price, column, ratio = (np.concatenate(parts) for parts in zip(*steps, strict=True))
-        # Stable: equal steps stay in the order of a chunk's path, then of execution.
-        order = _descending(ratio)
-        self._chunk, self._column = chunk[order], column[order]
-        self._price = price[order].astype(np.int64)
-
-    def climb(self, most: int, top: int = 0) -> NDArray[np.intp]:
-        """Columns, none left of `top`, whose total cost is at most `most` if any is; (chunks,).
-
-        Takes every step that still fits; the total error never rises with `most`.
-        """
-        taken = np.zeros(self._path.shape[1], np.intp)
-        left = most - self._base
-        steps = np.flatnonzero(self._column >= top)
-        while left >= 0 and len(steps):
-            spent = np.cumsum(self._price[steps])
-            count = int(np.searchsorted(spent, left, side="right"))
-            if count:
-                taken += np.bincount(self._chunk[steps[:count]], minlength=len(taken))
-                left -= int(spent[count - 1])
-            steps = steps[count:]
-            # A step that does not fit now never will, nor will those that build on it.
-            large = steps[self._price[steps] > left]
-            reach = np.full(len(taken), -1)
-            np.maximum.at(reach, self._chunk[large], self._column[large])
-            steps = steps[self._column[steps] > reach[self._chunk[steps]]]
-        return self._path[taken, np.arange(len(taken))]
-
-
-def _descending(values: NDArray[np.float64]) -> NDArray[np.intp]:
-    """`argsort(-values, kind="stable")` of values from 0 up, three times as fast.
-
-    Such floats are ordered as their bits are, and NumPy sorts 16-bit numbers by radix.
-    """
-    bits = ~np.ascontiguousarray(values).view(np.uint64)
-    order = np.arange(len(bits))
-    for shift in (0, 16, 32, 48):
-        part = (bits >> np.uint64(shift)).astype(np.uint16)
-        order = order[np.argsort(part[order], kind="stable")]
-    return order
+    floor = weight_bits.shape[1] - 1
+    if costs.guessed:  # no chunk runs below the level that all can have
+        floor = int(np.argmax(weight_bits.sum(0) <= most))
+    kept = slice(first, first + floor + 1)
+    knapsack = GreedyKnapsack(weight_bits[:, : floor + 1], costs.sensitivity[:, kept])
+    uniform = [np.full(len(weight_bits), c) for c in np.flatnonzero(weight_bits.sum(0) <= most)]
+    # A level of no more bits may have been found to do better than its errors added up.
+    return min([knapsack.climb(most), *uniform], key=lambda c: costs.error_of(c + first)) + first
 
 
 def _pin(
     costs: ChunkCosts,
-    columns: NDArray[np.intp],
-    limit: int | None,
+    chosen: Choice,
+    request: Request,
     resident: NDArray[np.bool_] | None,
     precision: str,
 ) -> Plan:
     """Pin all chunks, or as many as the limit leaves room for beside a ring for the others."""
+    columns, limit = chosen.columns, request.weight_bytes_limit
     rows = np.arange(len(columns))
     sizes = np.where(costs.row_read, 0, costs.level_bytes[rows, columns])
     total = int(sizes.sum())
-    pinned, ring_bytes, pinned_bytes = ~costs.row_read, 0, total
+    placed = place(costs.by_layer(sizes), aligned(int(sizes.max())), limit, request.speeds)
+    pinned, ring_bytes, pinned_bytes = ~costs.row_read, placed.ring_bytes, total
     reason = f"{precision}: all {format_size(total)} pinned"
     if limit is not None and total > limit:
         smallest = smallest_for(sizes)
@@ -343,15 +173,17 @@ def _pin(
             raise BudgetTooSmallError(
                 f"{limit} bytes are allowed for weights, {precision} needs {smallest}: allow more"
             )
-        ring_bytes = ring_bytes_for(limit, aligned(int(sizes.max())))
         streamable = np.flatnonzero(pinned)
         stay = None if resident is None else resident[streamable]
-        pinned[streamable] = pin_evenly(sizes[streamable], limit - ring_bytes, stay)
+        share = np.repeat(placed.pinned_share, costs.chunks_of_layer)[streamable]
+        pinned[streamable] = pin_evenly(sizes[streamable], limit - ring_bytes, stay, share)
         pinned_bytes = int(sizes[pinned].sum())
         reason = (
             f"{precision}: {format_size(pinned_bytes)} of {format_size(total)} pinned, "
             f"the rest streamed through {format_size(ring_bytes)}"
         )
+    if chosen.held_back is not None:
+        reason += f"; {chosen.held_back}"
     levels = costs.runs_at[rows, columns]
     return Plan(
         levels=levels,
@@ -360,46 +192,8 @@ def _pin(
         resident_bytes=pinned_bytes + ring_bytes,
         streamed_bytes=total - pinned_bytes,
         bits_per_weight=int((levels * costs.weights).sum()) / int(costs.weights.sum()),
-        predicted_error=float(costs.sensitivity[rows, columns].sum(dtype=np.float64)),
+        predicted_error=costs.error_of(columns),
         reason=reason,
+        predicted_s=placed.run_s,
+        held_back=chosen.held_back,
     )
-
-
-def pin_evenly(
-    sizes: NDArray[np.int64], pinned_bytes: int, resident: NDArray[np.bool_] | None
-) -> NDArray[np.bool_]:
-    """Chunks to pin, spread evenly over the execution order: (chunks,).
-
-    Error diffusion: a chunk is pinned where that brings the pinned bytes so far nearer to their
-    share of all bytes so far. The result has `pinned_bytes` or less by under one chunk.
-    """
-    due = np.cumsum(sizes) * (pinned_bytes / int(sizes.sum()))
-    # A chunk that is pinned now stays until it is ahead of the share, another one waits until it is
-    # wholly due: a plan made again is the same plan.
-    threshold = sizes / 2 if resident is None else np.where(resident, 0, sizes)
-    pinned = np.zeros(len(sizes), np.bool_)
-    done = 0
-    items = zip(sizes.tolist(), due.tolist(), threshold.tolist(), strict=True)
-    for i, (size, due_bytes, least) in enumerate(items):
-        if due_bytes - done >= least and done + size <= pinned_bytes:
-            pinned[i] = True
-            done += size
-    return pinned
-
-
-def smallest_for(sizes: NDArray[np.int64]) -> int:
-    """Smallest limit for chunks of these sizes."""
-    if not len(sizes):
-        return 0
-    return min(int(sizes.sum()), _LEAST_RING_CHUNKS * aligned(int(sizes.max())))
-
-
-def ring_bytes_for(limit: int, largest: int) -> int:
-    """Ring for chunks of up to `largest` bytes, within a limit."""
-    share = min(limit // _RING_SHARE, _RING_BYTES)
-    return min(max(_RING_CHUNKS * largest, share), limit) // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT
-
-
-def aligned(size: int) -> int:
-    """What a chunk of this size takes in the ring."""
-    return -(-size // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT

@@ -24,6 +24,8 @@ from .ledger import MemoryLedger, too_small
 from .plan_set import PlanMaker, PlanSet
 from .planner import ChunkCosts, Request
 from .publisher import Publisher, register_regions
+from .speed_meter import SpeedMeter
+from .timing import Speeds
 
 if TYPE_CHECKING:  # only a session with a controller loads it
     from ..control.envelope import Decision, Envelope
@@ -67,6 +69,7 @@ class Replanner:
         request: Request,
         shares: Mapping[Precision, float] | None,
         threads: int,
+        storage_bytes_s: float | None,
         weight_budget_bytes: int | None,
         on_switch: Callable[[Event], None] | None,
     ) -> None:
@@ -81,6 +84,7 @@ class Replanner:
             request: what is wanted.
             shares: of runs at each precision, where a policy steers; None: none does.
             threads: threads that one operator runs on, if no envelope says otherwise.
+            storage_bytes_s: read speed to plan with until it is measured.
             weight_budget_bytes: most bytes of weights, whatever the budget leaves.
             on_switch: called after every switch of levels, outside the lock.
         """
@@ -93,6 +97,9 @@ class Replanner:
         self._maker = PlanMaker(bank, shares, skipped)
         self._steered = shares is not None
         self._threads = threads
+        self._meter = SpeedMeter(store, len(bank.manifest.layers), storage_bytes_s)
+        self._speeds: Speeds | None = None
+        """Those that plans were last made with."""
         self._weight_budget_bytes = weight_budget_bytes
         self._switches: list[Event] = []
         self._warnings: list[str] = []
@@ -112,13 +119,16 @@ class Replanner:
         self._terms = terms
         if budget_bytes is None:
             self.adopt(self._make(terms))
+            self._tell_held_back()
             return
         with self._ledger.opening():
             self.adopt(self._make(terms, minimal=True))
             measured = warm_up()
+            self._meter.learn()
             plans = self._make(terms)
         # Else the first real run measures.
         self.adopt(plans if measured else self._make_minimal(plans))
+        self._tell_held_back()
 
     def close(self) -> None:
         """Follow no controller from now on, and let go of the listener.
@@ -175,6 +185,8 @@ class Replanner:
             return
         with self.lock:
             heavier = self._ledger.is_heavier(element_count(feed) * open_runs)
+            if heavier:
+                self._meter.forget_computing()
             if heavier and not self.plans.minimal:
                 self.adopt(self._make_minimal(self.plans))
 
@@ -195,23 +207,47 @@ class Replanner:
             self._terms = terms
 
     def settle(self, report: RunReport) -> None:
-        """After a pass: follow what it needed besides weights."""
-        if self._terms.budget_bytes is None:
+        """After a pass: follow what it needed besides weights, and how fast it was."""
+        has_budget, follows_speeds = self._terms.budget_bytes is not None, self._follows_speeds()
+        if not has_budget and not follows_speeds:
             return
+        cause = None
         with self.lock:
-            self._ledger.settle(report.rss_bytes, report.weight_bytes)
-            self._ledger.is_measured = True
             plans = self.plans
-            waits = plans.minimal and not plans.over_budget  # for this measurement
-            if not waits and not self._ledger.outgrows(plans.overhead_bytes):
+            if follows_speeds:
+                cause = self._learn_speeds(plans)
+            if has_budget:
+                self._ledger.settle(report.rss_bytes, report.weight_bytes)
+                self._ledger.is_measured = True
+                waits = plans.minimal and not plans.over_budget  # for this measurement
+                if waits or self._ledger.outgrows(plans.overhead_bytes):
+                    cause = "memory", _MEASURED
+            if cause is None:
                 return
         with self.changing():
             try:
-                self._replan(self._terms, "memory", _MEASURED)
+                self._replan(self._terms, *cause)
             except BudgetTooSmallError as error:  # the run is over, and its answer right
                 if not self.plans.over_budget:  # else it was said
                     self._warnings.append(str(error))
-                self._exceed(self._terms, "memory", _MEASURED, error)
+                self._exceed(self._terms, *cause, error)
+
+    def _follows_speeds(self) -> bool:
+        """Whether other speeds may mean another plan."""
+        request, made = self._terms.request, self.plans.main_plan
+        chooses = request.level == "auto" and request.bits is None and not self._steered
+        return chooses and (made.streamed_bytes > 0 or made.held_back is not None)
+
+    def _learn_speeds(self, plans: PlanSet) -> tuple[str, str] | None:
+        """Take in how fast the last runs were; kind and reason of a change, if it calls for one."""
+        self._meter.learn()
+        if plans.minimal:
+            return None
+        now = self._meter.speeds(plans.threads)
+        moved = self._meter.moved(self._speeds, now, self._terms.request.latency_s)
+        made = plans.main_plan
+        matters = made.held_back is not None if moved > 0 else made.streamed_bytes > 0
+        return ("storage", f"measured {now}") if moved and matters else None
 
     # ---- changes ----
 
@@ -289,11 +325,19 @@ class Replanner:
         before = self.plans
         self.adopt(after)
         self._terms = terms
+        if before.minimal or before.main_plan.held_back is None:
+            self._tell_held_back()
         if after.levels_differ(before):
             previous_bits = before.main_plan.bits_per_weight
             self._switches.append(self.record("switch", reason, previous_bits))
         elif after.differs(before):
             self.record(kind, reason)
+
+    def _tell_held_back(self) -> None:
+        """Say it where reading is too slow for the best answers."""
+        plans = self.plans
+        if not plans.minimal and (held_back := plans.main_plan.held_back) is not None:
+            self.record("storage", held_back)
 
     def adopt(self, plans: PlanSet) -> None:
         """Make these the plans of the runs that begin from now on."""
@@ -327,8 +371,9 @@ class Replanner:
         if envelope is not None and envelope.weight_bytes_limit is not None:
             allowed = envelope.weight_bytes_limit
             limit = max(smallest, allowed if limit is None else min(limit, allowed))
+        self._speeds = self._meter.speeds(threads)
         return self._maker.make(
-            replace(request, weight_bytes_limit=limit),
+            replace(request, weight_bytes_limit=limit, speeds=self._speeds),
             terms.precisions,
             resident=self.plans.main_plan.pinned if self.is_open else None,
             threads=threads,

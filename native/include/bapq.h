@@ -15,7 +15,7 @@ extern "C" {
 #define BAPQ_API __attribute__((visibility("default")))
 
 /* Raised by one whenever a struct or a function below changes; Python refuses another. */
-enum { BAPQ_ABI_VERSION = 9 };
+enum { BAPQ_ABI_VERSION = 10 };
 
 typedef enum {
     BAPQ_OK = 0,
@@ -97,6 +97,14 @@ typedef struct {
     int64_t live_plans;            /* the published one and those that runs still hold */
 } bapq_store_stats;
 
+/* What reading and computing took since it was last asked for. */
+typedef struct {
+    int64_t runs;        /* that ended */
+    int64_t read_bytes;  /* of the reader; rows that Gather asks for are none of its */
+    int64_t read_ns;     /* that it took for them */
+    int64_t read_cpu_ns; /* of that on a core: copying and checking */
+} bapq_times;
+
 typedef struct {
     int64_t plan_number;  /* plans are numbered from 1 in the order of their publication */
     int64_t rss_bytes;    /* of the process when a measured run ended, its buffers still there */
@@ -140,6 +148,10 @@ BAPQ_API int32_t bapq_store_publish(bapq_store *store, const bapq_plan_request *
 BAPQ_API int32_t bapq_store_add_region(bapq_store *store, const float *values, int32_t *region,
                                        bapq_error *error);
 BAPQ_API void bapq_store_read_stats(bapq_store *store, bapq_store_stats *out);
+/* Moves the times since the last call to `out`, and to `layer_ns`, (layers,), what runs took
+ * besides waiting for reads: from asking for a layer's first chunk to asking for the next layer's,
+ * so that it holds what the graph engine does between them. */
+BAPQ_API void bapq_store_take_times(bapq_store *store, bapq_times *out, int64_t *layer_ns);
 /* Records from now on, into a buffer of so many events; 0 ends it and frees the buffer. */
 BAPQ_API int32_t bapq_store_trace(bapq_store *store, int64_t capacity, bapq_error *error);
 /* Moves the recorded events to `out`, in the order in which they ended, `capacity` at most; returns

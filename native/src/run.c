@@ -29,7 +29,8 @@ int32_t bapq_run_begin(bapq_store *store, int32_t measured, int64_t *ticket, bap
         *run = (bapq_run){.store = store,
                           .ticket = (int64_t)generation << 32 | (slot + 1),
                           .generation = generation,
-                          .measured = measured != 0};
+                          .measured = measured != 0,
+                          .layer = -1};
     }
     pthread_mutex_unlock(&runs_lock);
     if (!run)
@@ -37,6 +38,7 @@ int32_t bapq_run_begin(bapq_store *store, int32_t measured, int64_t *ticket, bap
                          MAX_RUNS);
     pthread_mutex_lock(&store->lock);
     run->plan = store->published;
+    run->since_ns = bapq_now_ns();
     if (run->plan) {
         run->plan->holders++;
         store->open_runs++;
@@ -93,8 +95,13 @@ int32_t bapq_run_end(int64_t ticket, bapq_run_report *report, bapq_error *error)
                                 .degraded_by = run->degraded_by};
     plan *p = run->plan;
     run->plan = NULL;
+    int64_t ended = bapq_now_ns();
     pthread_mutex_lock(&store->lock);
     report->weight_bytes = bapq_weight_bytes(store);
+    if (run->layer >= 0) {
+        store->layer_ns[run->layer] += ended - run->since_ns;
+        store->times.runs++;
+    }
     if (run->scratch_bytes > store->spare_scratch_bytes) swap_scratch(store, run);
     store->scratch_bytes -= run->scratch_bytes;
     if (status != BAPQ_OK) run->asked_layers = 0; /* it did not see every layer */

@@ -138,7 +138,9 @@ static int32_t make_tables(bapq_store *store, const bapq_bank *bank, bapq_error 
     store->layer_of = malloc(chunks * sizeof *store->layer_of);
     store->sequence = malloc(chunks * sizeof *store->sequence);
     store->position_of = malloc(chunks * sizeof *store->position_of);
-    if (!store->layer || !store->layer_of || !store->sequence || !store->position_of)
+    store->layer_ns = calloc((size_t)bank->layer_count, sizeof *store->layer_ns);
+    if (!store->layer || !store->layer_of || !store->sequence || !store->position_of ||
+        !store->layer_ns)
         return bapq_fail(error, BAPQ_NO_MEMORY, "no memory for the layer table");
     memcpy(store->layer, bank->layers, (size_t)bank->layer_count * sizeof *store->layer);
     for (int32_t l = 0; l < store->layer_count; l++)
@@ -214,6 +216,7 @@ static void free_store(bapq_store *store) {
     free(store->region);
     free(store->sequence);
     free(store->position_of);
+    free(store->layer_ns);
     free(store->rows.key);
     free(store->rows.data);
     free(store->rows.bounce);
@@ -324,5 +327,15 @@ void bapq_store_read_stats(bapq_store *store, bapq_store_stats *out) {
     out->wait_ns = store->wait_ns;
     out->scratch_bytes = store->scratch_bytes;
     out->live_plans = store->live_plans;
+    pthread_mutex_unlock(&store->lock);
+}
+
+void bapq_store_take_times(bapq_store *store, bapq_times *out, int64_t *layer_ns) {
+    size_t bytes = (size_t)store->layer_count * sizeof *layer_ns;
+    pthread_mutex_lock(&store->lock);
+    *out = store->times;
+    store->times = (bapq_times){0};
+    memcpy(layer_ns, store->layer_ns, bytes);
+    memset(store->layer_ns, 0, bytes);
     pthread_mutex_unlock(&store->lock);
 }

@@ -145,7 +145,9 @@ struct bapq_store {
     void *spare_scratch;   /* of a run that ended, for the next one */
     int64_t spare_scratch_bytes;
     int64_t read_bytes;
-    int64_t wait_ns; /* operators waited for reads */
+    int64_t wait_ns;   /* operators waited for reads */
+    bapq_times times;  /* since they were last taken */
+    int64_t *layer_ns; /* (layer_count,) likewise */
     int32_t open_runs;
     stream stream;
     row_cache rows;
@@ -160,6 +162,8 @@ struct bapq_run {
     bool measured;  /* its report tells memory */
     int32_t *asked; /* layers in the order in which the run asked for them; NULL: not noted */
     int32_t asked_layers;
+    int32_t layer;    /* that it asked for last, -1: none yet */
+    int64_t since_ns; /* when it last had what it asked for */
     int32_t degraded; /* chunks that ran below their level because a read failed */
     bapq_error error;
     bapq_error degraded_by;
@@ -208,6 +212,8 @@ void bapq_stream_leave(bapq_store *store, const bapq_run *run);
 /* ---- trace.c ---- */
 
 int64_t bapq_now_ns(void);
+/* Time that this thread was on a core. */
+int64_t bapq_thread_ns(void);
 /* The time, or 0 when nothing is recorded. Called with the lock or without it. */
 int64_t bapq_trace_start(const bapq_store *store);
 /* Called with the lock held. Records the event, with all but its end, unless start_ns is 0. */

@@ -135,7 +135,9 @@ static void bring_in(bapq_store *store, ring_entry *e, bool to_home) {
         bapq_error error = {0};
         bapq_trace_event event = {BAPQ_TRACE_READ, chunk, planes[i],
                                   .start_ns = bapq_trace_start(store)};
+        int64_t started = bapq_now_ns(), started_cpu = bapq_thread_ns();
         int32_t status = bapq_read_chunk(store, planes[i], chunk, target, s->bounce, &error);
+        int64_t took = bapq_now_ns() - started, took_cpu = bapq_thread_ns() - started_cpu;
         pthread_mutex_lock(&store->lock);
         s->busy = false;
         event.status = status;
@@ -143,6 +145,9 @@ static void bring_in(bapq_store *store, ring_entry *e, bool to_home) {
         bapq_trace_end(store, event);
         if (status == BAPQ_OK) {
             store->read_bytes += extent->bytes;
+            store->times.read_bytes += extent->bytes;
+            store->times.read_ns += took;
+            store->times.read_cpu_ns += took_cpu;
             if (to_home) {
                 plane->at_home[chunk] = 1;
                 store->home_bytes += extent->bytes;
@@ -354,8 +359,13 @@ int32_t bapq_run_acquire(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_vie
     if (store->layer[layer].read_by_row)
         return bapq_fail(error, BAPQ_ARGUMENT, "only Gather reads this layer's weights");
     describe(run, layer, i, level, view);
+    int64_t asked = bapq_now_ns();
     pthread_mutex_lock(&store->lock);
     if (i == 0) note_order(run, layer);
+    /* What comes before a run's first layer, the reader has too. */
+    store->layer_ns[run->layer < 0 ? layer : run->layer] += asked - run->since_ns;
+    run->layer = layer;
+    run->since_ns = asked;
     for (;;) {
         if (bapq_plan_holds(store, run->plan, level, chunk)) {
             point_home(store, view);
@@ -369,6 +379,7 @@ int32_t bapq_run_acquire(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_vie
     if (waited_since != 0) {
         int64_t waited = bapq_now_ns() - waited_since;
         store->wait_ns += waited;
+        run->since_ns = waited_since + waited;
         bapq_trace_end(store, (bapq_trace_event){BAPQ_TRACE_WAIT, chunk, -1, status,
                                                  .start_ns = waited_since});
     }

@@ -6,11 +6,15 @@
 #include "error.h"
 #include "store_internal.h"
 
-int64_t bapq_now_ns(void) {
+static int64_t clock_ns(clockid_t clock) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(clock, &t);
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
+
+int64_t bapq_now_ns(void) { return clock_ns(CLOCK_MONOTONIC); }
+
+int64_t bapq_thread_ns(void) { return clock_ns(CLOCK_THREAD_CPUTIME_ID); }
 
 int64_t bapq_trace_start(const bapq_store *store) {
     return atomic_load_explicit(&store->trace.on, memory_order_relaxed) ? bapq_now_ns() : 0;

@@ -13,6 +13,7 @@ from bapq_edge.bank.layout import LEVELS
 from bapq_edge.control.monitor import Monitor
 from bapq_edge.errors import SensorError
 from bapq_edge.planning.planner import Request, smallest_limit
+from bapq_edge.planning.speed_meter import SpeedMeter
 from support.internals import adopt, bank_of, costs_of, monitor_of, plan_of, plans_of, store_of
 from support.streaming import (
     all_resident,
@@ -37,8 +38,10 @@ def bank(tmp_path_factory):
 
 @pytest.fixture
 def by_hand(monkeypatch):
-    """The monitor's thread does not start: the test takes its steps."""
+    """The monitor's thread does not start: the test takes its steps. No speed is measured either,
+    so that readings alone decide."""
     monkeypatch.setattr(Monitor, "start", lambda self: None)
+    monkeypatch.setattr(SpeedMeter, "speeds", lambda self, threads: None)
 
 
 @pytest.fixture
@@ -163,7 +166,7 @@ def test_memory_that_others_take_is_given_at_once_and_comes_back_slowly(by_hand,
         assert all(size <= smallest for size in resident[5:15])
         assert resident[5:] == sorted(resident[5:])
         kinds = {event.kind for event in session.events()}
-        assert kinds == {"open", "switch"} | (kinds & {"controller"})
+        assert kinds == {"open", "switch"} | (kinds & {"controller", "storage"})
         assert "available_bytes 127.0 MiB < 128.0 MiB" in switches(session)[0].reason
         bits = [event.bits_per_weight for event in switches(session)]
         assert bits[0] == min(bits) and bits[1:] == sorted(bits[1:]) and bits[-1] == 32

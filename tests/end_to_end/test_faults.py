@@ -63,7 +63,16 @@ def faulty_pread():
 
 @pytest.mark.parametrize(
     "scenario",
-    ["interrupted", "slow", "in_another_order", "failing", "dead", "opening", "flapping"],
+    [
+        "interrupted",
+        "slow",
+        "too_slow",
+        "in_another_order",
+        "failing",
+        "dead",
+        "opening",
+        "flapping",
+    ],
 )
 def test_a_disk_that_is(faulty_pread, tmp_path, scenario):
     (tmp_path / "faults").write_bytes(bytes(4096))

@@ -176,6 +176,8 @@ MISTAKES = [
     ({"latency_ms": NAN}, RequestError, "latency_ms is nan"),
     ({"latency_ms": "5"}, RequestError, "latency_ms is '5'"),
     ({"latency_ms": float("inf")}, RequestError, "latency_ms is inf"),
+    ({"max_slowdown": 0.9}, RequestError, "max_slowdown is 0.9: give a number from 1 up, or None"),
+    ({"max_slowdown": NAN}, RequestError, "max_slowdown is nan"),
     ({"level": True}, UnknownLevelError, 'level is True: choose "auto" or one of 32, 8, 4, 2, 1'),
     ({"level": 8.0}, UnknownLevelError, "level is 8.0"),
     ({"level": "Auto"}, UnknownLevelError, "level is 'Auto'"),

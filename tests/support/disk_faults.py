@@ -138,6 +138,30 @@ def slow(directory: Path) -> None:
     assert not wrong
 
 
+def too_slow(directory: Path) -> None:
+    """Level "auto" keeps to the time that a run is allowed, and says so."""
+    bank = chain_bank(directory / "m.bank")
+    (x, _) = inputs("chain")
+    disk.answer(microseconds=2000)
+    budget = 60 << 10
+    with Session(bank, weight_budget=budget, threads=1) as session:
+        for _ in range(12):
+            run(session, x)
+        slow = session.stats()
+        told = [event for event in session.events() if event.kind == "storage"]
+        assert told and "ms of computing" in slow.plan, slow.plan
+        assert slow.predicted_ms is not None and slow.read_wait_s < 1, slow
+        low = costs_of(session).sensitivity[:, -1].sum() ** 0.5
+        assert 0 < slow.predicted_error <= low
+    with Session(bank, weight_budget=budget, threads=1, latency_ms=60_000) as session:
+        for _ in range(3):
+            run(session, x)
+        ample = session.stats()
+        assert ample.planned_bits_per_weight > slow.planned_bits_per_weight
+        assert ample.predicted_error < slow.predicted_error
+        assert ample.predicted_ms > slow.predicted_ms
+
+
 def in_another_order(directory: Path) -> None:
     """A slow disk is read once per run, even if the graph's order is not that of the bank."""
     bank = branches_bank(directory / "m.bank")
@@ -315,7 +339,7 @@ def flapping(directory: Path) -> None:
             np.testing.assert_array_equal(run(session, x), y)
 
 
-SCENARIOS = (interrupted, slow, in_another_order, failing, dead, opening, flapping)
+SCENARIOS = (interrupted, slow, too_slow, in_another_order, failing, dead, opening, flapping)
 
 if __name__ == "__main__":
     next(s for s in SCENARIOS if s.__name__ == sys.argv[1])(Path(sys.argv[2]))

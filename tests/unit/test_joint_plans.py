@@ -34,6 +34,7 @@ def random_joint(seed, chunks=40, row_read=0.1):
         error.astype(np.float32),
         rng.random(chunks) < row_read,
         np.tile(np.array(LEVELS, np.uint8), (chunks, 1)),
+        np.ones(chunks, int),
     )
     return JointCosts(costs, planes, rng.random((3, chunks)) < 0.3)
 

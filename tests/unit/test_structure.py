@@ -51,7 +51,7 @@ ROOMS: dict[str, list[str]] = {
         "onnx_graph",
         "calibration",
         "quantize",
-        "recipe",
+        "recipe build_report",
         "build analyze report",
         "boundary",
         "row_skipping",

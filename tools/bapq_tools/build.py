@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +23,15 @@ from bapq_edge.bank.files import digest_of_file
 from bapq_edge.bank.layout import (
     LEVELS,
     Level,
-    Plane,
-    level_within,
     tiles_of,
 )
-from bapq_edge.bank.manifest import Calibration, KeptNode, Manifest, SourceModel
-from bapq_edge.bank.reader import read_manifest
+from bapq_edge.bank.manifest import Calibration, Expected, KeptNode, SourceModel
+from bapq_edge.bank.reader import Bank, read_manifest
 from bapq_edge.bank.writer import BankWriter, check_bank_target
 from bapq_edge.errors import (
     BankError,
     BoundaryDroppedWarning,
+    CalibrationWarning,
     CoverageError,
     NoHeavyLayerError,
     RequestError,
@@ -43,15 +42,18 @@ from bapq_edge.errors import (
 )
 from bapq_edge.units import counted
 
+from .build_report import BuildReport, report_of
 from .build_support.heap import use_one_heap
 from .build_support.progress import Progress
 from .build_support.spill import Spill
 from .build_support.workers import Workers
+from .calibration.float_answers import float_answers
 from .calibration.samples import (
     CalibrationSource,
     check_calibration_source,
     load_calibration,
 )
+from .calibration.sufficiency import doubts_of_answers, doubts_of_samples
 from .calibration.tflite_check import check_conversion
 from .onnx_graph import graphs
 from .onnx_graph.assemble import assemble, drop_replaced
@@ -62,49 +64,20 @@ from .onnx_graph.ir import HeavyLayer, LayerPlan
 from .onnx_graph.layers import find_layers, nothing_found
 from .quantize.carried import uncarried
 from .quantize.checkpoint import Checkpoint
+from .quantize.expectation import measure_plans, plan_count
 from .quantize.options import CONV_SCALE_COLUMNS, LayerOptions, scale_columns_of
-from .quantize.prune import PruneReport, prune_layers
+from .quantize.prune import prune_layers
 from .quantize.sequential import quantize_layers
 from .quantize.write import tile_bytes, write_layer
 from .recipe import RecipeSource, load_recipe
 
 __all__ = ["BuildReport", "build_bank"]
 
+_JUDGED_SAMPLES = 32
+"""Number of held-out samples that plans are run on."""
+
 _TABLES_BYTES = 1 << 20
 """Space for manifest, chunk tables and the graph's nodes, when the free space is checked."""
-
-
-@dataclass(frozen=True)
-class BuildReport:
-    """The outcome of a build. It may be given wherever the path of its bank may."""
-
-    bank: str
-    """Path of the bank."""
-    layers: int
-    weights: int
-    plane_bytes: dict[Plane, int]
-    kept_in_float: int
-    """Number of nodes with weights that stay with the graph engine."""
-    coverage: float
-    """Share of the weights that is in planes."""
-    weights_in_float: dict[str, int]
-    """Number of weights that stay in float, by reason."""
-    calibration_samples: int
-    relative_error: dict[Level, float]
-    """The layers' relative errors per level, averaged by their weights."""
-    stage_seconds: dict[str, float]
-    remaining_ratio: dict[str, float] = field(default_factory=dict)
-    """Share of the weights that are not zero, for each layer that was pruned."""
-    remaining_ratio_in_all: float = 1.0
-    """Share of all weights that pruning left."""
-    pruned_rows: int = 0
-    """Rows of pruned layers that are zero as a whole: their output is their bias."""
-    dropped_rows: int = 0
-    """Number of these rows that are not stored."""
-
-    def __fspath__(self) -> str:
-        """The path of the bank."""
-        return self.bank
 
 
 def build_bank(
@@ -182,6 +155,7 @@ def build_bank(
         with stages.stage("check", 1) as advance:
             check_conversion(model, converted, data)
             advance()
+    learnt, held_out = (None, None) if data is None else data.split()
     if calibration is None and wanted != (32,):
         warnings.warn(
             f"{out.name} is built without calibration data; its low levels will be less accurate: "
@@ -207,6 +181,8 @@ def build_bank(
         )
     options = {layer.name: _for_operators(layer, options[layer.name]) for layer in plan.layers}
     _check_space(out, folded, plan, options)
+    if data is not None and wanted != (32,):
+        _warn_of_samples(doubts_of_samples(data))
     folded = drop_replaced(folded, plan)
     pruned = prune_layers(plan, options)
     source_data = None if data is None else Calibration(data.samples, data.blake2b)
@@ -225,23 +201,37 @@ def build_bank(
         spill = Spill(checkpoint.scratch)
         for layer in plan.layers:
             layer.weight = spill.put(layer.weight)
+        judged = None if held_out is None else held_out.spread(_JUDGED_SAMPLES)
         with stages.stage("quantize") as advance:
             unknown = quantize_layers(
-                folded, plan, data, wanted, options, pool, checkpoint, spill, fast, advance
+                folded, plan, learnt, wanted, options, pool, checkpoint, spill, fast, advance
             )
+            answers = None
+            if judged is not None and wanted != (32,):  # before the float weights go
+                answers = float_answers(folded, plan, judged, pool.count, checkpoint.scratch)
+                _warn_of_samples(doubts_of_answers(answers.tensors))
         _warn_of_uncalibrated(unknown)
-        del data
-        with (
-            stages.stage("write", len(plan.layers)) as advance,
-            BankWriter(out, levels=wanted, source=source, calibration=source_data) as writer,
-        ):
-            for index, layer in enumerate(plan.layers):
-                quantized = checkpoint.get(index, layer)
-                zero_rows = pruned[layer.name].zero_rows if layer.name in pruned else None
-                write_layer(writer, layer, quantized, wanted, zero_rows)
-                advance()
-            manifest = writer.finish(assemble(folded, plan), plan.kept_in_float)
-    return _report(out, manifest, coverage, stages, pruned)
+        whole = held_out is not learnt
+        del data, learnt, held_out
+
+        def measure(bank: Bank) -> Expected | None:
+            if judged is None or answers is None:
+                return None
+            with stages.stage("measure", plan_count(wanted)) as advance:
+                return measure_plans(
+                    bank, judged, answers, pool.count, held_out=whole, advance=advance
+                )
+
+        with BankWriter(out, levels=wanted, source=source, calibration=source_data) as writer:
+            with stages.stage("write", len(plan.layers)) as advance:
+                for index, layer in enumerate(plan.layers):
+                    quantized = checkpoint.get(index, layer)
+                    zero_rows = pruned[layer.name].zero_rows if layer.name in pruned else None
+                    write_layer(writer, layer, quantized, wanted, zero_rows)
+                    advance()
+                graph = assemble(folded, plan)
+            manifest = writer.finish(graph, plan.kept_in_float, expected=measure)
+    return report_of(out, manifest, coverage, stages, pruned)
 
 
 def _digest_of(folded: onnx.ModelProto, plan: LayerPlan) -> str:
@@ -338,6 +328,11 @@ def _warn_of_uncalibrated(unknown: dict[str, list[str]]) -> None:
         )
 
 
+def _warn_of_samples(doubts: list[str]) -> None:
+    for doubt in doubts:
+        warnings.warn(doubt, CalibrationWarning, stacklevel=3)
+
+
 def _load(
     model: str | os.PathLike[str] | onnx.ModelProto,
     external_data: str | os.PathLike[str] | None,
@@ -385,38 +380,3 @@ def _check_space(
             f"{out} needs about {needed} bytes, its disk has {free} free; free some, choose "
             "another place or build fewer levels"
         )
-
-
-def _report(
-    out: Path,
-    manifest: Manifest,
-    coverage: Coverage,
-    stages: Progress,
-    pruned: dict[str, PruneReport],
-) -> BuildReport:
-    weights = coverage.in_planes
-
-    def average(level: Level) -> float:
-        errors = (
-            layer.relative_error[level_within(layer.levels, level)] * layer.rows * layer.columns
-            for layer in manifest.layers
-        )
-        return sum(errors) / weights
-
-    zeroed = sum(report.weights - report.remaining for report in pruned.values())
-    return BuildReport(
-        bank=str(out),
-        layers=len(manifest.layers),
-        weights=weights,
-        plane_bytes={plane: entry.bytes for plane, entry in manifest.planes.items()},
-        kept_in_float=len(manifest.kept_in_float),
-        coverage=coverage.share,
-        weights_in_float=coverage.in_float,
-        calibration_samples=manifest.calibration.samples if manifest.calibration else 0,
-        relative_error={level: average(level) for level in manifest.levels},
-        stage_seconds=stages.seconds,
-        remaining_ratio={name: report.remaining_ratio for name, report in pruned.items()},
-        remaining_ratio_in_all=1 - zeroed / weights,
-        pruned_rows=sum(int(report.zero_rows.sum()) for report in pruned.values()),
-        dropped_rows=sum(layer.rows - layer.stored_rows for layer in manifest.layers),
-    )

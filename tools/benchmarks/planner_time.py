@@ -14,6 +14,7 @@ import numpy as np
 
 from bapq_edge.bank.layout import LEVELS
 from bapq_edge.planning.planner import ChunkCosts, Request, plan
+from bapq_edge.planning.timing import Speeds
 
 from .tables import add_format, print_table
 
@@ -53,18 +54,20 @@ def _random_problem(chunks: int) -> ChunkCosts:
         error.astype(np.float32),
         np.zeros(chunks, np.bool_),
         np.tile(np.array(LEVELS, np.uint8), (chunks, 1)),
+        np.full(chunks // 25, 25),
     )
 
 
 def _requests(costs: ChunkCosts) -> dict[str, Request]:
     """Half the bytes of level 8 are allowed."""
     limit = int(costs.level_bytes[:, LEVELS.index(8)].sum()) // 2
-    second = {"latency_s": 1.0, "storage_bytes_s": limit / 4}
+    layer_s = np.full(len(costs.chunks_of_layer), 1 / len(costs.chunks_of_layer))
+    speeds = Speeds(limit / 4, layer_s)
     return {
         "level 8, half of it streamed": Request(level=8, weight_bytes_limit=limit),
         "3.5 bits": Request(bits=3.5, weight_bytes_limit=limit),
         "auto": Request(weight_bytes_limit=limit),
-        "auto with a wanted latency": Request(weight_bytes_limit=limit, **second),
+        "auto, speeds known": Request(weight_bytes_limit=limit, max_slowdown=1.1, speeds=speeds),
     }
 
 

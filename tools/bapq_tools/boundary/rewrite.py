@@ -85,7 +85,9 @@ def rewrite(
                 row_order=np.concatenate([wanted, dropped]),
                 dropped_bias=source.dropped_bias(layer),
             )
-        writer.finish(source.graph_bytes(), manifest.kept_in_float, boundary, split)
+        writer.finish(
+            source.graph_bytes(), manifest.kept_in_float, boundary, split, manifest.expected
+        )
     return Path(out)
 
 

@@ -23,6 +23,8 @@ from .body_taps import Tap, recorded, tapped
 _SQUASHING = ("Softmax", "LogSoftmax", "Sigmoid", "Identity", "Flatten", "Reshape")
 """Operators that lose nothing an answer depends on, but may hide how sure it is."""
 
+_SOFTMAX = ("Softmax", "LogSoftmax")
+
 _WEIGHT, _BIAS = "bapq.weight.", "bapq.bias."
 
 
@@ -146,6 +148,25 @@ class Reference:
             if item.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
         ]
         return list(dict.fromkeys(judged))
+
+    def softmax_inputs(self) -> frozenset[str]:
+        """The judged tensors that go into a Softmax: a constant added to a row changes nothing."""
+        through = {"Identity", "Flatten", "Reshape"}
+        readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.graph.node:
+            for name in node.input:
+                readers.setdefault(name, []).append(node)
+
+        def ends_in_softmax(name: str) -> bool:
+            return any(
+                node.op_type in _SOFTMAX
+                or (node.op_type in through and ends_in_softmax(node.output[0]))
+                for node in readers.get(name, [])
+            )
+
+        outputs = {item.name for item in self.graph.output}
+        judged = set(self.judged_tensors()) - outputs
+        return frozenset(name for name in judged if ends_in_softmax(name))
 
     def stages(self) -> Iterator[Stage]:
         """The stages in order; the last one has no layers."""

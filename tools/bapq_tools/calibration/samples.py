@@ -6,8 +6,8 @@ import bisect
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ from bapq_edge.input_files import check_input_file
 
 _MASK = "attention_mask"
 """The input by which language models are told which tokens are padding, by common convention."""
+
+_HELD_OUT_SHARE = 8
+_MOST_HELD_OUT = 64
+"""More would tell errors hardly better, and codes need them."""
 
 CalibrationPart = str | os.PathLike[str] | Mapping[str, Any]
 """An .npz file, an .npy where the model has one input, or the arrays themselves: one per model
@@ -53,6 +57,8 @@ class CalibrationData:
     """Columns by input. Samples of one part are alike in size."""
     ends: tuple[int, ...]
     """The number of samples up to the end of each part."""
+    numbers: Sequence[int]
+    """The samples that are meant, counted through all parts."""
     blake2b: str
     """BLAKE2b-128 over names, types, shapes and values."""
     padded: frozenset[str] = field(default_factory=frozenset)
@@ -61,20 +67,42 @@ class CalibrationData:
     @property
     def samples(self) -> int:
         """The number of samples."""
-        return self.ends[-1]
+        return len(self.numbers)
 
     def feed(self, sample: int) -> dict[str, Any]:
         """The model inputs of one sample: arrays, lists of them, None for an empty optional."""
-        number = bisect.bisect_right(self.ends, sample)
+        row = self.numbers[sample]
+        number = bisect.bisect_right(self.ends, row)
         begin = self.ends[number - 1] if number else 0
         columns = self.parts[number]
-        feed = {name: column.value(sample - begin) for name, column in columns.items()}
+        feed = {name: column.value(row - begin) for name, column in columns.items()}
         if self.padded:
             seen = np.flatnonzero(feed[_MASK].any(axis=0))
             if len(seen):
                 tokens = slice(int(seen[0]), int(seen[-1]) + 1)
                 feed.update({name: feed[name][:, tokens] for name in self.padded})
         return {name: _in_order(value) for name, value in feed.items()}
+
+    def some(self, samples: Sequence[int]) -> CalibrationData:
+        """Some of the samples; the digest stays that of all."""
+        return replace(self, numbers=tuple(self.numbers[sample] for sample in samples))
+
+    def spread(self, most: int) -> CalibrationData:
+        """At most so many of the samples, evenly spread."""
+        count = min(most, self.samples)
+        return self.some([i * self.samples // count for i in range(count)])
+
+    def split(self) -> tuple[CalibrationData, CalibrationData]:
+        """What codes are chosen with, and what is held out for measuring; the same every time.
+
+        An eighth is held out, up to 64, evenly spread. A single sample has to serve both.
+        """
+        if self.samples < 2:
+            return self, self
+        count = min(max(self.samples // _HELD_OUT_SHARE, 1), _MOST_HELD_OUT)
+        held = {(2 * i + 1) * self.samples // (2 * count) for i in range(count)}
+        rest = [sample for sample in range(self.samples) if sample not in held]
+        return self.some(rest), self.some(sorted(held))
 
 
 def _in_order(value: Any) -> Any:
@@ -151,9 +179,8 @@ def load_calibration(
             "the calibration data has 0 samples, at least 1 is needed; 100 or more are better"
         )
     padded = _padded_arrays(inputs, parts)
-    return CalibrationData(
-        tuple(parts), tuple(itertools.accumulate(counts)), digest.hexdigest(), padded
-    )
+    ends = tuple(itertools.accumulate(counts))
+    return CalibrationData(tuple(parts), ends, range(ends[-1]), digest.hexdigest(), padded)
 
 
 def _columns(

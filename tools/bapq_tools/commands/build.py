@@ -168,7 +168,27 @@ def _summary(report: BuildReport) -> str:
         + ", ".join(f"{name} {value:.1f}" for name, value in report.stage_seconds.items()),
         f"coverage: {Coverage(report.weights, report.weights_in_float)}",
     ]
-    return "\n".join(line for line in lines if line and not line.endswith(": "))
+    lines = [line for line in lines if line and not line.endswith(": ")]
+    return "\n".join([*lines, *_expectation(report)])
+
+
+def _expectation(report: BuildReport) -> list[str]:
+    """What the plans of the bank do, as a table."""
+    if not report.expected:
+        return []
+    kind = "held-out sample" if report.calibration_samples > 1 else "calibration sample"
+    lines = [
+        "",
+        f"what you can expect, measured on {counted(report.measured_samples, kind)}:",
+        f"{'plan':8}  {'bits':>5}  {report.measure:>9}  {'error':>7}  {'bytes':>10}",
+    ]
+    for row in report.expected:
+        lines.append(
+            f"{row.plan:8}  {row.bits:5.2f}  {row.answers:9.4f}  {row.error:7.4f}  "
+            f"{format_size(row.weight_bytes):>10}"
+        )
+    what = "share of answers" if report.measure == "agreement" else "cosine of outputs"
+    return [*lines, f"{report.measure}: {what} as the float model's; error: of the outputs"]
 
 
 def _pruning(report: BuildReport) -> str:

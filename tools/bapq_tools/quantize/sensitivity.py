@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import onnx
@@ -34,6 +34,9 @@ session has those that do not change."""
 _MOST_LAYERS = _SAMPLE_LAYERS // _LEAST_SAMPLES
 """Number of layers that are measured; of more, others are taken to be like one before them."""
 
+_MOST = 1e6
+"""Largest square of a relative error; outputs that are no numbers have it, too."""
+
 
 class OutputErrors:
     """Runs the rest of the model with one layer quantized and all others in float.
@@ -58,6 +61,7 @@ class OutputErrors:
         self._passes = passes
         self._workers = workers
         self._samples = [i * passes.samples // count for i in range(count)]
+        self._free_to_shift = reference.softmax_inputs()
         computed = {name for node in nodes for name in node.output}
         self._outputs = [name for name in reference.judged_tensors() if name in computed]
         if self._outputs:
@@ -87,7 +91,8 @@ class OutputErrors:
             elif level in _measured_levels(levels):
                 changed = weight_feeds(layer, quantized.weight(level), quantized.bias(level))
                 pairs = zip(self._run(changed), self._wanted, strict=True)
-                errors[level] = float(np.mean([_relative_square_error(a, b) for a, b in pairs]))
+                each = [relative_square_error(a, b, self._free_to_shift) for a, b in pairs]
+                errors[level] = float(np.mean(each))
         if 8 in levels and 4 in levels:
             errors[8] = errors[4] * own[8] / own[4] if own[4] else own[8]
         return errors
@@ -136,14 +141,23 @@ def error_like(quantized: QuantizedLayer, measured: QuantizedLayer) -> dict[Leve
     return found
 
 
-def _relative_square_error(found: Tensors, wanted: Tensors) -> float:
-    """The mean over the outputs of |found - wanted|² / |wanted|², each at most 1e6."""
+def relative_square_error(
+    found: Tensors, wanted: Tensors, free_to_shift: Collection[str] = ()
+) -> float:
+    """The mean over the outputs of |found - wanted|² / |wanted|², each at most `_MOST`.
+
+    Of tensors that are free to shift, rows are compared without their means.
+    """
     ratios = []
     for name, expected in wanted.items():
-        norm = np.square(expected, dtype=np.float64).sum()
-        error = np.square(np.subtract(found[name], expected, dtype=np.float64)).sum()
+        expected = expected.astype(np.float64)
+        difference = found[name] - expected
+        if name in free_to_shift:
+            expected = expected - expected.mean(-1, keepdims=True)
+            difference -= difference.mean(-1, keepdims=True)
+        norm, error = np.square(expected).sum(), np.square(difference).sum()
         if not 0 < norm < np.inf:
             ratios.append(0.0)
         else:
-            ratios.append(min(error / norm, 1e6) if np.isfinite(error) else 1e6)
+            ratios.append(min(error / norm, _MOST) if np.isfinite(error) else _MOST)
     return float(np.mean(ratios))

@@ -153,7 +153,7 @@ class Session:
             self._store = Store(self._bank, direct=options.direct_io)
             undo.callback(self._store.close)
             splits = self._runner is not None and self._runner.splits
-            self._graphs = Graphs(self._bank, self._threads, split=splits)
+            self._graphs = Graphs(self._bank, self._store, self._threads, split=splits)
             undo.callback(self._graphs.close)
             self._publisher = Publisher(self._store)
             self._replanner = Replanner(

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ..errors import BankFormatError, BankVersionError
+from ..errors import BankFormatError, BankIntegrityError, BankVersionError
 from .boundary import MAX_PRECISIONS, MAX_VALUES, Boundary, array_file
+from .files import REPAIR
 from .layout import LEVELS, planes_for, scaled_levels, tiles_of
 from .manifest import (
     BODY_FILE,
@@ -21,6 +22,7 @@ from .manifest import (
     SENSITIVITY_FILE,
     Manifest,
     chunks_file,
+    digest_in,
     digests_file,
     plane_file,
 )
@@ -45,10 +47,12 @@ Check = Callable[[bool, str, Any, Any], None]
 def parse_manifest(data: bytes, where: str = MANIFEST_FILE) -> Manifest:
     """Parse and check the bytes of a manifest; `where` begins every message.
 
-    Raises BankFormatError, BankVersionError or BankPathError.
+    Raises BankFormatError, BankVersionError, BankPathError, or BankIntegrityError where the bytes
+    have not the digest that they state.
     """
     document = parse_json(data, where, MAX_MANIFEST_BYTES)
     _check_version(document, where)
+    _check_digest(data, document, where)
     manifest: Manifest = decode(Manifest, document, Place(where, ""))
     _check_consistency(manifest, where)
     return manifest
@@ -100,6 +104,20 @@ def _check_version(document: Any, where: str) -> None:
             f"{where}: format_version is {shown(version)}, this program reads {FORMAT_VERSION}: "
             "rebuild the bank, or use the program version that wrote it"
         )
+
+
+def _check_digest(data: bytes, document: dict[str, Any], where: str) -> None:
+    if "digest" not in document:
+        return  # which is refused with the other keys
+    digests = digest_in(data)
+    if digests is None:
+        raise BankFormatError(
+            f"{where}: digest is {shown(document['digest'])}, must be 64 lower-case hexadecimal "
+            "digits, and plainly written"
+        )
+    stated, found = digests
+    if stated != found:
+        raise BankIntegrityError(f"{where} has BLAKE2b {found}, expected {stated}: {REPAIR}")
 
 
 def _check_consistency(manifest: Manifest, where: str) -> None:

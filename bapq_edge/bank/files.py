@@ -16,6 +16,7 @@ except ImportError:  # a Python other than CPython
 
 __all__ = [
     "REPAIR",
+    "blake2b",
     "digest_of",
     "digest_of_file",
     "exists",

@@ -27,6 +27,7 @@ from .boundary import Boundary, BoundaryArrays
 from .codes import LayerCodes, join_rows, unpack_chunk
 from .consistency import parse_manifest
 from .files import REPAIR, digest_of, exists, file_size, inside, raw_digest_of, read_at
+from .graph_file import check_graph
 from .layer import Layer
 from .layout import PLANES, PLANES_OF_LEVEL, Level, Plane, level_within
 from .manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Manifest
@@ -200,9 +201,15 @@ class Bank:
             raise BankFormatError(f"{where}: {error}: {REPAIR}") from None
         return arrays
 
-    def graph_bytes(self) -> bytes:
-        """The ONNX graph without the heavy weights, checked against its digest."""
-        return self.file_bytes(self.manifest.graph)
+    def graph_bytes(self, entry: FileEntry | None = None) -> bytes:
+        """The ONNX graph without the heavy weights, or another of `manifest.graphs`.
+
+        Checked against its digest, and that it asks for nothing outside of itself.
+        """
+        entry = self.manifest.graph if entry is None else entry
+        data = self.file_bytes(entry)
+        check_graph(data, str(self.path / entry.file))
+        return data
 
     def file_bytes(self, entry: FileEntry) -> bytes:
         """A whole file, checked against size and digest."""

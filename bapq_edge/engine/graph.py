@@ -20,6 +20,7 @@ from ..errors import (
 from .code_pages import release_code
 from .feeds import in_native_order
 from .library import library_path
+from .store import Store
 
 __all__ = ["RUN_INPUT", "Graph", "Graphs", "Part", "check_run_options", "open_graph"]
 
@@ -81,8 +82,8 @@ class Graph:
 class Graphs:
     """The graphs that a session of a bank runs: the whole one, or the two halves of it."""
 
-    def __init__(self, bank: Bank, threads: int, *, split: bool) -> None:
-        """Open them; an operator runs on up to `threads` threads.
+    def __init__(self, bank: Bank, store: Store, threads: int, *, split: bool) -> None:
+        """Open them on the weights of a store; an operator runs on up to `threads` threads.
 
         Raises RequestError when the bank has no halves, and what `open_graph` raises.
         """
@@ -96,7 +97,7 @@ class Graphs:
         if split and manifest.split is not None:
             files = {"head": manifest.split.head, "body": manifest.split.body}
         self._graphs = {
-            part: Graph(open_graph(bank.file_bytes(file), threads), str(bank.path))
+            part: Graph(open_graph(bank.graph_bytes(file), store, threads), str(bank.path))
             for part, file in files.items()
         }
         self.parts: tuple[Part, ...] = tuple(files)
@@ -123,11 +124,12 @@ class Graphs:
         self._graphs.clear()
 
 
-def open_graph(model: bytes, threads: int) -> Any:
+def open_graph(model: bytes, store: Store, threads: int) -> Any:
     """Make the onnxruntime.InferenceSession of a bank's graph, which is all of `model`.
 
-    An operator runs on up to `threads` threads, and one operator runs at a time. Raises
-    BankFormatError when ONNX Runtime refuses the graph, PlatformError when it is not there.
+    Its operators read the weights of `store`, and of no other. An operator runs on up to `threads`
+    threads, and one operator runs at a time. Raises BankFormatError when ONNX Runtime refuses the
+    graph, PlatformError when it is not there.
     """
     onnxruntime = _onnxruntime
     if isinstance(onnxruntime, ImportError):
@@ -142,6 +144,8 @@ def open_graph(model: bytes, threads: int) -> Any:
     # offers, next in ONNX Runtime's own without memory patterns.
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.enable_mem_pattern = False
+    # Else four bytes inside would make it a file of another format, which nobody has checked.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     options.log_severity_level = 4  # what fails is raised, with its own words, not logged as well
     # Idle threads that spin would take the core that a prefetch thread or another program needs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -149,9 +153,10 @@ def open_graph(model: bytes, threads: int) -> Any:
     library = onnxruntime.capi.onnxruntime_pybind11_state.__file__
     release_code(library)  # the importing of it is over
     try:
-        session = onnxruntime.InferenceSession(
-            model, sess_options=options, providers=["CPUExecutionProvider"]
-        )
+        with store.owning_operators():
+            session = onnxruntime.InferenceSession(
+                model, sess_options=options, providers=["CPUExecutionProvider"]
+            )
     except Exception as error:  # ONNX Runtime raises classes of its own, without a common base
         raise BankFormatError(
             f"ONNX Runtime refuses the bank's graph: {_one_line(error)}"

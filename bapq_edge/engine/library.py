@@ -29,7 +29,7 @@ __all__ = [
     "load_library",
 ]
 
-_ABI_VERSION = 8
+_ABI_VERSION = 9
 
 TRACE_KINDS = ("read", "rows", "wait")
 """The reader thread read a chunk, an operator read rows of one, an operator waited."""
@@ -197,6 +197,7 @@ def load_library() -> ctypes.CDLL:
             ctypes.c_int32,
             [ctypes.POINTER(BankStruct), ctypes.POINTER(store), error],
         ),
+        "bapq_store_owns_operators": (None, [store]),
         "bapq_store_close": (ctypes.c_int32, [store, error]),
         "bapq_store_publish": (ctypes.c_int32, [store, ctypes.POINTER(PlanStruct), error]),
         "bapq_store_add_region": (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -220,6 +222,18 @@ class Store:
         )
         self._check(error)
         return region.value
+
+    @contextlib.contextmanager
+    def owning_operators(self) -> Iterator[None]:
+        """Operators that ONNX Runtime makes on this thread meanwhile compute for this store only.
+
+        A ticket of another store's run is refused by them.
+        """
+        self._library.bapq_store_owns_operators(self._handle)
+        try:
+            yield
+        finally:
+            self._library.bapq_store_owns_operators(None)
 
     def begin_run(self, *, measured: bool = False) -> Run:
         """Begin a run on the published plan; `measured`: its report tells the process's memory."""

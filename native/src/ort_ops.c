@@ -1,8 +1,9 @@
 /* The operators of domain "bapq" for ONNX Runtime: MatMul, Gemm, Conv and Gather.
  *
- * An operator holds no weights and knows no store. Its last input, "bapq.run", is the ticket of the
- * run it computes for; everything else follows from that and from its attribute `layer`. So one
- * session serves concurrent runs on different plans, and swapping a plan touches no session. */
+ * An operator holds no weights. Its last input, "bapq.run", is the ticket of the run it computes
+ * for; everything else follows from that and from its attribute `layer`. So one session serves
+ * concurrent runs on different plans, and swapping a plan touches no session. Of its store it knows
+ * the number only: a graph is untrusted input, and a ticket of another store's run is refused. */
 #include "ort_abi.h"
 
 #include <limits.h>
@@ -14,6 +15,7 @@
 #include "arena.h"
 #include "error.h"
 #include "ops.h"
+#include "shapes.h"
 
 typedef enum { MATMUL, GEMM, CONV, GATHER, KINDS } op_kind;
 
@@ -25,16 +27,14 @@ typedef struct {
 typedef struct {
     const OrtApi *api;
     op_kind kind;
+    int64_t store_id; /* whose runs it computes for */
     int64_t layer;
     bapq_epilogue epilogue;
     bapq_conv_params conv;
 } op_kernel;
 
-enum { MAX_RANK = 16 };
-
 typedef struct {
-    int64_t dims[MAX_RANK];
-    size_t rank;
+    bapq_shape shape;
     void *data;
 } tensor;
 
@@ -79,6 +79,7 @@ static OrtStatus *create_kernel(const OrtCustomOp *op, const OrtApi *api, const 
     if (!kernel) return ORT_CreateStatus(api)(ORT_FAIL, "bapq: no memory for an operator");
     kernel->api = api;
     kernel->kind = ((const custom_op *)op)->kind;
+    kernel->store_id = bapq_operators_store_id();
     OrtStatus *status = read_attributes(kernel, info);
     if (status != NULL) {
         free(kernel);
@@ -92,32 +93,50 @@ static void destroy_kernel(void *kernel) { free(kernel); }
 
 /* ---- tensors ---- */
 
+/* Takes a dense tensor of this element type; anything else that a graph may hand over is refused.
+ */
 static OrtStatus *get_input(const op_kernel *kernel, OrtKernelContext *context, size_t index,
-                            tensor *out) {
+                            int type, tensor *out) {
     const OrtApi *api = kernel->api;
     const OrtValue *value = NULL;
-    OrtShapeInfo *shape = NULL;
+    OrtShapeInfo *info = NULL;
+    int found = 0;
     TRY(ORT_KernelContext_GetInput(api)(context, index, &value));
-    TRY(ORT_GetTensorTypeAndShape(api)(value, &shape));
-    OrtStatus *status = ORT_GetDimensionsCount(api)(shape, &out->rank);
-    if (status == NULL && out->rank > MAX_RANK)
+    if (value == NULL)
+        return ORT_CreateStatus(api)(ORT_INVALID_ARGUMENT, "bapq: an operator lacks an input");
+    TRY(ORT_GetTensorTypeAndShape(api)(value, &info));
+    bapq_shape *shape = &out->shape;
+    OrtStatus *status = ORT_GetTensorElementType(api)(info, &found);
+    if (status == NULL && found != type)
+        status = ORT_CreateStatus(api)(ORT_INVALID_ARGUMENT, "bapq: an input of another type");
+    if (status == NULL) status = ORT_GetDimensionsCount(api)(info, &shape->rank);
+    if (status == NULL && shape->rank > BAPQ_MAX_RANK)
         status = ORT_CreateStatus(api)(ORT_INVALID_ARGUMENT, "bapq: more than 16 dimensions");
-    if (status == NULL) status = ORT_GetDimensions(api)(shape, out->dims, out->rank);
-    ORT_ReleaseShapeInfo(api)(shape);
+    if (status == NULL) status = ORT_GetDimensions(api)(info, shape->dims, shape->rank);
+    ORT_ReleaseShapeInfo(api)(info);
     if (status != NULL) return status;
     return ORT_GetTensorMutableData(api)((OrtValue *)value, &out->data);
 }
 
-static OrtStatus *make_output(const op_kernel *kernel, OrtKernelContext *context, tensor *out) {
-    OrtValue *value = NULL;
-    TRY(ORT_KernelContext_GetOutput(kernel->api)(context, 0, out->dims, out->rank, &value));
-    return ORT_GetTensorMutableData(kernel->api)(value, &out->data);
+/* The run that the ticket names: an open one of the store that the operator was made for. */
+static OrtStatus *get_run(const op_kernel *kernel, OrtKernelContext *context, bapq_run **run) {
+    tensor ticket;
+    TRY(get_input(kernel, context, 1, ORT_INT64, &ticket));
+    *run = NULL;
+    if (ticket.shape.rank == 0 && ticket.data != NULL)
+        *run = bapq_run_of(*(const int64_t *)ticket.data);
+    if (*run == NULL || bapq_run_store_id(*run) != kernel->store_id || kernel->layer < 0 ||
+        kernel->layer >= bapq_run_layer_count(*run))
+        return ORT_CreateStatus(kernel->api)(ORT_INVALID_ARGUMENT,
+                                             "bapq.run is no open run of this bank");
+    return NULL;
 }
 
-static int64_t product(const int64_t *dims, size_t count) {
-    int64_t n = 1;
-    for (size_t i = 0; i < count; i++) n *= dims[i];
-    return n;
+static OrtStatus *make_output(const op_kernel *kernel, OrtKernelContext *context,
+                              const bapq_shape *shape, float **data) {
+    OrtValue *value = NULL;
+    TRY(ORT_KernelContext_GetOutput(kernel->api)(context, 0, shape->dims, shape->rank, &value));
+    return ORT_GetTensorMutableData(kernel->api)(value, (void **)data);
 }
 
 /* ---- compute ---- */
@@ -147,63 +166,48 @@ typedef struct {
     bapq_error failure; /* unless status is BAPQ_OK */
 } call;
 
-static OrtStatus *refuse(call *c, const char *what) {
-    c->status = bapq_fail(&c->failure, BAPQ_ARGUMENT, "%s", what);
-    return NULL;
-}
-
 static OrtStatus *compute_matmul(call *c, const bapq_parallel *parallel) {
-    tensor y = c->x;
-    if (c->x.rank == 0 || c->x.dims[c->x.rank - 1] != c->layer->columns) {
-        c->status = bapq_fail(
-            &c->failure, BAPQ_ARGUMENT, "the input's last axis is %lld, the weights fit %d",
-            c->x.rank ? (long long)c->x.dims[c->x.rank - 1] : 0LL, c->layer->columns);
-        return NULL;
-    }
-    if (c->kernel->kind == GEMM && c->x.rank != 2) return refuse(c, "Gemm's input is not a matrix");
-    y.dims[y.rank - 1] = c->layer->rows;
-    TRY(make_output(c->kernel, c->context, &y));
-    c->status = bapq_matmul(c->run, (int32_t)c->kernel->layer, &c->kernel->epilogue, parallel,
-                            product(c->x.dims, c->x.rank - 1), c->x.data, y.data, &c->failure);
+    bapq_shape y_shape;
+    int64_t m;
+    float *y;
+    c->status = bapq_matmul_shape(c->layer, c->kernel->kind == GEMM, &c->x.shape, &m, &y_shape,
+                                  &c->failure);
+    if (c->status != BAPQ_OK) return NULL;
+    TRY(make_output(c->kernel, c->context, &y_shape, &y));
+    c->status = bapq_matmul(c->run, (int32_t)c->kernel->layer, &c->kernel->epilogue, parallel, m,
+                            c->x.data, y, &c->failure);
     return NULL;
 }
 
 static OrtStatus *compute_conv(call *c, const bapq_parallel *parallel) {
-    const int64_t *d = c->x.dims;
-    int flat = c->x.rank == 3; /* (batch, channels, length) is an image of height 1 */
-    if (!flat && c->x.rank != 4) return refuse(c, "Conv's input has neither 3 nor 4 axes");
+    bapq_shape y_shape;
     bapq_conv conv;
-    c->status = bapq_conv_shape(c->layer, &c->kernel->conv, d[0], d[1], flat ? 1 : d[2],
-                                flat ? d[2] : d[3], &conv, &c->failure);
+    float *y;
+    c->status =
+        bapq_conv_shape(c->layer, &c->kernel->conv, &c->x.shape, &conv, &y_shape, &c->failure);
     if (c->status != BAPQ_OK) return NULL;
-    tensor y = {.rank = c->x.rank, .dims = {d[0], c->layer->rows, conv.out_h, conv.out_w}};
-    if (flat) y.dims[2] = conv.out_w;
-    TRY(make_output(c->kernel, c->context, &y));
+    TRY(make_output(c->kernel, c->context, &y_shape, &y));
     c->status = bapq_conv_run(c->run, (int32_t)c->kernel->layer, &conv, &c->kernel->epilogue,
-                              parallel, c->x.data, y.data, &c->failure);
+                              parallel, c->x.data, y, &c->failure);
     return NULL;
 }
 
 static OrtStatus *compute_gather(call *c) {
-    tensor y = c->x;
-    if (y.rank == MAX_RANK) return refuse(c, "Gather's indices have 16 axes");
-    y.dims[y.rank++] = c->layer->columns;
-    TRY(make_output(c->kernel, c->context, &y));
-    c->status = bapq_gather(c->run, (int32_t)c->kernel->layer, product(c->x.dims, c->x.rank),
-                            c->x.data, y.data, &c->failure);
+    bapq_shape y_shape;
+    int64_t count;
+    float *y;
+    c->status = bapq_gather_shape(c->layer, &c->x.shape, &count, &y_shape, &c->failure);
+    if (c->status != BAPQ_OK) return NULL;
+    TRY(make_output(c->kernel, c->context, &y_shape, &y));
+    c->status = bapq_gather(c->run, (int32_t)c->kernel->layer, count, c->x.data, y, &c->failure);
     return NULL;
 }
 
 static OrtStatus *compute(void *state, OrtKernelContext *context) {
     const op_kernel *kernel = state;
     call c = {.kernel = kernel, .context = context};
-    tensor ticket;
-    TRY(get_input(kernel, context, 0, &c.x));
-    TRY(get_input(kernel, context, 1, &ticket));
-    c.run = bapq_run_of(*(const int64_t *)ticket.data);
-    if (c.run == NULL || kernel->layer < 0 || kernel->layer >= bapq_run_layer_count(c.run))
-        return ORT_CreateStatus(kernel->api)(ORT_INVALID_ARGUMENT,
-                                             "bapq.run is no open run of this bank");
+    TRY(get_run(kernel, context, &c.run));
+    TRY(get_input(kernel, context, 0, kernel->kind == GATHER ? ORT_INT64 : ORT_FLOAT, &c.x));
     c.layer = bapq_run_layer(c.run, (int32_t)kernel->layer);
     ort_parallel pool = {kernel->api, context};
     bapq_parallel parallel = {ort_for_each, &pool};

@@ -14,7 +14,7 @@ import warnings
 from collections import Counter, deque
 from dataclasses import dataclass
 
-from .errors import BapqWarning
+from .errors import BapqWarning, ResourceError
 from .units import format_size
 
 __all__ = [
@@ -172,10 +172,16 @@ def warn_caller(text: str, category: type[BapqWarning]) -> None:
 
 
 def _status_bytes(field: str) -> int:
-    with open("/proc/self/status", encoding="utf-8") as status:
-        for line in status:
-            if line.startswith(field):
-                return int(line.split()[1]) * 1024
+    try:
+        with open("/proc/self/status", encoding="utf-8") as status:
+            for line in status:
+                if line.startswith(field):
+                    return int(line.split()[1]) * 1024
+    except OSError as error:
+        raise ResourceError(
+            f"the memory of this process cannot be read: {error.strerror}: "
+            f"{ResourceError.more_handles}"
+        ) from error
     return 0
 
 

@@ -40,6 +40,9 @@ MAX_TABLE_ROWS = 1 << 22
 """Most rows of a bank in layers that reorder or drop some: their tables stay under 17 MB each, and
 a small file cannot ask for a huge output."""
 
+MAX_GRAPH_BYTES = (1 << 31) - 1
+"""Most bytes of a graph: what protobuf can hold."""
+
 Check = Callable[[bool, str, Any, Any], None]
 """`check(good, key, found, expected)` raises unless `good`."""
 
@@ -210,6 +213,8 @@ def _check_layers(manifest: Manifest, check: Check) -> None:
 
 
 def _check_files(manifest: Manifest, check: Check) -> None:
+    for graph in manifest.graphs:
+        check(graph.bytes <= MAX_GRAPH_BYTES, graph.file, graph.bytes, f"{MAX_GRAPH_BYTES} or less")
     chunk_count = manifest.chunk_count
     sensitivity = manifest.sensitivity
     sensitivity_bytes = sensitivity_table_bytes(chunk_count, len(manifest.levels))

@@ -19,6 +19,7 @@ from ..errors import (
     BankIntegrityError,
     BankNotFoundError,
     BankTruncatedError,
+    BudgetTooSmallError,
     InterruptedUpdateWarning,
     MissingPlaneWarning,
     RequestError,
@@ -66,9 +67,10 @@ class Bank:
     levels: tuple[Level, ...]
     """Levels that can run, highest first: those built, less those that need an absent plane."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, memory_bytes: int | None = None) -> None:
         self.path = path
         self.manifest = manifest
+        self._check_memory(memory_bytes)
         self._root = os.path.realpath(path)
         self._first_chunks = [layer.first_chunk for layer in manifest.layers]
         self._layers = {layer.name: layer for layer in manifest.layers}
@@ -94,13 +96,14 @@ class Bank:
         self.levels = self._runnable(manifest.levels)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Bank:
-        """Open and check a bank.
+    def open(cls, path: str | os.PathLike[str], *, memory_bytes: int | None = None) -> Bank:
+        """Open and check a bank; a file that is read whole must fit into `memory_bytes`.
 
         Raises BankNotFoundError, BankFormatError, BankVersionError, BankPathError,
-        BankTruncatedError, BankIntegrityError (of a table), StorageError, or RequestError for what
-        is no path. Warns with MissingPlaneWarning when plane files are absent, with
-        InterruptedUpdateWarning when the old bank is opened where a cut-off update has left it.
+        BankTruncatedError, BankIntegrityError (of manifest or table), BudgetTooSmallError,
+        ResourceError, StorageError, or RequestError for what is no path. Warns with
+        MissingPlaneWarning when plane files are absent, with InterruptedUpdateWarning when the old
+        bank is opened where a cut-off update has left it.
         """
         if not isinstance(path, str | os.PathLike):
             raise RequestError(f"the bank is {path!r:.80}: give its path")
@@ -113,7 +116,7 @@ class Bank:
             raise BankNotFoundError(
                 f"{path} is not a bank, it holds no {MANIFEST_FILE}: check the name, or build it"
             )
-        bank = cls(path, read_manifest(path))
+        bank = cls(path, read_manifest(path), memory_bytes)
         if bank.absent_files:
             files = ", ".join(bank.absent_files)
             for layer in bank.manifest.layers:
@@ -284,6 +287,15 @@ class Bank:
     def bits_per_weight(self, level: Level) -> float:
         """Bits that a run at this level reads per weight: codes, scales, bias and padding."""
         return 8 * self.weight_bytes(level) / self.weights
+
+    def _check_memory(self, memory_bytes: int | None) -> None:
+        """Refuse files too large for memory before a byte of them is read."""
+        for entry in self.manifest.small_files:
+            if memory_bytes is not None and entry.bytes > memory_bytes:
+                raise BudgetTooSmallError(
+                    f"{self.path / entry.file} is read whole and has {entry.bytes} bytes, "
+                    f"memory_budget is {memory_bytes}: allow more, if you trust this bank"
+                )
 
     def _runnable(self, levels: tuple[Level, ...]) -> tuple[Level, ...]:
         """Those of the levels whose planes are there."""

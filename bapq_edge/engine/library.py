@@ -186,7 +186,10 @@ def _installed_library() -> Path | None:
 @cache
 def load_library() -> ctypes.CDLL:
     """libbapq, its functions typed; the same object at every call. Raises PlatformError."""
-    library = ctypes.CDLL(str(library_path()))
+    try:
+        library = ctypes.CDLL(str(library_path()))
+    except OSError as refused:
+        raise PlatformError(f"libbapq.so cannot be loaded: {refused}") from None
     error = ctypes.POINTER(ErrorStruct)
     store = ctypes.c_void_p
     number = ctypes.POINTER(ctypes.c_int64)

@@ -37,7 +37,7 @@ _ROW_CACHE_SLOTS = 64
 _STORAGE_STATUSES = (Status.IO, Status.TRUNCATED, Status.CHECKSUM)
 _STATUS_ERRORS: dict[int, type[errors.BapqError]] = {
     Status.ARGUMENT: errors.RunInputError,
-    Status.NO_MEMORY: errors.StorageError,
+    Status.NO_MEMORY: errors.OutOfMemoryError,
     Status.IO: errors.StorageError,
     Status.TRUNCATED: errors.BankTruncatedError,
     Status.CHECKSUM: errors.BankIntegrityError,
@@ -300,7 +300,14 @@ class Store:
             message = f"{self._bank.path}: layer {name}: {message}"
         if error.status in _STORAGE_STATUSES:
             message += "; check the bank with 'bapq verify', and the storage it is on"
-        exception = _STATUS_ERRORS[error.status](message)
+        if error.status == Status.NO_MEMORY:
+            message += "; stop other programs, or set a smaller memory_budget"
+        kind = _STATUS_ERRORS[error.status]
+        if error.os_errno in (errno.EMFILE, errno.ENFILE):
+            kind = errors.ResourceError
+            message = f"{error.message.decode()}: {kind.more_handles}"
+        exception = kind(message)
         if isinstance(exception, OSError):
-            exception.errno = error.os_errno or errno.EIO
+            fallback = errno.ENOMEM if error.status == Status.NO_MEMORY else errno.EIO
+            exception.errno = error.os_errno or fallback
         return exception

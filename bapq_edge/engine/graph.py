@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, Literal
@@ -43,6 +45,21 @@ def _import_onnxruntime() -> ModuleType | ImportError:
 
 # With the package, not with the first session: its code is no part of a model's memory budget.
 _onnxruntime = _import_onnxruntime()
+
+
+_open_sessions: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """In a forked process: never destroy an onnxruntime.InferenceSession of the one before.
+
+    It would wait for its threads, which are not here, as late as at the end of the process.
+    """
+    for session in _open_sessions:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 class Graph:
@@ -163,6 +180,7 @@ def open_graph(model: bytes, store: Store, threads: int) -> Any:
         ) from error
     finally:
         release_code(library)  # the loading, too: a run touches a third of it
+    _open_sessions.add(session)
     return session
 
 

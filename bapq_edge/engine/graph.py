@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import os
 import weakref
@@ -171,7 +172,7 @@ def open_graph(model: bytes, store: Store, threads: int) -> Any:
     release_code(library)  # the importing of it is over
     try:
         with store.owning_operators():
-            session = onnxruntime.InferenceSession(
+            session = _session_class(onnxruntime)(
                 model, sess_options=options, providers=["CPUExecutionProvider"]
             )
     except Exception as error:  # ONNX Runtime raises classes of its own, without a common base
@@ -182,6 +183,17 @@ def open_graph(model: bytes, store: Store, threads: int) -> Any:
         release_code(library)  # the loading, too: a run touches a third of it
     _open_sessions.add(session)
     return session
+
+
+@functools.cache
+def _session_class(onnxruntime: ModuleType) -> Any:
+    """The onnxruntime.InferenceSession without its second attempt.
+
+    That is for other processors, and it prints a banner of several lines.
+    """
+    attempts_once = property(lambda session: False, lambda session, value: None)
+    own = {"_enable_fallback": attempts_once}
+    return type("InferenceSession", (onnxruntime.InferenceSession,), own)
 
 
 def check_run_options(run_options: Any) -> None:

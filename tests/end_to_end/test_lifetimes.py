@@ -348,6 +348,7 @@ def test_a_session_opens_the_old_bank_or_the_new_one_while_it_is_replaced(tmp_pa
 
 def test_nothing_of_onnx_runtime_reaches_stderr(bank, tmp_path):
     broken = graph_bytes([node("Nonsense", "x", "y", layer=0)], ["n", 96], ["n", 64])
+    broken = broken.replace(b"Nonsense", b"Non\xeeense")  # no UTF-8: its message cannot be read
     other = write_bank(tmp_path / "broken.bank", broken, [layer("fc", "MatMul", 64, 96)])
     script = f"""
 import numpy as np

@@ -67,19 +67,15 @@ def flip_all(folder: Path) -> None:
     """Every single bit of every file; each is noticed by the reader, and changes no answer."""
     from support import mutants
 
-    reader, runner = mutants.Reader(folder / "r"), mutants.Runner(folder / "s")
-    flipped = quiet = 0
-    for name, size in reader.mutants.sizes().items():
-        for bit in range(8 * size):
-            flipped += 1
-            quiet += not reader.check_flip(name, bit)
-    print(f"reader: {flipped} bits, {quiet} unnoticed", flush=True)
-    flipped = harmless = 0
-    for name, size in runner.mutants.sizes().items():
-        for bit in range(8 * size):
-            flipped += 1
-            harmless += not runner.check_flip(name, bit)
-    print(f"session: {flipped} bits, {harmless} without effect, 0 other answers")
+    runner = mutants.Runner(folder / "session", tiny=True)
+    reader = mutants.Reader(folder / "reader", mutants.tiny_bank(folder / "tiny.bank"))
+    for target, what in ((reader, "reader"), (runner, "session")):
+        flipped = refused = 0
+        for name, size in target.mutants.sizes().items():
+            for bit in range(8 * size):
+                flipped += 1
+                refused += target.check_flip(name, bit)
+        print(f"{what}: {flipped} bits, {refused} refused, no other answer", flush=True)
 
 
 def steer(arguments: argparse.Namespace, folder: Path) -> None:
@@ -98,7 +94,13 @@ def steer(arguments: argparse.Namespace, folder: Path) -> None:
     target = (mutants.Reader if arguments.target == "reader" else mutants.Runner)(folder)
     corpus = CORPUS / arguments.target
     corpus.mkdir(parents=True, exist_ok=True)
-    command = [sys.argv[0], str(corpus), f"-max_len={MOST_BYTES}", f"-timeout={HANG_S}"]
+    command = [
+        sys.argv[0],
+        str(corpus),
+        f"-max_len={MOST_BYTES}",
+        f"-timeout={HANG_S}",
+        "-len_control=0",
+    ]
     command += [f"-runs={arguments.runs}", f"-seed={arguments.seed}"]
     if arguments.seconds != float("inf"):
         command.append(f"-max_total_time={int(arguments.seconds)}")

@@ -8,6 +8,7 @@ all checksums fit what was written.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 import zlib
@@ -197,8 +198,8 @@ def _vouch_for_files(files: dict[str, bytes], value: Any) -> None:
 class Reader:
     """Opens and verifies mutants of the golden bank, and reads all that is in them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.mutants = Mutants(GOLDEN, folder)
+    def __init__(self, folder: Path, source: Path = GOLDEN) -> None:
+        self.mutants = Mutants(source, folder)
 
     def check(self, data: bytes) -> bool:
         """Whether the mutant was refused; AssertionError where it was not as it must be."""
@@ -236,9 +237,11 @@ class Reader:
 class Runner:
     """Opens sessions of mutants and runs them."""
 
-    def __init__(self, folder: Path) -> None:
-        source = _small_bank(folder / "small.bank")
-        self._x = np.linspace(-1, 1, 2 * 8 * 6 * 6, dtype=np.float32).reshape(2, 8, 6, 6)
+    def __init__(self, folder: Path, *, tiny: bool = False) -> None:
+        folder.mkdir(exist_ok=True)
+        source = (tiny_bank if tiny else _small_bank)(folder / "source.bank")
+        shape = (1, 5) if tiny else (2, 8, 6, 6)
+        self._x = np.linspace(-1, 1, math.prod(shape), dtype=np.float32).reshape(shape)
         self._legal = [self._run(source, level=level) for level in (8, 4)]
         self.mutants = Mutants(source, folder)
 
@@ -279,6 +282,16 @@ def _check_message(error: BapqError) -> None:
     message = str(error)
     assert "\n" not in message and message, repr(message)
     assert len(message) < 2000, message
+
+
+def tiny_bank(path: Path) -> Path:
+    """So few bytes that every bit of them can be turned over."""
+    linear = {"use_bias": 1, "clip_low": -NO_CLIP, "clip_high": NO_CLIP}
+    graph = graph_bytes([node("MatMul", "x", "y", layer=0, **linear)], ["n", 5], ["n", 3])
+    codes = random_codes(np.random.default_rng(4), 3, 5, {4: 32}, True, (8, 4))
+    about = {"rows": 3, "columns": 5, "chunk_rows": 16, "residual_steps": 15}
+    about |= {"scale_columns": {4: 32}, "has_bias": True}
+    return write_bank(path, graph, [("a", "MatMul", codes, about)], (8, 4))
 
 
 def _small_bank(path: Path) -> Path:

@@ -46,11 +46,22 @@ __all__ = ["Bank", "read_manifest"]
 T = TypeVar("T")
 
 
-def read_manifest(directory: Path) -> Manifest:
+_MANIFEST_MEMORY = 10
+"""Bytes that a manifest takes in memory while it is read, over its own: measured, rounded up."""
+
+
+def read_manifest(directory: Path, memory_bytes: int | None = None) -> Manifest:
     """Read and check the manifest of a bank, or of its exchange form."""
     target = inside(os.path.realpath(directory), MANIFEST_FILE)
+    size = file_size(target)
+    if memory_bytes is not None and size * _MANIFEST_MEMORY > memory_bytes:
+        raise BudgetTooSmallError(
+            f"{directory / MANIFEST_FILE} has {size} bytes, which take about "
+            f"{size * _MANIFEST_MEMORY} to read, memory_budget is {memory_bytes}: allow more, if "
+            "you trust this bank"
+        )
     # One byte more than allowed, so that a larger file is seen to be larger.
-    data = read_at(target, 0, min(file_size(target), MAX_MANIFEST_BYTES + 1))
+    data = read_at(target, 0, min(size, MAX_MANIFEST_BYTES + 1))
     return parse_manifest(data, str(directory / MANIFEST_FILE))
 
 
@@ -116,7 +127,7 @@ class Bank:
             raise BankNotFoundError(
                 f"{path} is not a bank, it holds no {MANIFEST_FILE}: check the name, or build it"
             )
-        bank = cls(path, read_manifest(path), memory_bytes)
+        bank = cls(path, read_manifest(path, memory_bytes), memory_bytes)
         if bank.absent_files:
             files = ", ".join(bank.absent_files)
             for layer in bank.manifest.layers:

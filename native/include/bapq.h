@@ -126,8 +126,8 @@ BAPQ_API int32_t bapq_abi_version(void);
 /* Name of a plane in banks, NULL past the last: so Python checks that its order is this one. */
 BAPQ_API const char *bapq_plane_name(int32_t plane);
 BAPQ_API int32_t bapq_store_open(const bapq_bank *bank, bapq_store **out, bapq_error *error);
-/* The operators that ONNX Runtime makes on this thread from now on, with a session, compute for runs
- * of this store and no other; NULL: for none. */
+/* The operators that ONNX Runtime makes on this thread from now on, with a session, compute for
+ * runs of this store and no other; NULL: for none. */
 BAPQ_API void bapq_store_owns_operators(const bapq_store *store);
 /* Closes the store and gives its memory back. BAPQ_ARGUMENT while a run is open. */
 BAPQ_API int32_t bapq_store_close(bapq_store *store, bapq_error *error);

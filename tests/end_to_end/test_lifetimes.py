@@ -18,13 +18,16 @@ from bapq_edge.bank.boundary import Precision
 from bapq_edge.bank.exchange import unpack
 from bapq_edge.bank.install import install
 from bapq_edge.errors import (
+    BankFormatError,
     BudgetTooSmallError,
     RequestError,
     ResourceError,
     RunInputError,
 )
 from bapq_edge.policy import Choice
+from bapq_edge.telemetry import peak_rss_bytes
 from support.banks import graph_bytes, node, write_bank
+from support.hostile import Victim
 from support.streaming import LINEAR, chain_bank, layer, run
 
 X = np.abs(np.random.default_rng(1).standard_normal((1, 96))).astype(np.float32)
@@ -210,6 +213,26 @@ def test_a_graph_larger_than_the_budget_is_not_read(tmp_path):
     path = write_bank(tmp_path / "m.bank", graph, [layer("fc", "MatMul", 64, 96)])
     with pytest.raises(BudgetTooSmallError, match=r"main\.onnx is read whole and has 16777\d+ byt"):
         Session(path, memory_budget="16MiB")
+
+
+def test_a_manifest_larger_than_the_budget_is_not_read(bank):
+    with pytest.raises(BudgetTooSmallError, match=r"has \d+ bytes, which take about"):
+        Session(bank, memory_budget="16KiB")
+
+
+@pytest.mark.parametrize("size", [1 << 30, 1 << 40])
+def test_a_sparse_graph_of_any_size_takes_no_memory(tmp_path, size):
+    victim = Victim(chain_bank(tmp_path / "m.bank"))
+
+    def declare(document):
+        document["graph"]["bytes"] = size
+
+    victim.edit_manifest(declare)
+    os.truncate(victim.file("graph/main.onnx"), size)
+    before = peak_rss_bytes()
+    with pytest.raises((BudgetTooSmallError, BankFormatError)):
+        Session(victim.path, memory_budget="16MiB")
+    assert peak_rss_bytes() - before < 16 << 20
 
 
 # ---- many wishes ----

@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 _CODES_PER_BYTE: dict[Plane, int] = {"p4": 2, "r8": 2, "m1": 8, "s1": 8}
+_WORDS_PER_BLOCK: dict[Plane, int] = {"f32": 32, "p4": 4, "r8": 4, "m1": 1, "s1": 1}
+"""32-bit words of a row's codes in a block"""
 
 
 @dataclass
@@ -110,16 +112,11 @@ def pack_chunk(geometry: TileGeometry, codes: LayerCodes, rows: slice) -> bytes:
             raise ValueError(f"bias of level {level} is {bias.shape}, expected {(count,)}")
     check_values(plane, code, scale)
 
-    tiles, blocks = tiles_of(count), blocks_of(geometry.columns)
+    tiles = tiles_of(count)
     records = np.zeros((tiles, geometry.record_bytes), np.uint8)
-    words = _code_words(plane, _padded(code, tiles * TILE_ROWS, blocks * BLOCK_COLUMNS))
     end = geometry.code_bytes
-    records[:, :end] = (
-        words.reshape(tiles, TILE_ROWS, blocks, -1)
-        .transpose(0, 2, 3, 1)  # (tiles, blocks, words, rows)
-        .reshape(tiles, -1)
-        .view(np.uint8)
-    )
+    pack = _pack_taps if geometry.depthwise else _pack_blocks
+    records[:, :end] = pack(plane, code, tiles)
     if scale is not None:
         begin, end = end, end + geometry.scale_bytes
         bits = _padded(to_bf16(scale), tiles * TILE_ROWS, geometry.scale_groups)
@@ -143,7 +140,7 @@ def unpack_chunk(geometry: TileGeometry, rows: int, data: bytes) -> LayerCodes:
     Raises ValueError where the size is wrong, a scale is not finite or padding is not zero.
     """
     plane, level = geometry.plane, PLANES[geometry.plane]
-    tiles, blocks = tiles_of(rows), blocks_of(geometry.columns)
+    tiles = tiles_of(rows)
     if len(data) != tiles * geometry.record_bytes:
         raise ValueError(
             f"a chunk of {rows} rows has {len(data)} bytes, "
@@ -152,17 +149,12 @@ def unpack_chunk(geometry: TileGeometry, rows: int, data: bytes) -> LayerCodes:
     records = np.frombuffer(data, np.uint8).reshape(tiles, geometry.record_bytes)
     result = LayerCodes()
     end = geometry.code_bytes
-    words = (
-        np.ascontiguousarray(records[:, :end])
-        .view(np.uint32)
-        .reshape(tiles, blocks, -1, TILE_ROWS)
-        .transpose(0, 3, 1, 2)  # (tiles, rows, blocks, words)
-        .reshape(tiles * TILE_ROWS, -1)
-    )
+    unpack = _unpack_taps if geometry.depthwise else _unpack_blocks
+    codes = unpack(plane, np.ascontiguousarray(records[:, :end]))[:rows, : geometry.columns]
     if plane == "f32":
-        result.weight = words.view("<f4")[:rows, : geometry.columns].astype(np.float32)
+        result.weight = codes.astype(np.float32)
     else:
-        result.codes[plane] = _split_words(plane, words)[:rows, : geometry.columns].copy()
+        result.codes[plane] = codes.copy()
     if geometry.scale_groups:
         begin, end = end, end + geometry.scale_bytes
         bits = (
@@ -248,6 +240,55 @@ def _padded(array: NDArray[Any], rows: int, columns: int) -> NDArray[Any]:
     padded = np.zeros((rows, columns), array.dtype)
     padded[: array.shape[0], : array.shape[1]] = array
     return padded
+
+
+def _pack_blocks(plane: Plane, code: NDArray[Any], tiles: int) -> NDArray[np.uint8]:
+    """(rows, columns) codes -> (tiles, bytes): blocks of 32 columns, four columns side by side."""
+    blocks = blocks_of(code.shape[1])
+    words = _code_words(plane, _padded(code, tiles * TILE_ROWS, blocks * BLOCK_COLUMNS))
+    return (
+        words.reshape(tiles, TILE_ROWS, blocks, -1)
+        .transpose(0, 2, 3, 1)  # (tiles, blocks, words, rows)
+        .reshape(tiles, -1)
+        .view(np.uint8)
+    )
+
+
+def _unpack_blocks(plane: Plane, packed: NDArray[np.uint8]) -> NDArray[Any]:
+    """Inverse of `_pack_blocks`: (rows, columns) with all padding."""
+    words = (
+        packed.view(np.uint32)
+        .reshape(len(packed), -1, _WORDS_PER_BLOCK[plane], TILE_ROWS)
+        .transpose(0, 3, 1, 2)  # (tiles, rows, blocks, words)
+        .reshape(len(packed) * TILE_ROWS, -1)
+    )
+    return words.view("<f4") if plane == "f32" else _split_words(plane, words)
+
+
+def _pack_taps(plane: Plane, code: NDArray[Any], tiles: int) -> NDArray[np.uint8]:
+    """(rows, taps) codes -> (tiles, bytes): as many taps as a byte holds, 16 rows side by side."""
+    per_unit = _CODES_PER_BYTE.get(plane, 1)
+    padded = _padded(code, tiles * TILE_ROWS, -(-code.shape[1] // per_unit) * per_unit)
+    units = padded.astype("<f4" if plane == "f32" else np.uint8)
+    if plane != "f32":
+        shifts = np.arange(per_unit, dtype=np.uint8) * np.uint8(8 // per_unit)
+        split = units.reshape(len(units), -1, per_unit) << shifts
+        units = np.bitwise_or.reduce(split, axis=2)
+    turned = units.reshape(tiles, TILE_ROWS, -1).transpose(0, 2, 1)  # (tiles, units, rows)
+    return turned.reshape(tiles, -1).view(np.uint8)
+
+
+def _unpack_taps(plane: Plane, packed: NDArray[np.uint8]) -> NDArray[Any]:
+    """Inverse of `_pack_taps`: (rows, taps) with all padding."""
+    values: NDArray[Any] = packed.view("<f4") if plane == "f32" else packed
+    turned = values.reshape(len(packed), -1, TILE_ROWS).transpose(0, 2, 1)
+    units = turned.reshape(len(packed) * TILE_ROWS, -1)
+    if plane == "f32":
+        return units
+    bits = 8 // _CODES_PER_BYTE[plane]
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    split = units[..., None] >> shifts & np.uint8((1 << bits) - 1)
+    return split.reshape(len(units), -1)
 
 
 def _code_words(plane: Plane, code: NDArray[Any]) -> NDArray[np.uint32]:

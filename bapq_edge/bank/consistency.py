@@ -162,6 +162,8 @@ def _check_layers(manifest: Manifest, check: Check) -> None:
             list(layer.operators),
             "one or more, each once",
         )
+        alone = "DepthwiseConv" not in layer.operators or layer.depthwise
+        check(alone, f"{at}.operators", list(layer.operators), "DepthwiseConv alone")
         gathered = "Gather" in layer.operators  # it finds rows by their number
         fewest = layer.rows if gathered else 1
         check(

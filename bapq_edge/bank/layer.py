@@ -11,7 +11,7 @@ from .strict_json import Place, decode, encode
 
 __all__ = ["Layer", "Method", "Operator"]
 
-Operator = Literal["MatMul", "Gemm", "Conv", "Gather"]
+Operator = Literal["MatMul", "Gemm", "Conv", "DepthwiseConv", "Gather"]
 Method = Literal["nearest", "compensated"]
 
 
@@ -22,7 +22,8 @@ class Layer:
     name: Name
     """Unique; letters, digits, '.', '_' and '-' only; also its folder in the exchange form."""
     operators: tuple[Operator, ...]
-    """Operators that read it: MatMul, Gemm, Conv, Gather, in execution order, each once."""
+    """Operators that read it, in execution order, each once. DepthwiseConv is alone: its layers
+    have a layout of their own."""
     rows: Rows
     stored_rows: Rows
     """Rows that chunks hold; the others are dropped, since their weights are all zero."""
@@ -56,6 +57,11 @@ class Layer:
         return planes_for(self.levels)
 
     @property
+    def depthwise(self) -> bool:
+        """Whether it is laid out for a depthwise convolution."""
+        return self.operators == ("DepthwiseConv",)
+
+    @property
     def chunk_count(self) -> int:
         """Number of chunks; the first is `first_chunk`."""
         return -(-self.stored_rows // self.chunk_rows)
@@ -87,5 +93,10 @@ class Layer:
     def geometry(self, plane: Plane) -> TileGeometry:
         """Tile records of this layer in a plane that holds it."""
         return TileGeometry.of_layer(
-            plane, self.levels, self.columns, self.scale_columns, self.has_bias
+            plane,
+            self.levels,
+            self.columns,
+            self.scale_columns,
+            self.has_bias,
+            self.depthwise,
         )

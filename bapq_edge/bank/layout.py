@@ -62,7 +62,7 @@ BLOCK_COLUMNS = 32
 CHUNK_ALIGNMENT = 64
 """Bytes that the start of every chunk is a multiple of: one cache line, one widest vector load."""
 
-_CODE_BYTES_PER_BLOCK: dict[Plane, int] = {"f32": 2048, "p4": 256, "r8": 256, "s1": 64, "m1": 64}
+_CODE_BITS: dict[Plane, int] = {"f32": 32, "p4": 4, "r8": 4, "s1": 1, "m1": 1}
 
 
 def planes_for(levels: tuple[Level, ...]) -> tuple[Plane, ...]:
@@ -107,6 +107,8 @@ class TileGeometry:
     scale_columns: int
     """Columns per scale, a multiple of 32; 0 without scales."""
     has_bias: bool
+    depthwise: bool = False
+    """Columns are taps of a depthwise kernel: they lie one after another, not in blocks."""
 
     @classmethod
     def of_layer(
@@ -116,16 +118,18 @@ class TileGeometry:
         columns: int,
         scale_columns: Mapping[Level, int],
         has_bias: bool,
+        depthwise: bool = False,
     ) -> TileGeometry:
         """Geometry of a layer of these levels in a plane: only scales and bias that they read."""
         scaled = SCALED_PLANES.get(plane)
         group = scale_columns[scaled] if scaled in scaled_levels(levels) else 0
-        return cls(plane, columns, group, has_bias and PLANES[plane] in levels)
+        return cls(plane, columns, group, has_bias and PLANES[plane] in levels, depthwise)
 
     @property
     def code_bytes(self) -> int:
         """Bytes of the codes (level 32: of the float32 weights)."""
-        return blocks_of(self.columns) * _CODE_BYTES_PER_BLOCK[self.plane]
+        columns = self.columns if self.depthwise else blocks_of(self.columns) * BLOCK_COLUMNS
+        return -(-columns * _CODE_BITS[self.plane] // 8) * TILE_ROWS
 
     @property
     def scale_groups(self) -> int:

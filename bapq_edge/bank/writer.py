@@ -19,7 +19,7 @@ from .codes import LayerCodes, pack_chunk
 from .fields import printable, safe_name
 from .files import digest_of, raw_digest_of
 from .layer import Layer
-from .layout import TILE_ROWS, Level, Plane, blocks_of, planes_for, tiles_of
+from .layout import TILE_ROWS, Level, Plane, TileGeometry, planes_for, tiles_of
 from .manifest import (
     BODY_FILE,
     FORMAT_NAME,
@@ -66,7 +66,8 @@ def chunk_rows_for(rows: int, columns: int, operators: Iterable[str]) -> int:
     """
     if "Gather" in operators:
         return TILE_ROWS
-    tile_bytes = blocks_of(columns) * TILE_ROWS * 16
+    depthwise = "DepthwiseConv" in operators
+    tile_bytes = TileGeometry("p4", columns, 0, False, depthwise).code_bytes
     target = max(_CHUNK_BYTES // tile_bytes, 1)
     if _STREAMED_TILES * tile_bytes <= 2 * _CHUNK_BYTES:
         target = max(target, _STREAMED_TILES)

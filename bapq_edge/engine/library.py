@@ -29,7 +29,7 @@ __all__ = [
     "load_library",
 ]
 
-_ABI_VERSION = 9
+_ABI_VERSION = 10
 
 TRACE_KINDS = ("read", "rows", "wait")
 """The reader thread read a chunk, an operator read rows of one, an operator waited."""
@@ -92,6 +92,7 @@ class LayerStruct(ctypes.Structure):
         ("residual_steps", ctypes.c_int32),
         ("has_bias", ctypes.c_int32),
         ("gathered", ctypes.c_int32),
+        ("depthwise", ctypes.c_int32),
         ("read_by_row", ctypes.c_int32),
         ("levels", ctypes.c_int32),
         ("scale_columns", ctypes.c_int32 * len(PLANES)),

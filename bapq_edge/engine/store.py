@@ -137,6 +137,7 @@ class Store:
             entry.residual_steps = layer.residual_steps
             entry.has_bias = layer.has_bias
             entry.gathered = "Gather" in layer.operators
+            entry.depthwise = layer.depthwise
             entry.read_by_row = layer.operators == ("Gather",)
             entry.levels = sum(1 << LEVELS.index(level) for level in layer.levels)
             for index, plane in enumerate(PLANES):

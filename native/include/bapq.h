@@ -15,7 +15,7 @@ extern "C" {
 #define BAPQ_API __attribute__((visibility("default")))
 
 /* Raised by one whenever a struct or a function below changes; Python refuses another. */
-enum { BAPQ_ABI_VERSION = 9 };
+enum { BAPQ_ABI_VERSION = 10 };
 
 typedef enum {
     BAPQ_OK = 0,
@@ -55,6 +55,7 @@ typedef struct {
     int32_t residual_steps;
     int32_t has_bias;
     int32_t gathered;    /* 1: Gather reads it */
+    int32_t depthwise;   /* 1: DepthwiseConv reads it, and its codes are laid out for that */
     int32_t read_by_row; /* 1: only Gather does, so it is neither streamed nor pinned */
     int32_t levels;      /* bit i is set: the layer has the i-th of levels 32, 8, 4, 2, 1 */
     int32_t scale_columns[BAPQ_PLANES]; /* per plane; 0: no scales there */

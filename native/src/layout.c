@@ -15,8 +15,8 @@ static const int32_t COMPLETES[BAPQ_PLANES] = {[BAPQ_F32] = BAPQ_L32,
                                                [BAPQ_S1] = BAPQ_L1};
 /* Which of the level's planes carries its scales; the last one carries its bias. */
 static const int32_t SCALES_IN[BAPQ_LEVELS] = {-1, 0, 0, 1, 0};
-static const int64_t BLOCK_BYTES[BAPQ_PLANES] = {
-    [BAPQ_F32] = 2048, [BAPQ_R8] = 256, [BAPQ_P4] = 256, [BAPQ_M1] = 64, [BAPQ_S1] = 64};
+static const int32_t CODE_BITS[BAPQ_PLANES] = {
+    [BAPQ_F32] = 32, [BAPQ_R8] = 4, [BAPQ_P4] = 4, [BAPQ_M1] = 1, [BAPQ_S1] = 1};
 static const char *const PLANE_NAMES[BAPQ_PLANES] = {
     [BAPQ_F32] = "f32", [BAPQ_R8] = "r8", [BAPQ_P4] = "p4", [BAPQ_M1] = "m1", [BAPQ_S1] = "s1"};
 enum { RECORD_ALIGNMENT = 64 };
@@ -55,15 +55,20 @@ int32_t bapq_chunk_count(const bapq_layer *layer) {
     return bapq_ceil_div(layer->stored_rows, layer->chunk_rows);
 }
 
+static int64_t padded_columns(const bapq_layer *layer) {
+    return (int64_t)bapq_ceil_div(layer->columns, BAPQ_BLOCK) * BAPQ_BLOCK;
+}
+
 int64_t bapq_code_bytes(const bapq_layer *layer, int32_t plane) {
-    return bapq_ceil_div(layer->columns, BAPQ_BLOCK) * BLOCK_BYTES[plane];
+    int64_t columns = layer->depthwise ? layer->columns : padded_columns(layer);
+    return (columns * CODE_BITS[plane] + 7) / 8 * BAPQ_TILE_ROWS;
 }
 
 static int64_t scale_bytes(const bapq_layer *layer, int32_t plane) {
     int32_t group = layer->scale_columns[plane];
     if (group == 0) return 0;
-    int64_t columns = (int64_t)bapq_ceil_div(layer->columns, BAPQ_BLOCK) * BAPQ_BLOCK;
-    return (int64_t)bapq_ceil_div(columns, group) * BAPQ_TILE_ROWS * (int64_t)sizeof(uint16_t);
+    int64_t groups = bapq_ceil_div(padded_columns(layer), group);
+    return groups * BAPQ_TILE_ROWS * (int64_t)sizeof(uint16_t);
 }
 
 int64_t bapq_record_bytes(const bapq_layer *layer, int32_t plane) {

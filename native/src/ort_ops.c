@@ -1,4 +1,4 @@
-/* The operators of domain "bapq" for ONNX Runtime: MatMul, Gemm, Conv and Gather.
+/* The operators of domain "bapq" for ONNX Runtime: MatMul, Gemm, Conv, DepthwiseConv and Gather.
  *
  * An operator holds no weights. Its last input, "bapq.run", is the ticket of the run it computes
  * for; everything else follows from that and from its attribute `layer`. So one session serves
@@ -13,11 +13,12 @@
 #include <string.h>
 
 #include "arena.h"
+#include "depthwise.h"
 #include "error.h"
 #include "ops.h"
 #include "shapes.h"
 
-typedef enum { MATMUL, GEMM, CONV, GATHER, KINDS } op_kind;
+typedef enum { MATMUL, GEMM, CONV, DEPTHWISE_CONV, GATHER, KINDS } op_kind;
 
 typedef struct {
     OrtCustomOp callbacks; /* first: ORT hands back a pointer to it */
@@ -62,7 +63,7 @@ static OrtStatus *read_attributes(op_kernel *kernel, const OrtKernelInfo *info) 
     kernel->epilogue.use_bias = use_bias != 0;
     TRY(ORT_KernelInfoGetAttribute_float(api)(info, "clip_low", &kernel->epilogue.clip_low));
     TRY(ORT_KernelInfoGetAttribute_float(api)(info, "clip_high", &kernel->epilogue.clip_high));
-    if (kernel->kind != CONV) return NULL;
+    if (kernel->kind != CONV && kernel->kind != DEPTHWISE_CONV) return NULL;
     bapq_conv_params *p = &kernel->conv;
     static const char *const names[] = {"group",     "kernel_h",   "kernel_w",   "stride_h",
                                         "stride_w",  "pad_top",    "pad_left",   "pad_bottom",
@@ -180,6 +181,7 @@ static OrtStatus *compute_matmul(call *c, const bapq_parallel *parallel) {
 }
 
 static OrtStatus *compute_conv(call *c, const bapq_parallel *parallel) {
+    int depthwise = c->kernel->kind == DEPTHWISE_CONV;
     bapq_shape y_shape;
     bapq_conv conv;
     float *y;
@@ -187,8 +189,9 @@ static OrtStatus *compute_conv(call *c, const bapq_parallel *parallel) {
         bapq_conv_shape(c->layer, &c->kernel->conv, &c->x.shape, &conv, &y_shape, &c->failure);
     if (c->status != BAPQ_OK) return NULL;
     TRY(make_output(c->kernel, c->context, &y_shape, &y));
-    c->status = bapq_conv_run(c->run, (int32_t)c->kernel->layer, &conv, &c->kernel->epilogue,
-                              parallel, c->x.data, y, &c->failure);
+    c->status = (depthwise ? bapq_depthwise_run : bapq_conv_run)(
+        c->run, (int32_t)c->kernel->layer, &conv, &c->kernel->epilogue, parallel, c->x.data, y,
+        &c->failure);
     return NULL;
 }
 
@@ -211,7 +214,10 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     c.layer = bapq_run_layer(c.run, (int32_t)kernel->layer);
     ort_parallel pool = {kernel->api, context};
     bapq_parallel parallel = {ort_for_each, &pool};
-    if (kernel->kind == CONV)
+    if (c.layer->depthwise != (kernel->kind == DEPTHWISE_CONV))
+        c.status = bapq_fail(&c.failure, BAPQ_ARGUMENT, "%s",
+                             "only DepthwiseConv reads a depthwise layer, and it reads no other");
+    else if (kernel->kind == CONV || kernel->kind == DEPTHWISE_CONV)
         TRY(compute_conv(&c, &parallel));
     else if (kernel->kind == GATHER)
         TRY(compute_gather(&c));
@@ -225,7 +231,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
 
 /* ---- registration ---- */
 
-static const char *const NAMES[KINDS] = {"MatMul", "Gemm", "Conv", "Gather"};
+static const char *const NAMES[KINDS] = {"MatMul", "Gemm", "Conv", "DepthwiseConv", "Gather"};
 
 static const char *get_name(const OrtCustomOp *op) { return NAMES[((const custom_op *)op)->kind]; }
 static const char *get_provider(const OrtCustomOp *op) {

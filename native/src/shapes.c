@@ -128,6 +128,10 @@ int32_t bapq_conv_shape(const bapq_layer *layer, const bapq_conv_params *params,
                          "%lld x %lld: its weights have %d columns",
                          (long long)channels, (long long)p.group, (long long)p.kernel_h,
                          (long long)p.kernel_w, layer->columns);
+    if (layer->depthwise && p.group != channels)
+        return bapq_fail(error, BAPQ_ARGUMENT,
+                         "the depthwise convolution has %lld groups, its input %lld channels",
+                         (long long)p.group, (long long)channels);
     int64_t out_h =
         slide(height, p.kernel_h, p.stride_h, p.dilation_h, p.auto_pad, &p.pad_top, &p.pad_bottom);
     int64_t out_w =
@@ -140,7 +144,8 @@ int32_t bapq_conv_shape(const bapq_layer *layer, const bapq_conv_params *params,
     int64_t macs = layer->columns;
     if (!multiply(&area, width, INT32_MAX)) return too_large(error, "the input's image");
     if (!multiply(&pixels, out_w, INT32_MAX)) return too_large(error, "the output's image");
-    if (!multiply(&macs, pixels, MOST_MACS) || !multiply(&macs, layer->rows, MOST_MACS))
+    if (!multiply(&macs, pixels, MOST_MACS) || !multiply(&macs, layer->rows, MOST_MACS) ||
+        !multiply(&macs, batch, MOST_MACS))
         return too_large(error, "the product");
     *y = (bapq_shape){{batch, layer->rows, flat ? out_w : out_h, out_w}, x->rank};
     if (!count_elements(y->dims, y->rank, &elements)) return too_large(error, "the output");

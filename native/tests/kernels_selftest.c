@@ -165,6 +165,53 @@ static bool same_sums(const bapq_kernels *k, operands *o) {
     return true;
 }
 
+/* Kernels of every size with steps of every kind; NaNs, infinities and zeros of both signs on the
+ * way. What lies behind the outputs must stay as it was. */
+static bool same_depthwise(const bapq_kernels *k, const operands *o) {
+    enum { ROW = 80, MAX_KERNEL = 8, MAX_OUTPUTS = 12 * 40 };
+    static float x[64 * ROW], got[MAX_OUTPUTS + 16], want[MAX_OUTPUTS + 16];
+    static const uint32_t special[] = {0x7f800000, 0xff800000, 0x7fc00000, 0x80000000};
+    memcpy(x, o->x, sizeof x);
+    if (random_in(0, 3) == 0) {
+        memcpy(&x[random_in(0, 64 * ROW - 1)], &special[random_in(0, 3)], sizeof *x);
+    }
+    const int32_t usual = random_in(0, 1) ? 3 : 5, square = random_in(0, 2);
+    const int32_t dilation = random_in(1, random_in(1, 3));
+    ptrdiff_t tap[MAX_KERNEL];
+    for (int i = 0; i < MAX_KERNEL; i++) {
+        tap[i] = i * random_in(1, 4);
+    }
+    const bapq_windows windows = {
+        .x = x,
+        .tap = tap,
+        .kernel_row = (ptrdiff_t)dilation * ROW,
+        .output_row = (ptrdiff_t)random_in(1, 3) * ROW,
+        .kernel_h = square ? usual : random_in(1, MAX_KERNEL),
+        .kernel_w = square ? usual : random_in(1, MAX_KERNEL),
+        .rows = random_in(1, 12),
+        .width = random_in(1, 40),
+    };
+    const int32_t none = random_in(0, 1);
+    const float bias = none ? -0.0f : random_float(0), low = none ? -INFINITY : 0.0f;
+    const float high = none ? INFINITY : random_float(2);
+    memset(got, 0xa5, sizeof got);
+    memset(want, 0xa5, sizeof want);
+    bapq_kernels_scalar.depthwise(&windows, o->weights, bias, low, high, want);
+    k->depthwise(&windows, o->weights, bias, low, high, got);
+    const size_t count = (size_t)windows.rows * (size_t)windows.width;
+    unify_nans(got, count);
+    unify_nans(want, count);
+    if (k == &bapq_kernels_scalar) {
+        add_to_digest(want, count * sizeof *want);
+    }
+    if (memcmp(got, want, sizeof want) != 0) {
+        printf("  differs: depthwise, kernel %d x %d, dilation %d, outputs %d x %d\n",
+               windows.kernel_h, windows.kernel_w, dilation, windows.rows, windows.width);
+        return false;
+    }
+    return true;
+}
+
 int main(void) {
     const bapq_kernels *family[8];
     const int32_t families = bapq_kernels_available(family, 8);
@@ -188,6 +235,7 @@ int main(void) {
             }
             *(same_quantize(family[f]) ? &family_passed : &family_failed) += 1;
             *(same_sums(family[f], o) ? &family_passed : &family_failed) += 1;
+            *(same_depthwise(family[f], o) ? &family_passed : &family_failed) += 1;
         }
         printf("%-10s %d passed, %d failed%s\n", family[f]->name, family_passed, family_failed,
                family[f] == best ? " (chosen)" : "");

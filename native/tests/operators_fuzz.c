@@ -166,20 +166,21 @@ static const OrtApi *get_api(uint32_t version) {
 
 /* ---- two banks ---- */
 
-enum { ALL = (1 << BAPQ_LEVELS) - 1, CHUNKS_MOST = 32, MATMUL = 0, GEMM, CONV, GATHER };
+enum { ALL = (1 << BAPQ_LEVELS) - 1, CHUNKS_MOST = 32, MATMUL = 0, GEMM, CONV, DEPTHWISE, GATHER };
 static const int32_t row_order[] = {3, 1, 0, 2, 5, 4, 7, 6, 15, 9, 10, 11, 12, 13, 14, 8};
 /* rows, stored_rows, columns, chunk_rows, first_chunk, residual_steps, has_bias, gathered,
- * read_by_row, levels, scale_columns, row_order, dropped_bias */
+ * depthwise, read_by_row, levels, scale_columns, row_order, dropped_bias */
 static bapq_layer layers[] = {
-    {24, 24, 72, 16, 0, 15, 1, 0, 0, ALL, {0, 0, 32, 64, 32}, NULL, NULL},
-    {40, 40, 37, 16, 0, 8, 0, 0, 0, ALL, {0, 0, 64, 32, 32}, NULL, NULL},
-    {33, 33, 40, 16, 0, 15, 0, 1, 1, ALL, {0, 0, 32, 32, 32}, NULL, NULL},
-    {16, 16, 64, 16, 0, 9, 1, 0, 0, ALL, {0, 0, 32, 32, 64}, row_order, NULL},
-    {24, 24, 9, 16, 0, 16, 1, 0, 0, ALL, {0, 0, 32, 32, 32}, NULL, NULL}};
+    {24, 24, 72, 16, 0, 15, 1, 0, 0, 0, ALL, {0, 0, 32, 64, 32}, NULL, NULL},
+    {40, 40, 37, 16, 0, 8, 0, 0, 0, 0, ALL, {0, 0, 64, 32, 32}, NULL, NULL},
+    {33, 33, 40, 16, 0, 15, 0, 1, 0, 1, ALL, {0, 0, 32, 32, 32}, NULL, NULL},
+    {16, 16, 64, 16, 0, 9, 1, 0, 0, 0, ALL, {0, 0, 32, 32, 64}, row_order, NULL},
+    {24, 24, 9, 16, 0, 16, 1, 0, 0, 0, ALL, {0, 0, 32, 32, 32}, NULL, NULL},
+    {24, 24, 9, 16, 0, 16, 1, 0, 1, 0, ALL, {0, 0, 32, 32, 32}, NULL, NULL}};
 enum { LAYERS = sizeof layers / sizeof *layers };
 /* A window and groups that fit each layer as a convolution: channels, group, kernel_h, kernel_w. */
-static const int64_t windows[LAYERS][4] = {
-    {8, 1, 3, 3}, {37, 1, 1, 1}, {40, 1, 1, 1}, {64, 1, 1, 1}, {24, 24, 3, 3}};
+static const int64_t windows[LAYERS][4] = {{8, 1, 3, 3},  {37, 1, 1, 1},  {40, 1, 1, 1},
+                                           {64, 1, 1, 1}, {24, 24, 3, 3}, {12, 12, 3, 3}};
 
 static bapq_extent extents[BAPQ_PLANES][CHUNKS_MOST];
 static char paths[BAPQ_PLANES][4096];
@@ -304,8 +305,9 @@ static int64_t answered, refused;
 
 static void run_case(bytes *b) {
     static const uint8_t bits[] = {32, 8, 4, 2, 1};
-    int kind = (int)take(b, 4);
+    int kind = (int)take(b, 5);
     int32_t layer = (int32_t)take(b, LAYERS);
+    if (kind == DEPTHWISE && take(b, 4)) layer = LAYERS - 1;
     const int64_t *w = windows[layer];
     OrtKernelInfo info = {.layer = layer,
                           .use_bias = take(b, 2),
@@ -314,7 +316,7 @@ static void run_case(bytes *b) {
                           .conv = {w[1], w[2], w[3], 1, 1, 1, 1, 1, 1, 1, 1, 0}};
     OrtValue x = {.type = kind == GATHER ? ORT_INT64 : ORT_FLOAT},
              ticket_value = {.type = ORT_INT64};
-    if (kind == CONV) {
+    if (kind == CONV || kind == DEPTHWISE) {
         int flat = take(b, 4) == 0;
         int64_t image[] = {1 + take(b, 2), w[0], 1 + take(b, 12), 1 + take(b, 12)};
         x.rank = flat ? 3 : 4;

@@ -20,7 +20,8 @@ GRAPH = b"\x122no graph, only a producer: its digest is checked.\n"
 assert len(GRAPH) == 2 + 50
 
 # Ragged in rows, columns and scale groups; two chunks; shared by two operators; with and without
-# bias; rows reordered and dropped, and all as they are; all levels, and some; both at once.
+# bias; rows reordered and dropped, and all as they are; all levels, and some; both at once; in the
+# layout of a depthwise convolution.
 LAYERS = {
     "dense.1": {
         "operators": ("Gemm", "MatMul"),
@@ -63,6 +64,16 @@ LAYERS = {
         "scale_columns": {2: 32},
         "has_bias": False,
         "levels": (32, 2),
+    },
+    "depthwise": {
+        "operators": ("DepthwiseConv",),
+        "rows": 18,
+        "stored_rows": 18,
+        "columns": 9,
+        "chunk_rows": 16,
+        "residual_steps": 13,
+        "scale_columns": {4: 32, 2: 96, 1: 128},
+        "has_bias": True,
     },
 }
 

@@ -120,7 +120,7 @@ def _spelled(
         f"{out}.high": np.array(at["clip_high"], np.float32),
     }
     bias = layer.bias if at["use_bias"] else np.zeros(len(w), np.float32)
-    if node.op_type == "Conv":
+    if node.op_type in ("Conv", "DepthwiseConv"):
         product, bias = _conv(node, plan, at, constants)
     else:
         constants[f"{out}.w"] = np.ascontiguousarray(w.T)

@@ -139,11 +139,34 @@ def matrix_bank(path: Path, rows: int, columns: int, levels: tuple[Level, ...]) 
     return write_bank(path, graph_bytes(nodes, ["n", columns], ["n", rows]), layers, levels)
 
 
+def mobile_bank(path: Path) -> Path:
+    """x (n, 48, 7, 6) through an inverted bottleneck: 1x1 up, 3x3 depthwise, 1x1 down."""
+
+    def conv(operator: str, source: str, target: str, layer: int, group: int, size: int) -> Any:
+        fields = {"auto_pad": 1, "group": group, "kernel_h": size, "kernel_w": size}
+        fields |= {f"pad_{side}": 0 for side in ("top", "left", "bottom", "right")}
+        fields |= {f"{what}_{a}": 1 for what in ("stride", "dilation") for a in "hw"}
+        return node(operator, source, target, layer=layer, **fields, **RELU)
+
+    layers = [
+        layer("up", "Conv", 120, 48),
+        layer("depthwise", "DepthwiseConv", 120, 9),
+        layer("down", "Conv", 40, 120),
+    ]
+    nodes = [
+        conv("Conv", "x", "h", 0, 1, 1),
+        conv("DepthwiseConv", "h", "d", 1, 120, 3),
+        conv("Conv", "d", "y", 2, 1, 1),
+    ]
+    return write_bank(path, graph_bytes(nodes, ["n", 48, 7, 6], ["n", 40, 7, 6]), layers)
+
+
 BANKS = {
     "chain": chain_bank,
     "tied": tied_bank,
     "branches": branches_bank,
     "choice": choice_bank,
+    "mobile": mobile_bank,
 }
 
 
@@ -152,6 +175,8 @@ def inputs(kind: str) -> list[np.ndarray]:
     rng = np.random.default_rng(7)
     if kind == "tied":
         return [rng.integers(0, 40, (2, 9)) for _ in range(2)]
+    if kind == "mobile":
+        return [rng.standard_normal((2, 48, 7, 6)).astype(np.float32) for _ in range(2)]
     x = rng.standard_normal((3, 96)).astype(np.float32)
     return [np.abs(x), -np.abs(x)] if kind == "choice" else [x, 2 * x]
 

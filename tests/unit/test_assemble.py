@@ -167,6 +167,7 @@ CONVOLUTIONS = {
     "strides": ((16, 8, 3, 3), {"strides": [2, 3], "pads": [1, 1, 1, 1]}),
     "dilation": ((16, 8, 3, 3), {"dilations": [2, 3]}),
     "groups": ((32, 4, 3, 4), {"group": 2}),
+    "depthwise": ((32, 1, 3, 3), {"group": 8, "strides": [2, 1]}),
     "pointwise groups": ((64, 8, 2, 1), {"group": 1, "strides": [1, 2]}),
     "same upper": ((16, 8, 4, 3), {"auto_pad": "SAME_UPPER", "strides": [2, 1]}),
     "same lower": ((16, 8, 4, 3), {"auto_pad": "SAME_LOWER", "strides": [2, 1]}),
@@ -197,7 +198,8 @@ def test_conv(case: str, own_bias: bool, tmp_path: Path) -> None:
         opset=13,
     )
     assembled, plan = check(source, {"x": weights(2, 8, *[14 for _ in space])}, tmp_path, layers=1)
-    assert models.operators(assembled) == ["bapq.Conv"]
+    depthwise = case == "depthwise"
+    assert models.operators(assembled) == ["bapq.DepthwiseConv" if depthwise else "bapq.Conv"]
     assert plan.layers[0].weight.shape == (shape[0], kernel.size // shape[0])
 
 

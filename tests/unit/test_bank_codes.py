@@ -17,17 +17,21 @@ from bapq_edge.bank.codes import (
     unpack_chunk,
 )
 from bapq_edge.bank.layout import LEVELS, PLANES, SCALED_PLANES, TileGeometry
-from support.bank_samples import RAGGED, assert_same_codes, random_codes
+from support.bank_samples import RAGGED, Shape, assert_same_codes, random_codes
+
+WINDOWS = (Shape(16, 9), Shape(40, 25, has_bias=False), Shape(5, 49))
+"""of depthwise kernels"""
 
 
-def geometry_of(plane, shape):
+def geometry_of(plane, shape, depthwise=False):
     scale_columns = shape.scale_columns if plane in SCALED_PLANES else 0
-    return TileGeometry(plane, shape.columns, scale_columns, shape.has_bias)
+    return TileGeometry(plane, shape.columns, scale_columns, shape.has_bias, depthwise)
 
 
-def expected_record(plane, shape, codes, tile):
+def expected_record(plane, shape, codes, tile, depthwise):
     """One tile record, element by element, as the specification says it."""
-    blocks = -(-shape.columns // 32)
+    blocks = 0 if depthwise else -(-shape.columns // 32)
+    taps = shape.columns if depthwise else 0
     level = PLANES[plane]
 
     def code(row, column):
@@ -51,6 +55,14 @@ def expected_record(plane, shape, codes, tile):
             for r in range(16):
                 for c in range(4):
                     record += bytes([sum(int(code(r, 32 * b + 4 * j + c)) << j for j in range(8))])
+    per_byte = {"f32": 1, "p4": 2, "r8": 2}.get(plane, 8)
+    for k in range(0, taps, per_byte):
+        for r in range(16):
+            if plane == "f32":
+                record += struct.pack("<f", code(r, k))
+            else:
+                bits = 8 // per_byte
+                record += bytes([sum(int(code(r, k + i)) << i * bits for i in range(per_byte))])
     if plane in SCALED_PLANES:
         for group in range(-(-shape.columns // shape.scale_columns)):
             for r in range(16 * tile, 16 * tile + 16):
@@ -62,22 +74,25 @@ def expected_record(plane, shape, codes, tile):
     return record + bytes(-len(record) % 64)
 
 
+@pytest.mark.parametrize("depthwise", [False, True])
 @pytest.mark.parametrize("plane", PLANES)
-@pytest.mark.parametrize("shape", RAGGED, ids=str)
-def test_packed_bytes_follow_the_specification(plane, shape):
+@pytest.mark.parametrize("shape", (*RAGGED, *WINDOWS), ids=str)
+def test_packed_bytes_follow_the_specification(plane, shape, depthwise):
     codes = random_codes(shape)
-    data = pack_chunk(geometry_of(plane, shape), codes, slice(0, shape.rows))
-    tiles = -(-shape.rows // 16)
-    assert data == b"".join(expected_record(plane, shape, codes, t) for t in range(tiles))
-    assert len(data) == tiles * geometry_of(plane, shape).record_bytes
+    geometry = geometry_of(plane, shape, depthwise)
+    data = pack_chunk(geometry, codes, slice(0, shape.rows))
+    tiles = range(-(-shape.rows // 16))
+    assert data == b"".join(expected_record(plane, shape, codes, t, depthwise) for t in tiles)
+    assert len(data) == len(tiles) * geometry.record_bytes
 
 
-@pytest.mark.parametrize("shape", RAGGED, ids=str)
-def test_unpacking_chunks_gives_the_codes_back(shape):
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize("shape", (*RAGGED, *WINDOWS), ids=str)
+def test_unpacking_chunks_gives_the_codes_back(shape, depthwise):
     codes = random_codes(shape)
     parts = []
     for plane in PLANES:
-        geometry = geometry_of(plane, shape)
+        geometry = geometry_of(plane, shape, depthwise)
         for start in range(0, shape.rows, shape.chunk_rows):
             rows = slice(start, min(start + shape.chunk_rows, shape.rows))
             data = pack_chunk(geometry, codes, rows)
@@ -85,11 +100,12 @@ def test_unpacking_chunks_gives_the_codes_back(shape):
     assert_same_codes(join_rows(parts), codes)
 
 
+@pytest.mark.parametrize("depthwise", [False, True])
 @pytest.mark.parametrize("plane", PLANES)
-def test_every_bit_of_padding_is_checked(plane):
+def test_every_bit_of_padding_is_checked(plane, depthwise):
     """Flipping a bit must either change what is unpacked or be refused, never neither."""
     shape = RAGGED[2]
-    geometry = geometry_of(plane, shape)
+    geometry = geometry_of(plane, shape, depthwise)
     good = pack_chunk(geometry, random_codes(shape), slice(16, 17))
     refused = 0
     for position in np.random.default_rng(0).permutation(8 * len(good))[:2000]:

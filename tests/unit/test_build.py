@@ -14,6 +14,7 @@ import pytest
 from onnx import helper
 
 import bapq_tools
+from bapq_edge import Session
 from bapq_edge.bank.codes import dequantize
 from bapq_edge.bank.layout import LEVELS
 from bapq_edge.bank.reader import Bank
@@ -99,6 +100,37 @@ def test_layer_without_bias_gets_one_that_the_graph_applies(samples, tmp_path):
     graph = models.onnx.load_model(tmp_path / "a.bank" / manifest.graph.file).graph
     used = [a.i for n in graph.node for a in n.attribute if a.name == "use_bias"]
     assert used == [1, 1]
+
+
+def test_a_depthwise_convolution_is_calibrated_and_answers_as_the_model(tmp_path):
+    channels = 48
+    model = models.model(
+        [
+            node("Conv", ["x", "w", "b"], ["c"], "spread", group=channels, pads=[1, 1, 1, 1]),
+            node("Relu", ["c"], ["r"]),
+            node("Conv", ["r", "v"], ["y"], "mix"),
+        ],
+        {"x": (FLOAT, ["n", channels, 9, 9])},
+        {"y": (FLOAT, ["n", 32, 9, 9])},
+        {
+            "w": weights(channels, 1, 3, 3),
+            "b": weights(channels),
+            "v": weights(32, channels, 1, 1),
+        },
+    )
+    x = np.random.default_rng(0).standard_normal((24, channels, 9, 9)).astype(np.float32)
+    options = {"calibration": {"x": x}, "levels": LEVELS, "progress": False}
+    report = build_bank(model, tmp_path / "a.bank", **options)
+    manifest = Bank.open(report).manifest
+    assert [layer.operators for layer in manifest.layers] == [("DepthwiseConv",), ("Conv",)]
+    assert manifest.kept_in_float == ()
+    assert verify(report).ok
+    (expected,) = models.run(model, {"x": x[:2]})
+    with Session(report) as session:
+        for level, most in ((32, 1e-6), (8, 0.02), (4, 0.2), (2, 0.5)):
+            session.set_level(level)
+            (y,) = session.run(None, {"x": x[:2]})
+            assert np.linalg.norm(y - expected) < most * np.linalg.norm(expected)
 
 
 def test_sensitivity_is_what_a_layer_alone_does_to_the_outputs(tmp_path):

@@ -68,6 +68,28 @@ def test_a_convolution_counts_every_position(tmp_path):
     np.testing.assert_allclose(found[layer].cost[0], values.var(0) * reads, rtol=1e-3)
 
 
+def test_a_depthwise_layer_is_looked_through(tmp_path):
+    rng = np.random.default_rng(4)
+    w1, w2, w3 = normal(rng, 32, 40, 1, 1), normal(rng, 32, 1, 3, 3), normal(rng, 40, 32, 1, 1)
+    text = (
+        "40, 6, 5",
+        "40, 6, 5",
+        "h = Conv(x, w1) r = Relu(h) k = Conv<group=32, pads=[1,1,1,1]>(r, w2) y0 = Conv(k, w3) "
+        "y = Relu(y0)",
+    )
+    bank = bank_of(tmp_path, model_of(text, w1=w1, w2=w2, w3=w3))
+    assert [layer.operators for layer in bank.manifest.layers][1] == ("DepthwiseConv",)
+    x = normal(rng, 3, 40, 6, 5)
+    found = contributions(bank, Precision(32), [{"x": one[None]} for one in x], np.zeros(3, int), 1)
+    first, depthwise = found
+    assert bank.layer(first).operators == ("Conv",)
+    values = np.maximum(np.einsum("nchw,rc->nhwr", x, w1[:, :, 0, 0]), 0).reshape(-1, 32)
+    reads = np.square(w3).sum((0, 2, 3))
+    gain = np.square(w2).sum((1, 2, 3))
+    np.testing.assert_allclose(found[first].cost[0], values.var(0) * gain * reads, rtol=1e-3)
+    assert (found[depthwise].cost[0] > 0).all()
+
+
 SHARED = "h = MatMul(x, w) k = MatMul(h, w) y = Relu(k)"
 GATHERED = "i = Cast<to=7>(x) h = Gather(w, i) y = ReduceSum<keepdims=0>(h, axis)"
 

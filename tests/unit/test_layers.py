@@ -42,7 +42,7 @@ def kept_reason(kept: onnx.NodeProto, **constants: np.ndarray) -> tuple[int, str
 KEPT = [
     (node("MatMul", ["x", "w"], ["y"]), (32, 31), "fewer than 1024"),
     (node("Gather", ["w", "ids"], ["y"]), (10, 10), "fewer than 1024"),
-    (node("Conv", ["x", "w"], ["y"], group=128), (128, 1, 3, 3), "depthwise"),
+    (node("Conv", ["x", "w"], ["y"], group=28), (28, 1, 3, 3), "fewer than 256"),
     (node("Conv", ["x", "w"], ["y"]), (8, 8, 3, 3, 3), "3-D convolution"),
     (node("Conv", ["x", "w", "x"], ["y"]), (16, 8, 3, 3), "its bias is computed"),
     (node("ConvTranspose", ["x", "w"], ["y"]), (16, 8, 3, 3), "transposed convolution"),
@@ -61,6 +61,24 @@ def test_kept_in_float(kept: onnx.NodeProto, shape: tuple[int, ...], reason: str
     count, found = kept_reason(kept, w=weights(*shape))
     assert count == np.prod(shape)
     assert reason in found
+
+
+def test_a_depthwise_convolution_is_a_layer_of_its_own_kind() -> None:
+    """Even where its weights equal those of another convolution, which has another layout."""
+    plan = plan_of(
+        [
+            node("Conv", ["x", "w"], ["a"], group=2),
+            node("Conv", ["x", "v"], ["b"], group=1),
+            node("Conv", ["x", "w"], ["c"], group=2, strides=[2, 2]),
+            node("Concat", ["a", "b", "c"], ["y"], axis=1),
+        ],
+        {"w": (shared := weights(40, 1, 3, 3)), "v": shared},
+    )
+    kinds = [[use.operator for use in layer.uses] for layer in plan.layers]
+    assert kinds == [["DepthwiseConv", "DepthwiseConv"]]
+    assert [layer.depthwise for layer in plan.layers] == [True]
+    assert plan.layers[0].weight.shape == (40, 9)
+    assert [(kept.operator, kept.weights) for kept in plan.kept_in_float] == [("Conv", 360)]
 
 
 def test_kept_for_their_type() -> None:

@@ -25,6 +25,7 @@ SUITE = (
     "golden",
     "end_to_end/test_session.py",
     "end_to_end/test_operators.py",
+    "end_to_end/test_depthwise.py",
     "end_to_end/test_rows.py",
     "end_to_end/test_streaming.py",
     "end_to_end/test_controller_session.py",

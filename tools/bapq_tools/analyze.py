@@ -155,7 +155,12 @@ class _Table:
         layer = self.layers[name]
         record_bytes = sum(
             TileGeometry.of_layer(
-                plane, own, layer.columns, layer.scale_columns, layer.has_bias
+                plane,
+                own,
+                layer.columns,
+                layer.scale_columns,
+                layer.has_bias,
+                layer.depthwise,
             ).record_bytes
             for plane in PLANES_OF_LEVEL[level_within(own, level)]
         )

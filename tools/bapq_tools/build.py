@@ -302,7 +302,9 @@ def _check_space(
     for layer in plan.layers:
         rows, columns = layer.weight.shape
         own = options[layer.name]
-        needed += tiles_of(rows) * tile_bytes(columns, own.levels, scale_columns_of(own), True)
+        needed += tiles_of(rows) * tile_bytes(
+            columns, own.levels, scale_columns_of(own), True, layer.depthwise
+        )
     free = shutil.disk_usage(Path(os.path.realpath(out)).parent).free
     if free < needed:
         raise StorageError(

@@ -278,5 +278,7 @@ static void tile_float(const bapq_tile *w, const bapq_panel *x, int32_t m, float
     BAPQ_BY_ROWS(4, m, rows_float, w, x, out);
 }
 
+#include "depthwise.inc"
+
 BAPQ_DEFINE_FAMILY(avx2, BAPQ_ALL_CODES)
 #endif

@@ -22,7 +22,7 @@
 
 #define BAPQ_EXPORT __attribute__((visibility("default")))
 
-enum { BAPQ_TILE_ROWS = 16, BAPQ_BLOCK = 32, BAPQ_RUN_BLOCKS = 8 };
+enum { BAPQ_TILE_ROWS = 16, BAPQ_BLOCK = 32, BAPQ_RUN_BLOCKS = 8, BAPQ_LANES = 8 };
 
 /* Index of a level in every per-level table. */
 enum { BAPQ_L32, BAPQ_L8, BAPQ_L4, BAPQ_L2, BAPQ_L1, BAPQ_LEVELS };
@@ -66,11 +66,30 @@ typedef void (*bapq_quantize_row_fn)(const float *x, int32_t n, int8_t *q, float
 /* Block sums of m rows of already quantized values: sum[i][b] = sum of q[i][32b..32b+31]. */
 typedef void (*bapq_block_sums_fn)(const int8_t *q, int32_t rows, int32_t blocks, float *sum);
 
+/* Outputs of one channel of a depthwise convolution, and the input under them. Each row of the
+ * input is cut by the convolution's stride, so that a tap's values for neighbouring outputs are
+ * neighbours. BAPQ_LANES values from a row's first output on may be read, however few it has. */
+typedef struct {
+    const float *x;       /* the first output's first tap */
+    const ptrdiff_t *tap; /* (kernel_w,): where the taps of a kernel row stand, from its first */
+    ptrdiff_t kernel_row; /* from a kernel row to the next */
+    ptrdiff_t output_row; /* from an output row to the next */
+    int32_t kernel_h, kernel_w;
+    int32_t rows, width; /* outputs */
+} bapq_windows;
+
+/* y: (rows, width). weight: (kernel_h * kernel_w,), readable up to a multiple of 4. y = the clip of
+ * acc = fma(x, weight, acc) over the taps, in order, from bias on: `low` where acc is below it,
+ * then `high` where it is above. */
+typedef void (*bapq_depthwise_fn)(const bapq_windows *x, const float *weight, float bias, float low,
+                                  float high, float *y);
+
 typedef struct {
     const char *name; /* "scalar", "avx2", "avx512vnni", "neon", "neondot" */
     bapq_tile_fn tile[BAPQ_LEVELS];
     bapq_quantize_row_fn quantize_row;
     bapq_block_sums_fn block_sums;
+    bapq_depthwise_fn depthwise;
     uint32_t sum_levels; /* bit l: tile[l] reads the sums of a uniform panel, too */
 } bapq_kernels;
 

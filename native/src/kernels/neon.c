@@ -247,5 +247,7 @@ BAPQ_INLINE void dot_run(int n, variant v, int32_t run, source *from, const int8
     }
 }
 
+#include "depthwise.inc"
+
 BAPQ_DEFINE_FAMILY(neon, 1u << BAPQ_L8)
 #endif

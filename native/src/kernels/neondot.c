@@ -87,5 +87,7 @@ BAPQ_INLINE void dot_run(int n, variant v, int32_t run, source *from, const int8
     } while (v.grouped && --run > 0);
 }
 
+#include "depthwise.inc"
+
 BAPQ_DEFINE_FAMILY(neondot, 1u << BAPQ_L8)
 #endif

@@ -72,4 +72,21 @@ static void tile_float(const bapq_tile *w, const bapq_panel *x, int32_t m, float
     }
 }
 
+static void depthwise(const bapq_windows *x, const float *weight, float bias, float low, float high,
+                      float *y) {
+    for (int32_t r = 0; r < x->rows; r++) {
+        for (int32_t i = 0; i < x->width; i++) {
+            float acc = bias;
+            for (int32_t ky = 0; ky < x->kernel_h; ky++) {
+                const float *row = x->x + r * x->output_row + ky * x->kernel_row + i;
+                for (int32_t kx = 0; kx < x->kernel_w; kx++) {
+                    acc = fmaf(row[x->tap[kx]], weight[ky * x->kernel_w + kx], acc);
+                }
+            }
+            acc = acc < low ? low : acc; /* in this order NaN passes through */
+            *y++ = acc > high ? high : acc;
+        }
+    }
+}
+
 BAPQ_DEFINE_FAMILY(scalar, 0)

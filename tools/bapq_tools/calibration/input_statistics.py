@@ -38,6 +38,10 @@ _LEAST_ROWS, _MOST_ROWS = 8192, 16384
 _ROW_WORK = 1 << 36
 """Rows of activations used are as many as make this work (rows x columns²), within these bounds."""
 
+_DEPTHWISE_ROWS = 2048
+"""The same where every channel is a group: the few taps of a kernel need no more, and the rows of
+all groups are in memory together."""
+
 _HELD_OUT_ROWS = 1024
 
 
@@ -128,7 +132,7 @@ class InputStatistics:
         width = columns * (conv.group if conv else 1)
         parts = []
         for chosen, wanted in (
-            ([sample for sample in range(samples) if sample not in held], _rows_wanted(columns)),
+            ([sample for sample in range(samples) if sample not in held], _rows_wanted(layer)),
             (held, _HELD_OUT_ROWS),
         ):
             limit = -(-wanted // max(len(chosen), 1))
@@ -154,8 +158,11 @@ def input_key(layer: HeavyLayer) -> tuple[str, ConvGeometry | None]:
     return use.activation_input, use.conv
 
 
-def _rows_wanted(columns: int) -> int:
+def _rows_wanted(layer: HeavyLayer) -> int:
     """Rows of activations that are used, as far as the samples give them."""
+    if layer.depthwise:
+        return _DEPTHWISE_ROWS
+    columns: int = layer.weight.shape[1]
     return min(max(_ROW_WORK // columns**2, _LEAST_ROWS), _MOST_ROWS)
 
 

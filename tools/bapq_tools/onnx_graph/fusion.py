@@ -68,7 +68,7 @@ def find_bias(
     if add is None or not graphs.is_standard(add, "Add"):
         return None
     name = add.input[1] if add.input[0] == node.output[0] else add.input[0]
-    channel_last = heavy.operator != "Conv"
+    channel_last = heavy.conv is None
     values = _bias_values(name, around.scope, rows, channel_last, output_rank)
     return _finite(values, name, add)
 

@@ -18,6 +18,9 @@ from .ir import AutoPad, ConvGeometry, Operator
 MIN_WEIGHTS = 1024
 """A layer with fewer saves less than its chunk table, scales and operator call cost."""
 
+MIN_DEPTHWISE_WEIGHTS = 256
+"""A depthwise layer saves few bytes but many instructions: its weights meet every pixel."""
+
 
 @dataclass(frozen=True)
 class HeavyNode:
@@ -102,8 +105,9 @@ def _refuse_others(node: onnx.NodeProto, scope: graphs.Scope) -> Refusal | None:
 
 
 def _check(node: onnx.NodeProto, heavy: HeavyNode) -> HeavyNode | Refusal:
-    if heavy.weight.size < MIN_WEIGHTS:
-        return Refusal(heavy.weight.size, f"fewer than {MIN_WEIGHTS} weights")
+    fewest = MIN_DEPTHWISE_WEIGHTS if heavy.operator == "DepthwiseConv" else MIN_WEIGHTS
+    if heavy.weight.size < fewest:
+        return Refusal(heavy.weight.size, f"fewer than {fewest} weights")
     finite = np.isfinite(heavy.weight).all(axis=1)
     if finite.all():
         return heavy
@@ -175,8 +179,6 @@ def _conv(node: onnx.NodeProto, scope: graphs.Scope) -> HeavyNode | Refusal | No
     if dimensions not in (1, 2):
         return _refuse(tensor, f"{dimensions}-D convolution")
     group = graphs.attribute(node, "group", 1)
-    if group > 1 and tensor.dims[1] == 1:
-        return _refuse(tensor, "depthwise convolution")
     if len(node.input) > 2 and node.input[2] and scope.constant(node.input[2]) is None:
         return _refuse(tensor, "its bias is computed")
     weight = graphs.tensor_array(tensor)
@@ -186,7 +188,8 @@ def _conv(node: onnx.NodeProto, scope: graphs.Scope) -> HeavyNode | Refusal | No
     geometry = _geometry(node, kernel, 1 if dimensions == 1 else 2, group)
     # (outputs, channels, y, x) to columns in the order (y, x, channel)
     matrix = np.ascontiguousarray(weight.transpose(0, 2, 3, 1)).reshape(len(weight), -1)
-    return HeavyNode("Conv", node.input[0], tensor.name, matrix, geometry)
+    operator: Operator = "DepthwiseConv" if group > 1 and tensor.dims[1] == 1 else "Conv"
+    return HeavyNode(operator, node.input[0], tensor.name, matrix, geometry)
 
 
 def _geometry(

@@ -10,7 +10,7 @@ import onnx
 
 from bapq_edge.bank.manifest import KeptNode
 
-Operator = Literal["MatMul", "Gemm", "Conv", "Gather"]
+Operator = Literal["MatMul", "Gemm", "Conv", "DepthwiseConv", "Gather"]
 AutoPad = Literal["NOTSET", "SAME_UPPER", "SAME_LOWER"]
 
 
@@ -76,6 +76,11 @@ class HeavyLayer:
     def gathered(self) -> bool:
         """Whether a Gather reads the rows by their number."""
         return any(use.operator == "Gather" for use in self.uses)
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether each row has one input channel; no other operator then reads the layer."""
+        return self.uses[0].operator == "DepthwiseConv"
 
 
 @dataclass

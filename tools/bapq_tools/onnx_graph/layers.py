@@ -75,7 +75,7 @@ class _Search:
     """Walks the graphs, and groups heavy nodes that have the same weight matrix."""
 
     def __init__(self) -> None:
-        self.groups: dict[tuple[tuple[int, ...], bytes], list[_PlacedNode]] = {}
+        self.groups: dict[tuple[bool, tuple[int, ...], bytes], list[_PlacedNode]] = {}
         self.kept: list[tuple[str, KeptNode]] = []  # with the node's first output
 
     def visit(self, graph: onnx.GraphProto, outer: graphs.Scope | None) -> None:
@@ -93,7 +93,8 @@ class _Search:
 
     def _group(self, found: _PlacedNode) -> None:
         weight = found.heavy.weight
-        key = (weight.shape, hashlib.blake2b(weight.data, digest_size=32).digest())
+        depthwise = found.heavy.operator == "DepthwiseConv"  # has a layout of its own
+        key = (depthwise, weight.shape, hashlib.blake2b(weight.data, digest_size=32).digest())
         group = self.groups.setdefault(key, [])
         if group:  # one array for all, so that the copies go
             found.heavy = _with_weight(found.heavy, group[0].heavy.weight)
@@ -134,7 +135,7 @@ class _Ranks:
         """The rank of a heavy node's output; None when unknown."""
         if found.heavy.operator == "Gemm":
             return 2
-        if found.heavy.operator == "Conv":
+        if found.heavy.conv is not None:
             return len(found.scope.initializer(found.node.input[1]).dims)
         if self._ranks is None:
             self._ranks = self._infer()

@@ -66,11 +66,17 @@ def write_layer(
 
 
 def tile_bytes(
-    columns: int, levels: tuple[Level, ...], scale_columns: Mapping[Level, int], has_bias: bool
+    columns: int,
+    levels: tuple[Level, ...],
+    scale_columns: Mapping[Level, int],
+    has_bias: bool,
+    depthwise: bool = False,
 ) -> int:
     """The bytes of 16 rows of a layer, in all planes that the levels read."""
     return sum(
-        TileGeometry.of_layer(plane, levels, columns, scale_columns, has_bias).record_bytes
+        TileGeometry.of_layer(
+            plane, levels, columns, scale_columns, has_bias, depthwise
+        ).record_bytes
         for plane in planes_for(levels)
     )
 
@@ -85,7 +91,9 @@ def _dropped_rows(
     dropped = np.flatnonzero(zero_rows)[int(zero_rows.all()) :]  # a layer stores at least one
     tiles = tiles_of(rows) - tiles_of(rows - len(dropped))
     has_bias = bool(quantized.codes.bias)
-    saved = tiles * tile_bytes(columns, quantized.levels, quantized.scale_columns, has_bias)
+    saved = tiles * tile_bytes(
+        columns, quantized.levels, quantized.scale_columns, has_bias, layer.depthwise
+    )
     tables = rows * ROW_DTYPE.itemsize + len(dropped) * BIAS_DTYPE.itemsize
     return dropped if saved > tables else dropped[:0]
 

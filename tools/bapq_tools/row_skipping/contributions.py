@@ -107,6 +107,6 @@ def _observed(bank: Bank, graph: onnx.GraphProto) -> Iterator[tuple[Layer, onnx.
 
 def _row_sums(node: onnx.NodeProto, value: NDArray[np.float32]) -> NDArray[np.float64]:
     """Number, sum and sum of squares of the values of each row, (3, rows)."""
-    value = np.moveaxis(value, 1, -1) if node.op_type == "Conv" else value
+    value = np.moveaxis(value, 1, -1) if node.op_type in ("Conv", "DepthwiseConv") else value
     rows = value.reshape(-1, value.shape[-1]).astype(np.float64)
     return np.stack([np.full(rows.shape[1], len(rows)), rows.sum(0), np.square(rows).sum(0)])

@@ -69,6 +69,8 @@ class DownstreamWeights:
         return self._known[output]
 
     def _sum(self, node: onnx.NodeProto) -> np.ndarray | None:
+        if node.domain == DOMAIN and node.op_type == "DepthwiseConv":
+            return None  # it is looked through: see `_filters`
         if node.domain == DOMAIN and node.op_type != "Gather":
             layer = self._bank.manifest.layers[int(graphs.attribute(node, "layer", 0))]
             group = int(graphs.attribute(node, "group", 1))
@@ -108,6 +110,11 @@ class DownstreamWeights:
         """Squared gain of a node that keeps channels apart, (channels,); None where it does not."""
         if graphs.is_standard(node, *_CHANNELWISE):
             return np.ones(channels)
+        if node.domain == DOMAIN and node.op_type == "DepthwiseConv" and node.input[0] == name:
+            layer = self._bank.manifest.layers[int(graphs.attribute(node, "layer", 0))]
+            if layer.rows != channels:
+                return None
+            return _summed(self._squares_of_layer(layer, channels), 1)
         if not graphs.is_standard(node, "Conv") or node.input[0] != name:
             return None
         tensor = self._scope.constant(node.input[1])

@@ -83,7 +83,8 @@ bapq_bench *bapq_bench_open(int32_t level, int32_t rows, int32_t columns, int32_
     b->scales = allocate(scales * sizeof *b->scales);
     b->q = allocate(values);
     b->x = allocate(values * sizeof(float));
-    b->scale = allocate(blocks * sizeof(float));
+    const size_t scaled = blocks + (size_t)BAPQ_SCALE_ROWS * (size_t)(columns / BAPQ_BLOCK);
+    b->scale = allocate(scaled * sizeof(float));
     b->sum = allocate(blocks * sizeof(float));
     b->out = allocate((size_t)m * BAPQ_TILE_ROWS * sizeof(float));
     if (!b->codes[0] || (planes[level] == 2 && !b->codes[1]) || !b->scales || !b->q || !b->x ||
@@ -96,7 +97,7 @@ bapq_bench *bapq_bench_open(int32_t level, int32_t rows, int32_t columns, int32_
         b->q[i] = (int8_t)(i * 37 % 255 - 127);
         b->x[i] = (float)b->q[i] / 127.0f;
     }
-    for (size_t i = 0; i < blocks; i++) b->scale[i] = 1.0f / 127.0f;
+    for (size_t i = 0; i < scaled; i++) b->scale[i] = 1.0f / 127.0f;
     return b;
 }
 
@@ -113,7 +114,7 @@ double bapq_bench_products_s(bapq_bench *b, const bapq_kernels *k, int32_t passe
                                     .scale = b->scales + t * tile_scales(b),
                                     .blocks = b->columns / BAPQ_BLOCK,
                                     .scale_blocks = b->scale_blocks,
-                                    .residual_steps = 8};
+                                    .residual_steps = 13};
             k->tile[b->level](&tile, &panel, b->m, b->out);
         }
     }
@@ -127,7 +128,10 @@ double bapq_bench_inputs_s(bapq_bench *b, const bapq_kernels *k, int32_t passes)
     for (int32_t pass = 0; pass < passes * b->copies; pass++) {
         for (int32_t i = 0; i < b->m; i++) {
             const size_t at = (size_t)i * (size_t)b->columns;
-            k->quantize_row(b->x + at, b->columns, b->q + at, b->scale + at / BAPQ_BLOCK,
+            const size_t row_blocks = (size_t)b->columns / BAPQ_BLOCK;
+            const int32_t four = i / BAPQ_SCALE_ROWS * BAPQ_SCALE_ROWS;
+            k->quantize_row(b->x + at, b->columns, b->q + at,
+                            b->scale + (size_t)four * row_blocks + (i - four),
                             b->sum + at / BAPQ_BLOCK);
         }
     }

@@ -11,8 +11,9 @@
 
 enum {
     PANEL_ROWS = 128,
-    FLOAT_PANEL_ROWS = 64,  /* where a chunk runs at level 32 */
-    PANEL_BYTES = 128 << 10 /* of int8: fits a second-level cache of 256 KiB */
+    FLOAT_PANEL_ROWS = 64, /* where a chunk runs at level 32 */
+    PANEL_BYTES =
+        256 << 10 /* of int8: fits the second-level cache, of 512 KiB on the smallest boards */
 };
 
 /* Buffers of one worker. */
@@ -29,7 +30,7 @@ typedef struct {
 typedef struct {
     const bapq_kernels *kernels;
     const bapq_conv *conv;
-    const bapq_epilogue *epilogue;
+    bapq_epilogue epilogue; /* of this sample, as x and y */
     const bapq_layer *layer;
     int32_t columns, blocks, rows;
     int32_t panel_rows;
@@ -52,39 +53,69 @@ static int is_pointwise(const bapq_conv *conv) {
 
 /* ---- panels ---- */
 
-/* int8: per output pixel and kernel row, one run of pixels where they are adjacent in the input. */
-static void fill_quantized(const conv_job *j, int64_t group, int64_t pixel, int32_t m, int8_t *q) {
+typedef int8_t vector __attribute__((vector_size(16)));
+
+enum { OVERRUN = 16 }; /* bytes that a copy may read and write behind its end: no tails */
+
+static inline void copy_run(int8_t *target, const int8_t *source, int64_t bytes) {
+    int64_t k = 0;
+    for (; k + 64 <= bytes; k += 64) memcpy(target + k, source + k, 64);
+    for (; k < bytes; k += OVERRUN) memcpy(target + k, source + k, OVERRUN);
+}
+
+static inline void fill_run(int8_t *target, int8_t value, int64_t bytes) {
+    const vector values = (vector){0} + value;
+    for (int64_t k = 0; k < bytes; k += OVERRUN) memcpy(target + k, &values, OVERRUN);
+}
+
+/* One window that reaches into the padding, or whose pixels are not adjacent. */
+static void fill_window(const conv_job *j, int64_t group, int64_t y0, int64_t x0, int8_t *q) {
     const bapq_conv *conv = j->conv;
     const bapq_conv_params *p = &conv->p;
-    int64_t padded = (int64_t)j->blocks * BAPQ_BLOCK;
-    int64_t channels = j->group_channels;
-    int adjacent = p->dilation_w == 1 && p->group == 1;
-    for (int32_t i = 0; i < m; i++, q += padded) {
-        int64_t y0 = (pixel + i) / conv->out_w * p->stride_h - p->pad_top;
-        int64_t x0 = (pixel + i) % conv->out_w * p->stride_w - p->pad_left;
-        int8_t *target = q;
-        for (int64_t ky = 0; ky < p->kernel_h; ky++) {
-            int64_t iy = y0 + ky * p->dilation_h;
-            if (iy < 0 || iy >= conv->height) {
-                memset(target, j->input.zero_point, (size_t)(p->kernel_w * channels));
-                target += p->kernel_w * channels;
-                continue;
-            }
-            const int8_t *row = j->input.q + iy * conv->width * conv->channels + group * channels;
-            if (adjacent && x0 >= 0 && x0 + p->kernel_w <= conv->width) {
-                memcpy(target, row + x0 * channels, (size_t)(p->kernel_w * channels));
-                target += p->kernel_w * channels;
-            } else {
-                for (int64_t kx = 0; kx < p->kernel_w; kx++, target += channels) {
-                    int64_t ix = x0 + kx * p->dilation_w;
-                    if (ix < 0 || ix >= conv->width)
-                        memset(target, j->input.zero_point, (size_t)channels);
-                    else
-                        memcpy(target, row + ix * conv->channels, (size_t)channels);
-                }
-            }
+    const int64_t channels = j->group_channels;
+    for (int64_t ky = 0; ky < p->kernel_h; ky++) {
+        int64_t iy = y0 + ky * p->dilation_h;
+        for (int64_t kx = 0; kx < p->kernel_w; kx++, q += channels) {
+            int64_t ix = x0 + kx * p->dilation_w;
+            if (iy < 0 || iy >= conv->height || ix < 0 || ix >= conv->width)
+                fill_run(q, (int8_t)j->input.zero_point, channels);
+            else
+                copy_run(q,
+                         j->input.q + (iy * conv->width + ix) * conv->channels + group * channels,
+                         channels);
         }
-        memset(target, 0, (size_t)(padded - j->columns));
+    }
+}
+
+/* int8: windows one behind the other, so that what a run writes behind its end is written over. */
+static void fill_quantized(const conv_job *j, int64_t group, int64_t pixel, int32_t m, int8_t *q) {
+    const bapq_conv *conv = j->conv;
+    const bapq_conv_params p = conv->p;
+    const int64_t padded = (int64_t)j->blocks * BAPQ_BLOCK, padding = padded - j->columns;
+    const vector zeros = {0};
+    const int64_t run = p.kernel_w * j->group_channels;
+    const int64_t row_bytes = p.dilation_h * conv->width * conv->channels;
+    const int64_t span_h = (p.kernel_h - 1) * p.dilation_h + 1;
+    const int adjacent = p.dilation_w == 1 && p.group == 1;
+    int64_t out_x = pixel % conv->out_w;
+    int64_t y0 = pixel / conv->out_w * p.stride_h - p.pad_top;
+    for (int32_t i = 0; i < m; i++, q += padded) {
+        int64_t x0 = out_x * p.stride_w - p.pad_left;
+        if (adjacent && x0 >= 0 && x0 + p.kernel_w <= conv->width && y0 >= 0 &&
+            y0 + span_h <= conv->height) {
+            const int8_t *from = j->input.q + (y0 * conv->width + x0) * conv->channels;
+            int8_t *to = q;
+            for (int64_t ky = 0; ky < p.kernel_h; ky++, to += run, from += row_bytes)
+                copy_run(to, from, run);
+        } else {
+            fill_window(j, group, y0, x0, q);
+        }
+        if (padding > 0) memcpy(q + j->columns, &zeros, OVERRUN);
+        if (padding > OVERRUN) memcpy(q + j->columns + OVERRUN, &zeros, OVERRUN);
+        if (++out_x == conv->out_w) {
+            out_x = 0;
+            y0 += p.stride_h;
+        }
     }
 }
 
@@ -131,7 +162,9 @@ static bapq_panel build_panel(const conv_job *j, worker_buffers *buffers, int64_
     int pointwise = is_pointwise(j->conv);
     panel.q = pointwise ? j->input.q + pixel * j->conv->channels : buffers->q;
     if (!there && !pointwise) fill_quantized(j, group, pixel, m, buffers->q);
-    int sums = j->kernels->sum_levels >> j->view.level & 1;
+    uint32_t sum_levels = j->kernels->sum_levels;
+    if (j->layer->residual_steps % 2 == 0) sum_levels |= j->kernels->even_sum_levels;
+    int sums = sum_levels >> j->view.level & 1;
     if (sums && !(there && buffers->has_sums))
         j->kernels->block_sums(panel.q, m, j->blocks, buffers->sum);
     buffers->has_sums = sums || (there && buffers->has_sums);
@@ -144,44 +177,34 @@ static bapq_panel build_panel(const conv_job *j, worker_buffers *buffers, int64_
 
 /* ---- product ---- */
 
-/* Four rows of four columns, turned. */
-static inline void turn(bapq_float4 v[4]) {
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#else
-#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (bapq_int4){i, j, k, l})
-#endif
-    bapq_float4 a = SHUFFLE(v[0], v[1], 0, 4, 2, 6), b = SHUFFLE(v[0], v[1], 1, 5, 3, 7);
-    bapq_float4 c = SHUFFLE(v[2], v[3], 0, 4, 2, 6), d = SHUFFLE(v[2], v[3], 1, 5, 3, 7);
-    v[0] = SHUFFLE(a, c, 0, 1, 4, 5);
-    v[1] = SHUFFLE(b, d, 0, 1, 4, 5);
-    v[2] = SHUFFLE(a, c, 2, 3, 6, 7);
-    v[3] = SHUFFLE(b, d, 2, 3, 6, 7);
-#undef SHUFFLE
-}
-
-/* Finishes `rows` rows of a tile from r on, and writes them to their planes from `pixel` on. */
+/* Finishes `rows` rows of a tile from r on, and writes them to y from `at` on: of each row its
+ * first pixel. */
 static inline void write_rows(const conv_job *j, const float *out, int32_t rows, int32_t r,
-                              const float *bias, float *const y[4], int32_t m) {
-    const bapq_epilogue epilogue = *j->epilogue; /* which no output can overwrite */
+                              const float biases[BAPQ_TILE_ROWS], const int64_t at[4], int32_t m) {
+    const bapq_epilogue epilogue = j->epilogue; /* which no output can overwrite */
+    const float *residual[4] = {0};
+    float *y[4];
+    for (int32_t k = 0; k < rows; k++) {
+        y[k] = j->y + at[k];
+        if (epilogue.residual) residual[k] = epilogue.residual + at[k];
+    }
     int32_t i = 0;
-    if (rows == 4) {
-        bapq_float4 biases[4];
-        for (int32_t k = 0; k < 4; k++) biases[k] = bapq_splat(bias ? bias[r + k] : -0.0f);
-        for (; i + 4 <= m; i += 4) {
-            bapq_float4 v[4];
-            for (int32_t k = 0; k < 4; k++) v[k] = bapq_load4(out + (i + k) * BAPQ_TILE_ROWS + r);
-            turn(v);
-            for (int32_t k = 0; k < 4; k++) {
-                v[k] = bapq_finish4(v[k], biases[k], &epilogue);
-                memcpy(y[k] + i, &v[k], sizeof v[k]);
-            }
+    for (; rows == 4 && i + 4 <= m; i += 4) {
+        bapq_float4 v[4];
+        for (int32_t k = 0; k < 4; k++) v[k] = bapq_load4(out + (i + k) * BAPQ_TILE_ROWS + r);
+        bapq_turn4(v);
+        for (int32_t k = 0; k < 4; k++) {
+            v[k] += bapq_splat(biases[r + k]);
+            if (residual[0]) v[k] += bapq_load4(residual[k] + i);
+            v[k] = bapq_clip4(v[k], &epilogue);
+            memcpy(y[k] + i, &v[k], sizeof v[k]);
         }
     }
     for (; i < m; i++)
-        for (int32_t k = 0; k < rows; k++)
-            y[k][i] =
-                bapq_finish(out[i * BAPQ_TILE_ROWS + r + k], bias ? bias + r + k : NULL, &epilogue);
+        for (int32_t k = 0; k < rows; k++) {
+            float v = out[i * BAPQ_TILE_ROWS + r + k] + biases[r + k];
+            y[k][i] = bapq_clip(v + (residual[0] ? residual[k][i] : 0.0f), &epilogue);
+        }
 }
 
 /* Rows [first, end) of tile t, all of one group, for m pixels. */
@@ -191,24 +214,37 @@ static void multiply_tile(const conv_job *j, const bapq_panel *panel, int32_t t,
     bapq_tile tile = bapq_view_tile(&j->view, t, &bias);
     float out[PANEL_ROWS * BAPQ_TILE_ROWS] __attribute__((aligned(64)));
     j->kernels->tile[j->view.level](&tile, panel, m, out);
-    if (!j->epilogue->use_bias) bias = NULL;
+    if (!j->epilogue.use_bias) bias = NULL;
+    if (j->epilogue.function) {
+        j->kernels->apply(j->epilogue.function, bias, m, out);
+        bias = NULL;
+    }
+    float biases[BAPQ_TILE_ROWS];
+    bapq_tile_bias(bias, biases);
     int64_t pixels = j->conv->out_h * j->conv->out_w;
     for (int32_t row = first, rows; row < end; row += rows) {
         rows = end - row < 4 ? end - row : 4;
-        float *y[4];
+        int64_t at[4];
         for (int32_t k = 0; k < rows; k++)
-            y[k] = j->y + bapq_output_row(j->layer, j->view.first_row + row + k) * pixels + pixel;
-        write_rows(j, out, rows, row % BAPQ_TILE_ROWS, bias, y, m);
+            at[k] = bapq_output_row(j->layer, j->view.first_row + row + k) * pixels + pixel;
+        write_rows(j, out, rows, row % BAPQ_TILE_ROWS, biases, at, m);
     }
 }
 
-/* Stored rows [first, first + count) are constants: `values`, or zeros where that is NULL. */
-static void write_constants(const conv_job *j, const float *values, int32_t first, int32_t count) {
+/* Stored rows [first, first + count) are constants; see bapq_constants. */
+static void write_constants(const conv_job *j, bapq_function function, const float *values,
+                            int32_t first, int32_t count) {
     int64_t pixels = j->conv->out_h * j->conv->out_w;
+    float out[BAPQ_TILE_ROWS];
     for (int32_t r = 0; r < count; r++) {
-        float *y = j->y + bapq_output_row(j->layer, first + r) * pixels;
-        float value = bapq_finish(values ? values[r] : 0.0f, NULL, j->epilogue);
-        for (int64_t i = 0; i < pixels; i++) y[i] = value;
+        int32_t in_tile = r % BAPQ_TILE_ROWS;
+        if (in_tile == 0)
+            bapq_constants(j->kernels, function, values ? values + r : NULL,
+                           count - r < BAPQ_TILE_ROWS ? count - r : BAPQ_TILE_ROWS, out);
+        const float *residual = j->epilogue.residual;
+        int64_t at = bapq_output_row(j->layer, first + r) * pixels;
+        for (int64_t end = at + pixels; at < end; at++)
+            j->y[at] = bapq_clip(out[in_tile] + (residual ? residual[at] : 0.0f), &j->epilogue);
     }
 }
 
@@ -254,13 +290,15 @@ static void carve_buffers(conv_job *j, uint32_t levels, int32_t threads, bapq_ca
     int quantized = (levels & ~(1u << BAPQ_L32)) != 0;
     if (quantized) {
         const bapq_conv *conv = j->conv;
-        j->input.q = bapq_carve(carver, conv->channels * conv->height * conv->width);
-        j->input_scratch = bapq_carve(carver, bapq_conv_input_scratch(conv->channels));
+        int64_t values = conv->channels * conv->height * conv->width;
+        j->input.q = bapq_carve(carver, values + OVERRUN);
+        j->input_scratch = bapq_carve(carver, bapq_conv_input_scratch(values));
     }
     for (int32_t i = 0; i < threads; i++) {
         worker_buffers *buffers = carver->base ? &j->buffers[i] : &none;
         if (quantized) {
-            if (!is_pointwise(j->conv)) buffers->q = bapq_carve(carver, j->panel_rows * padded);
+            if (!is_pointwise(j->conv))
+                buffers->q = bapq_carve(carver, j->panel_rows * padded + OVERRUN);
             buffers->sum = bapq_carve(carver, j->panel_rows * block_floats);
         }
         if (levels & 1u << BAPQ_L32)
@@ -285,7 +323,8 @@ static int32_t run_sample(bapq_run *run, int32_t layer, conv_job *j, const bapq_
         int32_t status = bapq_run_acquire(run, layer, i, &j->view, error);
         if (status != BAPQ_OK) return status;
         if (j->view.level == BAPQ_SKIP) {
-            write_constants(j, j->view.skip_values, j->view.first_row, j->view.rows);
+            write_constants(j, BAPQ_NO_FUNCTION, j->view.skip_values, j->view.first_row,
+                            j->view.rows);
             bapq_run_release(run, &j->view);
             continue;
         }
@@ -296,8 +335,8 @@ static int32_t run_sample(bapq_run *run, int32_t layer, conv_job *j, const bapq_
         bapq_work_run(&work, parallel, bapq_run_threads(run), pixels * j->columns * j->view.rows);
         bapq_run_release(run, &j->view);
     }
-    write_constants(j, j->epilogue->use_bias ? l->dropped_bias : NULL, l->stored_rows,
-                    l->rows - l->stored_rows);
+    write_constants(j, j->epilogue.function, j->epilogue.use_bias ? l->dropped_bias : NULL,
+                    l->stored_rows, l->rows - l->stored_rows);
     return BAPQ_OK;
 }
 
@@ -317,7 +356,7 @@ int32_t bapq_conv_run(bapq_run *run, int32_t layer, const bapq_conv *conv,
     uint32_t levels = bapq_run_levels(run, layer);
     conv_job j = {.kernels = bapq_run_kernels(run),
                   .conv = conv,
-                  .epilogue = epilogue,
+                  .epilogue = *epilogue,
                   .layer = l,
                   .columns = l->columns,
                   .blocks = blocks,
@@ -336,7 +375,9 @@ int32_t bapq_conv_run(bapq_run *run, int32_t layer, const bapq_conv *conv,
     for (int32_t i = 0; i < threads; i++) j.buffers[i].of_sample = NULL;
     for (int64_t n = 0; n < conv->batch; n++) {
         j.x = x + n * conv->channels * conv->height * conv->width;
-        j.y = y + n * l->rows * conv->out_h * conv->out_w;
+        int64_t first = n * l->rows * conv->out_h * conv->out_w;
+        j.y = y + first;
+        if (epilogue->residual) j.epilogue.residual = epilogue->residual + first;
         int32_t status = run_sample(run, layer, &j, parallel, error);
         if (status != BAPQ_OK) return status;
     }

@@ -11,8 +11,9 @@ typedef struct {
     int32_t finite;     /* 0: the sample holds NaN or infinity, and q is unset */
 } bapq_conv_input;
 
-/* Scratch that bapq_conv_input_quantize needs besides q, in bytes. */
-int64_t bapq_conv_input_scratch(int64_t channels);
+/* Scratch that bapq_conv_input_quantize needs besides q for a sample of so many values, in bytes.
+ */
+int64_t bapq_conv_input_scratch(int64_t values);
 
 /* x: (channels, height, width). The range is [min(x, 0), max(x, 0)] in 254 steps, rounded half to
  * even; so a sample without negative values, as after Relu, uses all codes from -127 to 127. */

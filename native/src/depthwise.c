@@ -225,7 +225,7 @@ static void write_constants(const depthwise_job *j, const float *values, int32_t
     for (int64_t n = 0; n < j->conv->batch; n++)
         for (int32_t r = 0; r < count; r++) {
             int64_t output = n * j->layer->rows + bapq_output_row(j->layer, first + r);
-            float value = bapq_finish(values ? values[r] : 0.0f, NULL, j->epilogue);
+            float value = bapq_clip(values ? values[r] : 0.0f, j->epilogue);
             for (int64_t i = 0; i < pixels; i++) j->y[output * pixels + i] = value;
         }
 }

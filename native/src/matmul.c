@@ -17,7 +17,7 @@ typedef struct {
     float *y;           /* (m, rows) */
     /* The input in the forms that the layer's levels need. */
     int8_t *q;       /* (m, blocks*32) */
-    float *scale;    /* (m, blocks) */
+    float *scale;    /* (ceil(m/4), blocks, 4) */
     float *sum;      /* (m, blocks) */
     const float *x;  /* (m, blocks*32) */
     float *x_padded; /* NULL when the columns fill their blocks: then x is the input itself */
@@ -28,7 +28,8 @@ static void carve_inputs(matmul *mm, uint32_t levels, bapq_carver *carver) {
     int64_t padded = (int64_t)mm->blocks * BAPQ_BLOCK;
     if (levels & ~(1u << BAPQ_L32)) {
         mm->q = bapq_carve(carver, mm->m * padded);
-        mm->scale = bapq_carve(carver, mm->m * mm->blocks * (int64_t)sizeof(float));
+        int64_t scaled_rows = bapq_ceil_div(mm->m, BAPQ_SCALE_ROWS) * BAPQ_SCALE_ROWS;
+        mm->scale = bapq_carve(carver, scaled_rows * mm->blocks * (int64_t)sizeof(float));
         mm->sum = bapq_carve(carver, mm->m * mm->blocks * (int64_t)sizeof(float));
     }
     if (levels & 1u << BAPQ_L32) {
@@ -50,7 +51,10 @@ static void prepare_rows(void *data, size_t i) {
         const float *source = mm->input + row * mm->columns;
         if (mm->q)
             mm->kernels->quantize_row(source, mm->columns, mm->q + row * padded,
-                                      mm->scale + row * mm->blocks, mm->sum + row * mm->blocks);
+                                      mm->scale +
+                                          row / BAPQ_SCALE_ROWS * BAPQ_SCALE_ROWS * mm->blocks +
+                                          row % BAPQ_SCALE_ROWS,
+                                      mm->sum + row * mm->blocks);
         if (mm->x_padded) {
             float *target = mm->x_padded + row * padded;
             memcpy(target, source, (size_t)mm->columns * sizeof(float));
@@ -59,34 +63,64 @@ static void prepare_rows(void *data, size_t i) {
     }
 }
 
-/* Finishes a tile's outputs (m, 16) and writes their first `width` to columns `first` and on of m
- * rows of y; or, where the layer has a row order, to the columns that it names. */
-static void write_tile(const matmul *mm, const float *out, const float *bias, float *y, int32_t m,
-                       int32_t first, int32_t width) {
-    const int32_t *order = mm->layer->row_order ? mm->layer->row_order + first : NULL;
-    const bapq_epilogue epilogue = *mm->epilogue; /* which no output can overwrite */
-    bapq_float4 biases[4];
-    for (int32_t k = 0; k < 4; k++) biases[k] = bias ? bapq_load4(bias + 4 * k) : bapq_splat(-0.0f);
-    for (int32_t i = 0; i < m; i++, out += BAPQ_TILE_ROWS, y += mm->rows) {
-        float finished[BAPQ_TILE_ROWS];
-        float *target = !order && width == BAPQ_TILE_ROWS ? y + first : finished;
-        for (int32_t k = 0; k < 4; k++) {
-            bapq_float4 v = bapq_finish4(bapq_load4(out + 4 * k), biases[k], &epilogue);
-            memcpy(target + 4 * k, &v, sizeof v);
-        }
-        if (order)
-            for (int32_t r = 0; r < width; r++) y[order[r]] = finished[r];
-        else if (target == finished)
-            memcpy(y + first, finished, (size_t)width * sizeof *finished);
+/* One row of a tile's outputs, finished. */
+static inline void finish_row(const float *out, const bapq_float4 bias[4], const float *residual,
+                              const bapq_epilogue *epilogue, float *y) {
+#pragma GCC unroll 4
+    for (int32_t k = 0; k < 4; k++) {
+        bapq_float4 v = bapq_load4(out + 4 * k) + bias[k];
+        if (residual) v += bapq_load4(residual + 4 * k);
+        v = bapq_clip4(v, epilogue);
+        memcpy(y + 4 * k, &v, sizeof v);
     }
 }
 
-/* Stored rows [first, first + count) are constants: `values`, or zeros where that is NULL. */
-static void write_constants(const matmul *mm, const float *values, int32_t first, int32_t count) {
-    for (int64_t i = 0; i < mm->m; i++)
-        for (int32_t r = 0; r < count; r++)
-            mm->y[i * mm->rows + bapq_output_row(mm->layer, first + r)] =
-                bapq_finish(values ? values[r] : 0.0f, NULL, mm->epilogue);
+/* Finishes a tile's outputs (m, 16) and writes their first `width` to columns `first` and on of m
+ * rows of y from `row` on; or, where the layer has a row order, to the columns that it names. */
+static void write_tile(const matmul *mm, const float *out, const float *bias, int64_t row,
+                       int32_t m, int32_t first, int32_t width) {
+    const bapq_epilogue epilogue = *mm->epilogue; /* which no output can overwrite */
+    const int32_t *order = mm->layer->row_order ? mm->layer->row_order + first : NULL;
+    const int64_t rows = mm->rows;
+    float *y = mm->y + row * rows;
+    const float *residual = epilogue.residual ? epilogue.residual + row * rows : NULL;
+    float padded[BAPQ_TILE_ROWS];
+    bapq_tile_bias(bias, padded);
+    bapq_float4 biases[4];
+    memcpy(biases, padded, sizeof biases);
+    if (!order && width == BAPQ_TILE_ROWS) {
+        if (residual)
+            for (int64_t i = 0; i < m; i++)
+                finish_row(out + i * BAPQ_TILE_ROWS, biases, residual + i * rows + first, &epilogue,
+                           y + i * rows + first);
+        else
+            for (int64_t i = 0; i < m; i++)
+                finish_row(out + i * BAPQ_TILE_ROWS, biases, NULL, &epilogue, y + i * rows + first);
+        return;
+    }
+    float finished[BAPQ_TILE_ROWS], added[BAPQ_TILE_ROWS] = {0};
+    for (int64_t i = 0; i < m; i++, y += rows) {
+        for (int32_t r = 0; residual && r < width; r++)
+            added[r] = residual[i * rows + (order ? order[r] : first + r)];
+        finish_row(out + i * BAPQ_TILE_ROWS, biases, residual ? added : NULL, &epilogue, finished);
+        for (int32_t r = 0; r < width; r++) y[order ? order[r] : first + r] = finished[r];
+    }
+}
+
+/* Stored rows [first, first + count) are constants; see bapq_constants. */
+static void write_constants(const matmul *mm, bapq_function function, const float *values,
+                            int32_t first, int32_t count) {
+    float out[BAPQ_TILE_ROWS];
+    for (int32_t r = 0; r < count; r++) {
+        int32_t in_tile = r % BAPQ_TILE_ROWS;
+        if (in_tile == 0)
+            bapq_constants(mm->kernels, function, values ? values + r : NULL,
+                           count - r < BAPQ_TILE_ROWS ? count - r : BAPQ_TILE_ROWS, out);
+        const float *residual = mm->epilogue->residual;
+        int64_t at = bapq_output_row(mm->layer, first + r);
+        for (int64_t i = 0; i < mm->m; i++, at += mm->rows)
+            mm->y[at] = bapq_clip(out[in_tile] + (residual ? residual[at] : 0.0f), mm->epilogue);
+    }
 }
 
 static void multiply_item(void *data, int32_t worker, int64_t panel, int32_t first_tile,
@@ -112,7 +146,11 @@ static void multiply_item(void *data, int32_t worker, int64_t panel, int32_t fir
         int32_t first = t * BAPQ_TILE_ROWS;
         int32_t width =
             mm->view.rows - first < BAPQ_TILE_ROWS ? mm->view.rows - first : BAPQ_TILE_ROWS;
-        write_tile(mm, out, bias, mm->y + row * mm->rows, m, mm->view.first_row + first, width);
+        if (mm->epilogue->function) {
+            mm->kernels->apply(mm->epilogue->function, bias, m, out);
+            bias = NULL;
+        }
+        write_tile(mm, out, bias, row, m, mm->view.first_row + first, width);
     }
 }
 
@@ -150,7 +188,8 @@ int32_t bapq_matmul(bapq_run *run, int32_t layer, const bapq_epilogue *epilogue,
         int32_t status = bapq_run_acquire(run, layer, i, &mm.view, error);
         if (status != BAPQ_OK) return status;
         if (mm.view.level == BAPQ_SKIP) {
-            write_constants(&mm, mm.view.skip_values, mm.view.first_row, mm.view.rows);
+            write_constants(&mm, BAPQ_NO_FUNCTION, mm.view.skip_values, mm.view.first_row,
+                            mm.view.rows);
             bapq_run_release(run, &mm.view);
             continue;
         }
@@ -161,7 +200,7 @@ int32_t bapq_matmul(bapq_run *run, int32_t layer, const bapq_epilogue *epilogue,
         bapq_work_run(&work, parallel, bapq_run_threads(run), m * mm.columns * mm.view.rows);
         bapq_run_release(run, &mm.view);
     }
-    write_constants(&mm, epilogue->use_bias ? l->dropped_bias : NULL, l->stored_rows,
-                    l->rows - l->stored_rows);
+    write_constants(&mm, epilogue->function, epilogue->use_bias ? l->dropped_bias : NULL,
+                    l->stored_rows, l->rows - l->stored_rows);
     return BAPQ_OK;
 }

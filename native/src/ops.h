@@ -16,9 +16,12 @@ typedef struct {
     void *self;
 } bapq_parallel;
 
-/* y = min(max(product + bias, clip_low), clip_high); a NaN stays NaN. */
+/* y = min(max(function(product + bias) + residual, clip_low), clip_high); a NaN stays NaN, and no
+ * zero has a sign. Of a row that a plan skips, its constant stands for what the function gives. */
 typedef struct {
     int32_t use_bias;
+    bapq_function function;
+    const float *residual; /* of y's shape; NULL is none */
     float clip_low;
     float clip_high;
 } bapq_epilogue;

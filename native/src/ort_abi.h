@@ -37,7 +37,7 @@ enum { ORT_FLOAT = 1, ORT_INT64 = 7 };
 enum { ORT_MEMORY_DEFAULT = 0 };
 enum { ORT_DEVICE_ALLOCATOR = 0 };
 enum { ORT_LOG_FATAL = 4 };
-enum { ORT_INPUT_REQUIRED = 0 };
+enum { ORT_REQUIRED = 0, ORT_OPTIONAL = 1 };
 
 /* What tensors are allocated with, up to the members of version 17. */
 typedef struct OrtAllocator OrtAllocator;

@@ -1,12 +1,13 @@
 /* The operators of domain "bapq" for ONNX Runtime: MatMul, Gemm, Conv, DepthwiseConv and Gather.
  *
- * An operator holds no weights. Its last input, "bapq.run", is the ticket of the run it computes
+ * An operator holds no weights. Its second input, "bapq.run", is the ticket of the run it computes
  * for; everything else follows from that and from its attribute `layer`. So one session serves
  * concurrent runs on different plans, and swapping a plan touches no session. Of its store it knows
  * the number only: a graph is untrusted input, and a ticket of another store's run is refused. */
 #include "ort_abi.h"
 
 #include <limits.h>
+#include <math.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -19,6 +20,8 @@
 #include "shapes.h"
 
 typedef enum { MATMUL, GEMM, CONV, DEPTHWISE_CONV, GATHER, KINDS } op_kind;
+
+static bool takes_residual(op_kind kind) { return kind != GATHER && kind != DEPTHWISE_CONV; }
 
 typedef struct {
     OrtCustomOp callbacks; /* first: ORT hands back a pointer to it */
@@ -37,6 +40,7 @@ typedef struct {
 typedef struct {
     bapq_shape shape;
     void *data;
+    bool there;
 } tensor;
 
 #define TRY(call)                            \
@@ -58,11 +62,20 @@ static OrtStatus *read_attributes(op_kernel *kernel, const OrtKernelInfo *info) 
     const OrtApi *api = kernel->api;
     TRY(ORT_KernelInfoGetAttribute_int64(api)(info, "layer", &kernel->layer));
     if (kernel->kind == GATHER) return NULL;
-    int64_t use_bias;
+    int64_t use_bias, function;
     TRY(ORT_KernelInfoGetAttribute_int64(api)(info, "use_bias", &use_bias));
-    kernel->epilogue.use_bias = use_bias != 0;
-    TRY(ORT_KernelInfoGetAttribute_float(api)(info, "clip_low", &kernel->epilogue.clip_low));
-    TRY(ORT_KernelInfoGetAttribute_float(api)(info, "clip_high", &kernel->epilogue.clip_high));
+    bapq_epilogue *epilogue = &kernel->epilogue;
+    epilogue->use_bias = use_bias != 0;
+    TRY(ORT_KernelInfoGetAttribute_float(api)(info, "clip_low", &epilogue->clip_low));
+    TRY(ORT_KernelInfoGetAttribute_float(api)(info, "clip_high", &epilogue->clip_high));
+    epilogue->clip_low += 0.0f; /* a zero without sign, as all outputs have */
+    epilogue->clip_high += 0.0f;
+    TRY(ORT_KernelInfoGetAttribute_int64(api)(info, "function", &function));
+    if (isnan(epilogue->clip_low) || isnan(epilogue->clip_high) || function < 0 ||
+        function >= BAPQ_FUNCTIONS || (function && kernel->kind == DEPTHWISE_CONV))
+        return ORT_CreateStatus(api)(ORT_INVALID_ARGUMENT,
+                                     "bapq: an operator's clip or function is none that there is");
+    epilogue->function = (bapq_function)function;
     if (kernel->kind != CONV && kernel->kind != DEPTHWISE_CONV) return NULL;
     bapq_conv_params *p = &kernel->conv;
     static const char *const names[] = {"group",     "kernel_h",   "kernel_w",   "stride_h",
@@ -94,17 +107,18 @@ static void destroy_kernel(void *kernel) { free(kernel); }
 
 /* ---- tensors ---- */
 
-/* Takes a dense tensor of this element type; anything else that a graph may hand over is refused.
- */
+/* Takes a dense tensor of this element type, or none, where the graph gives none; anything else
+ * that a graph may hand over is refused. */
 static OrtStatus *get_input(const op_kernel *kernel, OrtKernelContext *context, size_t index,
                             int type, tensor *out) {
     const OrtApi *api = kernel->api;
     const OrtValue *value = NULL;
     OrtShapeInfo *info = NULL;
     int found = 0;
+    *out = (tensor){.there = false};
     TRY(ORT_KernelContext_GetInput(api)(context, index, &value));
-    if (value == NULL)
-        return ORT_CreateStatus(api)(ORT_INVALID_ARGUMENT, "bapq: an operator lacks an input");
+    if (value == NULL) return NULL;
+    out->there = true;
     TRY(ORT_GetTensorTypeAndShape(api)(value, &info));
     bapq_shape *shape = &out->shape;
     OrtStatus *status = ORT_GetTensorElementType(api)(info, &found);
@@ -162,10 +176,22 @@ typedef struct {
     OrtKernelContext *context;
     bapq_run *run;
     const bapq_layer *layer;
-    tensor x;
+    tensor x, residual;
+    bapq_epilogue epilogue;
     int32_t status;
     bapq_error failure; /* unless status is BAPQ_OK */
 } call;
+
+/* Makes the output, and checks what is added to it. */
+static OrtStatus *begin(call *c, const bapq_shape *y_shape, float **y) {
+    c->epilogue = c->kernel->epilogue;
+    if (c->residual.there) {
+        c->status = bapq_residual_shape(&c->residual.shape, y_shape, &c->failure);
+        if (c->status != BAPQ_OK) return NULL;
+        c->epilogue.residual = c->residual.data;
+    }
+    return make_output(c->kernel, c->context, y_shape, y);
+}
 
 static OrtStatus *compute_matmul(call *c, const bapq_parallel *parallel) {
     bapq_shape y_shape;
@@ -174,9 +200,10 @@ static OrtStatus *compute_matmul(call *c, const bapq_parallel *parallel) {
     c->status = bapq_matmul_shape(c->layer, c->kernel->kind == GEMM, &c->x.shape, &m, &y_shape,
                                   &c->failure);
     if (c->status != BAPQ_OK) return NULL;
-    TRY(make_output(c->kernel, c->context, &y_shape, &y));
-    c->status = bapq_matmul(c->run, (int32_t)c->kernel->layer, &c->kernel->epilogue, parallel, m,
-                            c->x.data, y, &c->failure);
+    TRY(begin(c, &y_shape, &y));
+    if (c->status != BAPQ_OK) return NULL;
+    c->status = bapq_matmul(c->run, (int32_t)c->kernel->layer, &c->epilogue, parallel, m, c->x.data,
+                            y, &c->failure);
     return NULL;
 }
 
@@ -188,10 +215,11 @@ static OrtStatus *compute_conv(call *c, const bapq_parallel *parallel) {
     c->status =
         bapq_conv_shape(c->layer, &c->kernel->conv, &c->x.shape, &conv, &y_shape, &c->failure);
     if (c->status != BAPQ_OK) return NULL;
-    TRY(make_output(c->kernel, c->context, &y_shape, &y));
-    c->status = (depthwise ? bapq_depthwise_run : bapq_conv_run)(
-        c->run, (int32_t)c->kernel->layer, &conv, &c->kernel->epilogue, parallel, c->x.data, y,
-        &c->failure);
+    TRY(begin(c, &y_shape, &y));
+    if (c->status != BAPQ_OK) return NULL;
+    c->status = (depthwise ? bapq_depthwise_run : bapq_conv_run)(c->run, (int32_t)c->kernel->layer,
+                                                                 &conv, &c->epilogue, parallel,
+                                                                 c->x.data, y, &c->failure);
     return NULL;
 }
 
@@ -211,6 +239,9 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     call c = {.kernel = kernel, .context = context};
     TRY(get_run(kernel, context, &c.run));
     TRY(get_input(kernel, context, 0, kernel->kind == GATHER ? ORT_INT64 : ORT_FLOAT, &c.x));
+    if (!c.x.there)
+        return ORT_CreateStatus(kernel->api)(ORT_INVALID_ARGUMENT, "bapq: an input is missing");
+    if (takes_residual(kernel->kind)) TRY(get_input(kernel, context, 2, ORT_FLOAT, &c.residual));
     c.layer = bapq_run_layer(c.run, (int32_t)kernel->layer);
     ort_parallel pool = {kernel->api, context};
     bapq_parallel parallel = {ort_for_each, &pool};
@@ -243,8 +274,7 @@ static int get_input_type(const OrtCustomOp *op, size_t index) {
     return index == 1 || ids ? ORT_INT64 : ORT_FLOAT;
 }
 static size_t get_input_count(const OrtCustomOp *op) {
-    (void)op;
-    return 2;
+    return takes_residual(((const custom_op *)op)->kind) ? 3 : 2;
 }
 static int get_output_type(const OrtCustomOp *op, size_t index) {
     (void)op, (void)index;
@@ -254,9 +284,13 @@ static size_t get_output_count(const OrtCustomOp *op) {
     (void)op;
     return 1;
 }
-static int get_characteristic(const OrtCustomOp *op, size_t index) {
+static int get_input_characteristic(const OrtCustomOp *op, size_t index) {
+    (void)op;
+    return index == 2 ? ORT_OPTIONAL : ORT_REQUIRED;
+}
+static int get_output_characteristic(const OrtCustomOp *op, size_t index) {
     (void)op, (void)index;
-    return ORT_INPUT_REQUIRED;
+    return ORT_REQUIRED;
 }
 static int get_memory_type(const OrtCustomOp *op, size_t index) {
     (void)op, (void)index;
@@ -289,8 +323,8 @@ static OrtStatus *make_domain(const OrtApi *api) {
                                             .GetOutputType = get_output_type,
                                             .GetOutputTypeCount = get_output_count,
                                             .KernelDestroy = destroy_kernel,
-                                            .GetInputCharacteristic = get_characteristic,
-                                            .GetOutputCharacteristic = get_characteristic,
+                                            .GetInputCharacteristic = get_input_characteristic,
+                                            .GetOutputCharacteristic = get_output_characteristic,
                                             .GetInputMemoryType = get_memory_type,
                                             .GetVariadicInputMinArity = get_one,
                                             .GetVariadicInputHomogeneity = get_one,

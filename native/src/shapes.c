@@ -1,6 +1,7 @@
 #include "shapes.h"
 
 #include <stdbool.h>
+#include <string.h>
 
 #include "error.h"
 
@@ -150,6 +151,14 @@ int32_t bapq_conv_shape(const bapq_layer *layer, const bapq_conv_params *params,
     *y = (bapq_shape){{batch, layer->rows, flat ? out_w : out_h, out_w}, x->rank};
     if (!count_elements(y->dims, y->rank, &elements)) return too_large(error, "the output");
     *conv = (bapq_conv){p, batch, channels, height, width, out_h, out_w};
+    return BAPQ_OK;
+}
+
+int32_t bapq_residual_shape(const bapq_shape *residual, const bapq_shape *y, bapq_error *error) {
+    if (residual->rank != y->rank ||
+        memcmp(residual->dims, y->dims, y->rank * sizeof *y->dims) != 0)
+        return bapq_fail(error, BAPQ_ARGUMENT,
+                         "the residual has not the shape of the operator's output");
     return BAPQ_OK;
 }
 

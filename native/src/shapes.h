@@ -28,6 +28,8 @@ int32_t bapq_matmul_shape(const bapq_layer *layer, int gemm, const bapq_shape *x
  * `conv`: the same in words, with the pads resolved. */
 int32_t bapq_conv_shape(const bapq_layer *layer, const bapq_conv_params *params,
                         const bapq_shape *x, bapq_conv *conv, bapq_shape *y, bapq_error *error);
+/* What is added to the output has its shape. */
+int32_t bapq_residual_shape(const bapq_shape *residual, const bapq_shape *y, bapq_error *error);
 /* x: indices; y: as x, with one more axis; `count`: indices in all. */
 int32_t bapq_gather_shape(const bapq_layer *layer, const bapq_shape *x, int64_t *count,
                           bapq_shape *y, bapq_error *error);

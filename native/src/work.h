@@ -5,19 +5,37 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#elif defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
 #include "ops.h"
 
-static inline float bapq_finish(float v, const float *bias, const bapq_epilogue *epilogue) {
-    if (bias) v += *bias;
+static inline float bapq_clip(float v, const bapq_epilogue *epilogue) {
     v = v < epilogue->clip_low ? epilogue->clip_low : v; /* in this order NaN passes through */
     return v > epilogue->clip_high ? epilogue->clip_high : v;
 }
 
-/* The same for four outputs at a time. A bias of -0 changes nothing. */
+/* The outputs of up to 16 rows that are constants, before residual and clip: `values`, or zeros
+ * where that is NULL. Zero is what every function makes of zero. */
+static inline void bapq_constants(const bapq_kernels *kernels, bapq_function function,
+                                  const float *values, int32_t count, float out[BAPQ_TILE_ROWS]) {
+    memset(out, 0, BAPQ_TILE_ROWS * sizeof *out);
+    if (!values) return;
+    memcpy(out, values, (size_t)count * sizeof *out);
+    if (function) kernels->apply(function, NULL, 1, out);
+    for (int32_t r = 0; r < BAPQ_TILE_ROWS; r++) out[r] += 0.0f;
+}
+
+/* Four outputs at a time. */
 typedef float bapq_float4 __attribute__((vector_size(16)));
 typedef int32_t bapq_int4 __attribute__((vector_size(16)));
 
 static inline bapq_float4 bapq_splat(float v) { return (bapq_float4){v, v, v, v}; }
+
+static inline bapq_int4 bapq_splat_int(int32_t v) { return (bapq_int4){v, v, v, v}; }
 
 static inline bapq_float4 bapq_load4(const float *from) {
     bapq_float4 v;
@@ -25,16 +43,42 @@ static inline bapq_float4 bapq_load4(const float *from) {
     return v;
 }
 
-static inline bapq_float4 bapq_select4(bapq_int4 mask, bapq_float4 yes, bapq_float4 no) {
-    return (bapq_float4)((mask & (bapq_int4)yes) | (~mask & (bapq_int4)no));
+static inline bapq_int4 bapq_choose4(bapq_int4 mask, bapq_int4 yes, bapq_int4 no) {
+    return (mask & yes) | (~mask & no);
 }
 
-static inline bapq_float4 bapq_finish4(bapq_float4 v, bapq_float4 bias,
-                                       const bapq_epilogue *epilogue) {
+/* Four rows of four columns, turned. */
+static inline void bapq_turn4(bapq_float4 v[4]) {
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (bapq_int4){i, j, k, l})
+#endif
+    bapq_float4 a = SHUFFLE(v[0], v[2], 0, 4, 1, 5), b = SHUFFLE(v[1], v[3], 0, 4, 1, 5);
+    bapq_float4 c = SHUFFLE(v[0], v[2], 2, 6, 3, 7), d = SHUFFLE(v[1], v[3], 2, 6, 3, 7);
+    v[0] = SHUFFLE(a, b, 0, 4, 1, 5);
+    v[1] = SHUFFLE(a, b, 2, 6, 3, 7);
+    v[2] = SHUFFLE(c, d, 0, 4, 1, 5);
+    v[3] = SHUFFLE(c, d, 2, 6, 3, 7);
+#undef SHUFFLE
+}
+
+/* The bias of a tile's outputs, or zeros. What it is added to keeps no negative zero: so the CPUs'
+ * own minima and maxima agree. */
+static inline void bapq_tile_bias(const float *bias, float out[BAPQ_TILE_ROWS]) {
+    for (int32_t r = 0; r < BAPQ_TILE_ROWS; r++) out[r] = (bias ? bias[r] : 0.0f) + 0.0f;
+}
+
+static inline bapq_float4 bapq_clip4(bapq_float4 v, const bapq_epilogue *epilogue) {
     bapq_float4 low = bapq_splat(epilogue->clip_low), high = bapq_splat(epilogue->clip_high);
-    v += bias;
-    v = bapq_select4(v < low, low, v);
-    return bapq_select4(v > high, high, v);
+#if defined(__aarch64__)
+    return (bapq_float4)vminq_f32(vmaxq_f32((float32x4_t)v, (float32x4_t)low), (float32x4_t)high);
+#elif defined(__SSE__)
+    return (bapq_float4)_mm_min_ps((__m128)high, _mm_max_ps((__m128)low, (__m128)v));
+#else
+    v = (bapq_float4)bapq_choose4(v < low, (bapq_int4)low, (bapq_int4)v);
+    return (bapq_float4)bapq_choose4(v > high, (bapq_int4)high, (bapq_int4)v);
+#endif
 }
 
 /* The tiles of one chunk crossed with the panels of one input, dealt out to a few workers. Each

@@ -18,14 +18,14 @@ typedef struct {
     float weights[MAX_COLUMNS * BAPQ_TILE_ROWS];
     uint16_t scales[MAX_BLOCKS * BAPQ_TILE_ROWS];
     int8_t q[MAX_ROWS * MAX_COLUMNS];
-    float scale[MAX_ROWS * MAX_BLOCKS];
+    float scale[(MAX_ROWS + BAPQ_SCALE_ROWS) * MAX_BLOCKS];
     float sum[MAX_ROWS * MAX_BLOCKS];
     float x[MAX_ROWS * MAX_COLUMNS];
 } operands;
 
 typedef struct {
     int8_t q[MAX_COLUMNS];
-    float scale[MAX_BLOCKS];
+    float scale[MAX_BLOCKS * BAPQ_SCALE_ROWS];
     float sum[MAX_BLOCKS];
 } quantized;
 
@@ -74,7 +74,7 @@ static void fill(operands *o, int extreme) {
     for (int i = 0; i < MAX_BLOCKS * BAPQ_TILE_ROWS; i++) {
         o->scales[i] = (uint16_t)random_in(0x3a00, 0x3f80);
     }
-    for (int i = 0; i < MAX_ROWS * MAX_BLOCKS; i++) {
+    for (int i = 0; i < (MAX_ROWS + BAPQ_SCALE_ROWS) * MAX_BLOCKS; i++) {
         o->scale[i] = fabsf(random_float(random_in(-8, 2)));
     }
 }
@@ -141,8 +141,8 @@ static bool same_quantize(const bapq_kernels *k) {
     memset(&want, 0, sizeof want);
     bapq_kernels_scalar.quantize_row(x, n, want.q, want.scale, want.sum);
     k->quantize_row(x, n, got.q, got.scale, got.sum);
-    unify_nans(got.scale, MAX_BLOCKS);
-    unify_nans(want.scale, MAX_BLOCKS);
+    unify_nans(got.scale, MAX_BLOCKS * BAPQ_SCALE_ROWS);
+    unify_nans(want.scale, MAX_BLOCKS * BAPQ_SCALE_ROWS);
     if (k == &bapq_kernels_scalar) {
         add_to_digest(&want, sizeof want);
     }

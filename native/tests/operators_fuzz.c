@@ -32,11 +32,11 @@ struct OrtValue {
     bool no_tensor;
 };
 struct OrtKernelContext {
-    OrtValue *input[2];
+    OrtValue *input[3];
     OrtValue output;
 };
 struct OrtKernelInfo {
-    int64_t layer, use_bias;
+    int64_t layer, use_bias, function;
     float clip_low, clip_high;
     bapq_conv_params conv;
 };
@@ -55,11 +55,11 @@ static OrtStatus *get_int(const OrtKernelInfo *info, const char *name, int64_t *
         const char *name;
         int64_t value;
     } known[] = {
-        {"layer", info->layer},        {"use_bias", info->use_bias}, {"group", p->group},
-        {"kernel_h", p->kernel_h},     {"kernel_w", p->kernel_w},    {"stride_h", p->stride_h},
-        {"stride_w", p->stride_w},     {"pad_top", p->pad_top},      {"pad_left", p->pad_left},
-        {"pad_bottom", p->pad_bottom}, {"pad_right", p->pad_right},  {"dilation_h", p->dilation_h},
-        {"dilation_w", p->dilation_w}, {"auto_pad", p->auto_pad}};
+        {"layer", info->layer},        {"function", info->function},  {"use_bias", info->use_bias},
+        {"group", p->group},           {"kernel_h", p->kernel_h},     {"kernel_w", p->kernel_w},
+        {"stride_h", p->stride_h},     {"stride_w", p->stride_w},     {"pad_top", p->pad_top},
+        {"pad_left", p->pad_left},     {"pad_bottom", p->pad_bottom}, {"pad_right", p->pad_right},
+        {"dilation_h", p->dilation_h}, {"dilation_w", p->dilation_w}, {"auto_pad", p->auto_pad}};
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (strcmp(known[i].name, name) == 0) {
             *out = known[i].value;
@@ -311,6 +311,7 @@ static void run_case(bytes *b) {
     const int64_t *w = windows[layer];
     OrtKernelInfo info = {.layer = layer,
                           .use_bias = take(b, 2),
+                          .function = take(b, 4) ? 0 : take(b, 6) - 1,
                           .clip_low = -3e38f,
                           .clip_high = take(b, 4) ? 3e38f : 0.0f / 0.0f,
                           .conv = {w[1], w[2], w[3], 1, 1, 1, 1, 1, 1, 1, 1, 0}};
@@ -367,7 +368,14 @@ static void run_case(bytes *b) {
     int64_t ticket = tickets[0];
     bool forged = false;
     ticket_value.data = &ticket;
-    OrtKernelContext context = {.input = {&x, &ticket_value}};
+    OrtValue residual = {.type = take(b, 8) ? ORT_FLOAT : ORT_INT64, .rank = x.rank};
+    memcpy(residual.dims, x.dims, sizeof x.dims);
+    if (kind != GATHER && x.rank > 0)
+        residual.dims[kind <= GEMM ? x.rank - 1 : 1] = layers[layer].rows;
+    size_t residual_elements = 1;
+    for (size_t i = 0; i < residual.rank; i++) residual_elements *= (size_t)residual.dims[i];
+    residual.data = residual_elements ? calloc(residual_elements, 8) : NULL;
+    OrtKernelContext context = {.input = {&x, &ticket_value, take(b, 2) ? &residual : NULL}};
     switch (take(b, 24)) {
         case 0:
             ticket = tickets[1], forged = true;
@@ -410,6 +418,7 @@ static void run_case(bytes *b) {
         bapq_run_end(tickets[i], &report, &error);
     }
     free(x.data);
+    free(residual.data);
     free(context.output.data);
 }
 

@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from bapq_edge import Session
 from bapq_edge.bank.codes import LayerCodes, dequantize
 from bapq_edge.bank.layout import LEVELS
-from bapq_edge.errors import RunInputError
+from bapq_edge.errors import BankFormatError, RunInputError
 from support.banks import NO_CLIP, graph_bytes, node, random_codes, write_bank
 from support.internals import adopt, plan_of
+from support.kernel_library import open_library
 from support.operators import (
     SCALE_COLUMNS,
     Conv,
@@ -101,6 +102,109 @@ def test_conv_matches_numpy_at_every_level(use_isa, tmp_path, case):
             expected, bound = conv_reference(case, x, codes, level)
             bias = codes.bias[level].reshape(-1, 1, 1)
             assert_within(y, finish(expected, bias, *case.clip), bound)
+
+
+FUSED = [  # function, whether a tensor is added, clip
+    (1, False, (-NO_CLIP, NO_CLIP)),
+    (2, True, (-NO_CLIP, NO_CLIP)),
+    (3, True, (0.0, NO_CLIP)),
+    (4, False, (-0.1, 0.5)),
+    (0, True, (0.0, 1.0)),
+]
+
+
+def fused(product, function, residual, clip):
+    """What an operator makes of a product with its bias, (..., rows), to the bit."""
+    tiles = np.zeros((product.size // product.shape[-1], -(-product.shape[-1] // 16) * 16))
+    tiles = tiles.astype(np.float32)
+    tiles[:, : product.shape[-1]] = product.reshape(-1, product.shape[-1])
+    if function:
+        best = open_library().best()
+        tiles = best.apply(function, None, tiles.reshape(-1, 16)).reshape(tiles.shape)
+    y = tiles[:, : product.shape[-1]].reshape(product.shape)
+    return np.clip(y + residual, *np.float32(clip))
+
+
+@pytest.mark.parametrize("function, adds, clip", FUSED)
+@pytest.mark.parametrize("m, columns, rows", [(1, 32, 16), (9, 70, 37), (70, 64, 40)])
+def test_matmul_with_what_follows_it(use_isa, tmp_path, m, columns, rows, function, adds, clip):
+    rng = np.random.default_rng([m, function])
+    codes = random_codes(rng, rows, columns, SCALE_COLUMNS, True)
+    layer = ("fc", "MatMul", codes, describe(rows, columns, 16, True))
+    plain = {"layer": 0, "use_bias": 1, "clip_low": -NO_CLIP, "clip_high": NO_CLIP}
+    epilogue = {**plain, "function": function, "clip_low": clip[0], "clip_high": clip[1]}
+    nodes = [node("MatMul", "x", "p", **plain)] if adds else []
+    nodes.append(node("MatMul", "x", "y", *(["p"] if adds else []), **epilogue))
+    alone = graph_bytes([node("MatMul", "x", "y", **plain)], ["m", columns], ["m", rows])
+    both = graph_bytes(nodes, ["m", columns], ["m", rows])
+    x = rng.standard_normal((m, columns)).astype(np.float32)
+    with (
+        Session(write_bank(tmp_path / "alone.bank", alone, [layer]), threads=2) as before,
+        Session(write_bank(tmp_path / "both.bank", both, [layer]), threads=2) as after,
+    ):
+        for level in LEVELS:
+            before.set_level(level)
+            after.set_level(level)
+            (p,), (y,) = (session.run(None, {"x": x}) for session in (before, after))
+            np.testing.assert_array_equal(y, fused(p, function, p if adds else 0, clip))
+
+
+@pytest.mark.parametrize("function, adds, clip", FUSED)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Conv(32, 21, (7, 9), (1, 1), batch=2),
+        Conv(6, 18, (7, 7), (3, 3), group=3, pads=(1, 1, 1, 1), chunk_rows=16),
+        Conv(3, 40, (11, 5), (3, 3), strides=(2, 1), chunk_rows=16),
+    ],
+    ids=str,
+)
+def test_conv_with_what_follows_it(use_isa, tmp_path, case, function, adds, clip):
+    rng = np.random.default_rng([case.rows, function])
+    columns = case.channels // case.group * case.kernel[0] * case.kernel[1]
+    codes = random_codes(rng, case.rows, columns, SCALE_COLUMNS, True)
+    layer = ("c", "Conv", codes, describe(case.rows, columns, case.chunk_rows, True))
+    plain = conv_attributes(case)
+    epilogue = {**plain, "function": function, "clip_low": clip[0], "clip_high": clip[1]}
+    nodes = [node("Conv", "x", "p", **plain)] if adds else []
+    nodes.append(node("Conv", "x", "y", *(["p"] if adds else []), **epilogue))
+    shapes = ["n", case.channels, "h", "w"], ["n", case.rows, "oh", "ow"]
+    alone, both = (graph_bytes(n, *shapes) for n in ([node("Conv", "x", "y", **plain)], nodes))
+    x = rng.standard_normal((case.batch, case.channels, *case.size)).astype(np.float32)
+    with (
+        Session(write_bank(tmp_path / "alone.bank", alone, [layer]), threads=2) as before,
+        Session(write_bank(tmp_path / "both.bank", both, [layer]), threads=2) as after,
+    ):
+        for level in LEVELS:
+            before.set_level(level)
+            after.set_level(level)
+            (p,), (y,) = (session.run(None, {"x": x}) for session in (before, after))
+            p, y = np.moveaxis(p, 1, -1), np.moveaxis(y, 1, -1)
+            np.testing.assert_array_equal(y, fused(p, function, p if adds else 0, clip))
+
+
+def test_a_residual_of_another_shape_is_refused(tmp_path):
+    codes = random_codes(np.random.default_rng(0), 32, 32, SCALE_COLUMNS, False)
+    plain = {"layer": 0, "use_bias": 0, "clip_low": -NO_CLIP, "clip_high": NO_CLIP}
+    total = helper.make_node("ReduceSum", ["x"], ["sum"])
+    nodes = [total, node("MatMul", "x", "y", "sum", **plain)]
+    graph = graph_bytes(nodes, ["m", 32], ["m", 32])
+    layer = ("fc", "MatMul", codes, describe(32, 32, 16, False))
+    with (
+        Session(write_bank(tmp_path / "b.bank", graph, [layer])) as session,
+        pytest.raises(RunInputError, match="the residual has not the shape"),
+    ):
+        session.run(None, {"x": np.ones((2, 32), np.float32)})
+
+
+@pytest.mark.parametrize("broken", [{"function": 5}, {"function": -1}, {"clip_low": np.nan}])
+def test_a_function_that_is_none_is_refused(tmp_path, broken):
+    codes = random_codes(np.random.default_rng(0), 16, 32, SCALE_COLUMNS, False)
+    plain = {"layer": 0, "use_bias": 0, "clip_low": -NO_CLIP, "clip_high": NO_CLIP}
+    graph = graph_bytes([node("MatMul", "x", "y", **{**plain, **broken})], ["m", 32], ["m", 16])
+    layer = ("fc", "MatMul", codes, describe(16, 32, 16, False))
+    with pytest.raises(BankFormatError, match="clip or function is none that there is"):
+        Session(write_bank(tmp_path / "b.bank", graph, [layer]))
 
 
 def test_conv_1d_is_an_image_of_height_one(tmp_path):

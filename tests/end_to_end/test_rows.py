@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper
+from onnx.numpy_helper import from_array
 
 from bapq_edge import Session
 from bapq_edge.bank.layout import LEVELS, PLANES
@@ -144,6 +145,42 @@ def test_conv_of_reordered_dropped_and_skipped_rows(use_isa, tmp_path, case):
     with Session(write_bank(tmp_path / "b.bank", graph, [layer]), threads=2) as session:
         dropped_values = bias if dropped else 0
         check_every_level(session, rng, x, layer, order, dropped_values, reference, case.clip)
+
+
+@pytest.mark.parametrize("operator", ["MatMul", "Conv"])
+def test_constants_of_a_layer_with_a_function_and_a_residual(use_isa, tmp_path, operator):
+    """Those of a plan stand for what the function gives; a dropped row's bias goes through it."""
+    rng = np.random.default_rng(3)
+    case = Conv(32, 40, (5, 5), (1, 1), chunk_rows=16, batch=2)
+    codes = random_codes(rng, 40, 32, SCALE_COLUMNS, True)
+    layer, order, bias = pruned_layer(
+        rng, "l", operator, codes, describe(40, 32, 16, True), 5, True
+    )
+    attributes = conv_attributes(case)
+    if operator == "MatMul":
+        attributes = {key: attributes[key] for key in ("layer", "use_bias")}
+    attributes |= {"function": 2, "clip_low": -0.25, "clip_high": 2.0}
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["mean"], axes=[-1 if operator == "MatMul" else 1]),
+        helper.make_node("Expand", ["mean", "shape"], ["r"]),
+        node(operator, "x", "y", "r", **attributes),
+    ]
+    x = rng.standard_normal((2, 32, 5, 5) if operator == "Conv" else (7, 32)).astype(np.float32)
+    shape = np.array([2, 40, 5, 5] if operator == "Conv" else [7, 40])
+    nodes.insert(0, helper.make_node("Constant", [], ["shape"], value=from_array(shape)))
+    graph = graph_bytes(nodes, list(x.shape), shape.tolist())
+    values = rng.standard_normal(35).astype(np.float32)
+    axis = 1 if operator == "Conv" else -1
+    with Session(write_bank(tmp_path / "b.bank", graph, [layer]), threads=2) as session:
+        session.set_level(4)
+        skip(session, np.ones(3, bool), values)
+        (y,) = session.run(None, {"x": x})
+    constant = np.empty(40)
+    constant[order[:35]] = values
+    constant[order[35:]] = bias / (1 + np.exp(-bias.astype(np.float64)))
+    constant = constant.reshape(-1, 1, 1) if operator == "Conv" else constant
+    expected = np.clip(constant + x.mean(axis, keepdims=True), -0.25, 2.0)
+    np.testing.assert_allclose(y, np.broadcast_to(expected, y.shape), rtol=1e-5, atol=1e-6)
 
 
 def test_a_product_without_the_bias_leaves_it_out_of_dropped_rows_too(tmp_path):

@@ -45,9 +45,13 @@ def random_codes(
     return codes
 
 
-def node(operator: str, source: str, target: str, **attributes: Any) -> Any:
-    """One operator of ours."""
-    return helper.make_node(operator, [source, RUN_INPUT], [target], domain="bapq", **attributes)
+def node(operator: str, source: str, target: str, *residual: str, **attributes: Any) -> Any:
+    """One operator of ours, by itself without a function."""
+    if operator != "Gather":
+        attributes.setdefault("function", 0)
+    return helper.make_node(
+        operator, [source, RUN_INPUT, *residual], [target], domain="bapq", **attributes
+    )
 
 
 def graph_bytes(

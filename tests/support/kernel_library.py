@@ -13,6 +13,7 @@ from bapq_edge.engine.library import library_path
 from support.kernel_reference import BLOCK, TILE_ROWS, Panel, Tile
 
 LEVEL_INDEX = {32: 0, 8: 1, 4: 2, 2: 3, 1: 4}
+SCALE_ROWS = 4
 
 
 class _CTile(ctypes.Structure):
@@ -45,6 +46,7 @@ _QuantizeFn = ctypes.CFUNCTYPE(
     None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p
 )
 _SumsFn = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
+_ApplyFn = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p)
 
 
 class _CKernels(ctypes.Structure):
@@ -53,6 +55,9 @@ class _CKernels(ctypes.Structure):
         ("tile", _TileFn * 5),
         ("quantize_row", _QuantizeFn),
         ("block_sums", _SumsFn),
+        ("depthwise", ctypes.c_void_p),
+        ("sum_levels", ctypes.c_uint32),
+        ("apply", _ApplyFn),
     )
 
 
@@ -61,6 +66,14 @@ def _guarded(shape: tuple[int, ...], dtype: Any) -> tuple[NDArray[Any], NDArray[
     count = int(np.prod(shape)) * np.dtype(dtype).itemsize
     raw = np.full(count + 64, 0xA5, np.uint8)
     return raw[:count].view(dtype).reshape(shape), raw[count:]
+
+
+def _by_fours(scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(m, blocks) as kernels read it: (ceil(m/4), blocks, 4)."""
+    m, blocks = scale.shape
+    padded = np.full((-(-m // SCALE_ROWS) * SCALE_ROWS, blocks), np.nan, np.float32)
+    padded[:m] = scale
+    return padded.reshape(-1, SCALE_ROWS, blocks).transpose(0, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -73,8 +86,9 @@ class Family:
     def tile(self, tile: Tile, panel: Panel) -> NDArray[np.float32]:
         """Return out (m, 16) of one tile."""
         planes = [np.ascontiguousarray(plane) for plane in tile.packed()]
-        arrays = [np.ascontiguousarray(a) for a in (panel.q, panel.scale, panel.sum, panel.x)]
         m = panel.x.shape[0]
+        scale = panel.scale if panel.uniform else _by_fours(panel.scale)
+        arrays = [np.ascontiguousarray(a) for a in (panel.q, scale, panel.sum, panel.x)]
         codes = [plane.ctypes.data for plane in planes] + [None] * (2 - len(planes))
         c_tile = _CTile(
             (ctypes.c_void_p * 2)(*codes),
@@ -98,13 +112,14 @@ class Family:
         x = np.ascontiguousarray(x, np.float32)
         blocks = -(-len(x) // BLOCK)
         q, q_guard = _guarded((blocks * BLOCK,), np.int8)
-        scale, scale_guard = _guarded((blocks,), np.float32)
+        scale, scale_guard = _guarded((blocks, SCALE_ROWS), np.float32)
         total, total_guard = _guarded((blocks,), np.float32)
         self.table.quantize_row(
             x.ctypes.data, len(x), q.ctypes.data, scale.ctypes.data, total.ctypes.data
         )
         assert all((guard == 0xA5).all() for guard in (q_guard, scale_guard, total_guard))
-        return q, scale, total
+        assert (scale[:, 1:].view(np.uint8) == 0xA5).all()
+        return q, scale[:, 0], total
 
     def block_sums(self, q: NDArray[np.int8]) -> NDArray[np.float32]:
         """Return (m, blocks) of q (m, blocks*32)."""
@@ -112,6 +127,18 @@ class Family:
         rows, blocks = q.shape[0], q.shape[1] // BLOCK
         out, guard = _guarded((rows, blocks), np.float32)
         self.table.block_sums(q.ctypes.data, rows, blocks, out.ctypes.data)
+        assert (guard == 0xA5).all()
+        return out
+
+    def apply(
+        self, function: int, bias: NDArray[np.float32] | None, x: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """Return a function of x + bias, (m, 16)."""
+        out, guard = _guarded(x.shape, np.float32)
+        out[:] = x
+        self.table.apply(
+            function, None if bias is None else bias.ctypes.data, len(x), out.ctypes.data
+        )
         assert (guard == 0xA5).all()
         return out
 

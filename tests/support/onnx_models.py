@@ -100,7 +100,7 @@ def _spell_out(of: onnx.GraphProto, plan: LayerPlan) -> None:
         if node.domain != "bapq":
             nodes.append(node)
             continue
-        assert node.input[-1] == RUN_INPUT
+        assert node.input[1] == RUN_INPUT
         constants, spelled = _spelled(node, plan)
         of.initializer.extend(numpy_helper.from_array(v, k) for k, v in constants.items())
         nodes += spelled
@@ -126,12 +126,65 @@ def _spelled(
         constants[f"{out}.w"] = np.ascontiguousarray(w.T)
         product = [helper.make_node("MatMul", [source, f"{out}.w"], [f"{out}.p"])]
     constants[f"{out}.b"] = bias
-    behind = [
-        helper.make_node("Add", [f"{out}.p", f"{out}.b"], [f"{out}.s"]),
-        helper.make_node("Max", [f"{out}.s", f"{out}.low"], [f"{out}.m"]),
+    summed = f"{out}.s"
+    behind = [helper.make_node("Add", [f"{out}.p", f"{out}.b"], [summed])]
+    if at["function"]:
+        spell = FUNCTIONS[at["function"]]
+        nodes, values = spell(summed, f"{out}.f")
+        behind, summed = [*behind, *nodes], f"{out}.f"
+        constants |= {key: np.array(value, np.float32) for key, value in values.items()}
+    if len(node.input) > 2:
+        behind.append(helper.make_node("Add", [summed, node.input[2]], [f"{out}.r"]))
+        summed = f"{out}.r"
+    behind += [
+        helper.make_node("Max", [summed, f"{out}.low"], [f"{out}.m"]),
         helper.make_node("Min", [f"{out}.m", f"{out}.high"], [out]),
     ]
     return constants, [*product, *behind]
+
+
+def chain(x: str, y: str, *steps: tuple[Any, ...]) -> tuple[list[onnx.NodeProto], dict[str, float]]:
+    """Nodes from x to y: (operator, the constants that it reads besides), and the constants.
+
+    An operator whose constant is None reads x instead.
+    """
+    nodes, constants, name = [], {}, x
+    for index, (operator, *values) in enumerate(steps):
+        inputs = [name]
+        for value in values:
+            inputs.append(x if value is None else f"{y}.{index}")
+            if value is not None:
+                constants[inputs[-1]] = value
+        name = y if index == len(steps) - 1 else f"{y}.t{index}"
+        nodes.append(helper.make_node(operator, inputs, [name]))
+    return nodes, constants
+
+
+def silu(x: str, y: str) -> tuple[list[onnx.NodeProto], dict[str, float]]:
+    """x * Sigmoid(x)."""
+    return chain(x, y, ("Sigmoid",), ("Mul", None))
+
+
+def hard_swish(x: str, y: str) -> tuple[list[onnx.NodeProto], dict[str, float]]:
+    """x * HardSigmoid(x), as exporters write it before opset 14."""
+    nodes, constants = chain(x, y, ("HardSigmoid",), ("Mul", None))
+    nodes[0].attribute.append(helper.make_attribute("alpha", 1 / 6))
+    return nodes, constants
+
+
+def gelu(x: str, y: str) -> tuple[list[onnx.NodeProto], dict[str, float]]:
+    """x * (Erf(x / sqrt 2) + 1) * 0.5, as exporters write it."""
+    return chain(x, y, ("Div", 2**0.5), ("Erf",), ("Add", 1.0), ("Mul", None), ("Mul", 0.5))
+
+
+def gelu_tanh(x: str, y: str) -> tuple[list[onnx.NodeProto], dict[str, float]]:
+    """The same by Tanh: of sqrt(2/pi) (x + 0.044715 x^3)."""
+    steps = [("Pow", 3.0), ("Mul", 0.044715), ("Add", None), ("Mul", (2 / np.pi) ** 0.5)]
+    return chain(x, y, *steps, ("Tanh",), ("Add", 1.0), ("Mul", None), ("Mul", 0.5))
+
+
+FUNCTIONS = {1: hard_swish, 2: silu, 3: gelu, 4: gelu_tanh}
+"""the operators' attribute `function` -> its nodes"""
 
 
 def _conv(

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,10 +52,10 @@ from .onnx_graph import graphs
 from .onnx_graph.assemble import assemble, drop_replaced
 from .onnx_graph.fold import fold
 from .onnx_graph.importers.onnx_file import check_model_source, load_model
-from .onnx_graph.ir import LayerPlan
+from .onnx_graph.ir import HeavyLayer, LayerPlan
 from .onnx_graph.layers import find_layers
 from .quantize.checkpoint import Checkpoint
-from .quantize.options import LayerOptions, scale_columns_of
+from .quantize.options import CONV_SCALE_COLUMNS, LayerOptions, scale_columns_of
 from .quantize.prune import PruneReport, prune_layers
 from .quantize.sequential import quantize_layers
 from .quantize.write import tile_bytes, write_layer
@@ -171,6 +171,7 @@ def build_bank(
         plan = find_layers(folded)
         advance()
     options = _take_out_kept(plan, settings.resolve(layer.name for layer in plan.layers))
+    options = {layer.name: _for_operators(layer, options[layer.name]) for layer in plan.layers}
     _check_space(out, folded, plan, options)
     folded = drop_replaced(folded, plan)
     pruned = prune_layers(plan, options)
@@ -255,6 +256,13 @@ def _take_out_kept(
             reason = "the recipe keeps it in float"
             plan.kept_in_float.append(KeptNode(name, use.operator, layer.weight.size, reason))
     return options
+
+
+def _for_operators(layer: HeavyLayer, options: LayerOptions) -> LayerOptions:
+    """The options with what convolutions have instead of the defaults; not depthwise ones."""
+    if layer.depthwise or any(use.operator != "Conv" for use in layer.uses):
+        return options
+    return replace(options, scale_columns={**CONV_SCALE_COLUMNS, **options.scale_columns})
 
 
 def _warn_of_discarded(out: Path) -> None:

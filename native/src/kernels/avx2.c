@@ -192,6 +192,7 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, variant v, const bapq_tile *w,
             }
         }
         ptrdiff_t at = first * blocks + s->first;
+        const float *scale = scales_of(x, blocks, first) + (ptrdiff_t)s->first * BAPQ_SCALE_ROWS;
         const uint16_t *bf16 = w->scale + half * 8;
         for (int32_t k = 0, b = 0, in_group = 0; k < s->runs; k++) {
             const int32_t run = v.grouped ? s->run_blocks[k] : 1, end = b + run;
@@ -220,13 +221,14 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, variant v, const bapq_tile *w,
                     for (int32_t next = 1; v.grouped && next < run; next++) {
                         f = _mm256_fnmadd_ps(zero, _mm256_broadcast_ss(&x->sum[here + next]), f);
                     }
-                    const __m256 d =
-                        v.uniform ? step[h]
-                                  : _mm256_mul_ps(step[h], _mm256_broadcast_ss(&x->scale[here]));
+                    const __m256 d = v.uniform
+                                         ? step[h]
+                                         : _mm256_mul_ps(step[h], _mm256_broadcast_ss(&scale[i]));
                     acc[i][h] = _mm256_fmadd_ps(d, f, acc[i][h]);
                 }
             }
             at += run;
+            scale += BAPQ_SCALE_ROWS; /* a run is one block, if it is read */
         }
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++) {
@@ -280,5 +282,5 @@ static void tile_float(const bapq_tile *w, const bapq_panel *x, int32_t m, float
 
 #include "depthwise.inc"
 
-BAPQ_DEFINE_FAMILY(avx2, BAPQ_ALL_CODES)
+BAPQ_DEFINE_FAMILY(avx2, BAPQ_ALL_CODES, 0)
 #endif

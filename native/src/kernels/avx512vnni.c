@@ -108,6 +108,7 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, variant v, const bapq_tile *w,
         acc[i] = s->first == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(to + i * BAPQ_TILE_ROWS);
     }
     ptrdiff_t at = first * blocks + s->first;
+    const float *scale = scales_of(x, blocks, first) + (ptrdiff_t)s->first * BAPQ_SCALE_ROWS;
     int32_t in_group = 0;
     const uint16_t *bf16 = w->scale;
     for (int32_t k = 0, b = 0; k < s->runs; k++) {
@@ -156,10 +157,13 @@ BAPQ_INLINE void rows_codes(int n, int32_t first, variant v, const bapq_tile *w,
             for (int32_t next = 1; v.grouped && next < run; next++) {
                 f = _mm512_fnmadd_ps(zero, _mm512_set1_ps(x->sum[here + next]), f);
             }
-            const __m512 d = v.uniform ? step : _mm512_mul_ps(step, _mm512_set1_ps(x->scale[here]));
+            const __m512 d =
+                v.uniform ? step
+                          : _mm512_mul_ps(step, _mm512_set1_ps(scale[i / 4 * 4 * blocks + i % 4]));
             acc[i] = _mm512_fmadd_ps(d, f, acc[i]);
         }
         at += run;
+        scale += BAPQ_SCALE_ROWS; /* a run is one block, if it is read */
     }
 #pragma GCC unroll 8
     for (int i = 0; i < n; i++) {
@@ -203,5 +207,5 @@ static void tile_float(const bapq_tile *w, const bapq_panel *x, int32_t m, float
 
 #include "depthwise.inc"
 
-BAPQ_DEFINE_FAMILY(avx512vnni, BAPQ_ALL_CODES)
+BAPQ_DEFINE_FAMILY(avx512vnni, BAPQ_ALL_CODES, 0)
 #endif

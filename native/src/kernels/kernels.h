@@ -22,7 +22,13 @@
 
 #define BAPQ_EXPORT __attribute__((visibility("default")))
 
-enum { BAPQ_TILE_ROWS = 16, BAPQ_BLOCK = 32, BAPQ_RUN_BLOCKS = 8, BAPQ_LANES = 8 };
+enum {
+    BAPQ_TILE_ROWS = 16,
+    BAPQ_BLOCK = 32,
+    BAPQ_RUN_BLOCKS = 8,
+    BAPQ_SCALE_ROWS = 4,
+    BAPQ_LANES = 8
+};
 
 /* Index of a level in every per-level table. */
 enum { BAPQ_L32, BAPQ_L8, BAPQ_L4, BAPQ_L2, BAPQ_L1, BAPQ_LEVELS };
@@ -46,7 +52,7 @@ typedef struct {
 /* m activation rows: x = scale * (q - zero_point); q and x are 0 in the padding. */
 typedef struct {
     const int8_t *q;    /* (m, blocks*32), row stride blocks*32; -127..127 */
-    const float *scale; /* (m, blocks), or one for all if `uniform` */
+    const float *scale; /* (ceil(m/4), blocks, 4), rows by fours; or one for all if `uniform` */
     const float *sum;   /* (m, blocks): sum of q over the block; see sum_levels */
     const float *x;     /* (m, blocks*32) float32, level 32 only */
     int32_t uniform;    /* one scale for the whole panel */
@@ -59,12 +65,26 @@ typedef void (*bapq_tile_fn)(const bapq_tile *w, const bapq_panel *x, int32_t m,
 /* Quantize one row of n floats into ceil(n/32) blocks: scale = amax/127, q = x*(127/amax) rounded
  * half to even, q = 0 past n. Below 2^-100, x and amax are first multiplied by 2^100, so that
  * 127/amax stays finite. amax == 0: scale 0, q 0. A NaN or infinity in a block makes its scale
- * NaN and its q 0, so that every output of the row is NaN. */
+ * NaN and its q 0, so that every output of the row is NaN. Scales go to every fourth place, as a
+ * panel has them. */
 typedef void (*bapq_quantize_row_fn)(const float *x, int32_t n, int8_t *q, float *scale,
                                      float *sum);
 
 /* Block sums of m rows of already quantized values: sum[i][b] = sum of q[i][32b..32b+31]. */
 typedef void (*bapq_block_sums_fn)(const int8_t *q, int32_t rows, int32_t blocks, float *sum);
+
+/* What may stand between a layer's bias and its clip. */
+typedef enum {
+    BAPQ_NO_FUNCTION,
+    BAPQ_HARD_SWISH, /* x min(max(x/6 + 1/2, 0), 1) */
+    BAPQ_SILU,       /* x / (1 + e^-x) */
+    BAPQ_GELU,       /* x times the normal distribution at x */
+    BAPQ_GELU_TANH,  /* the same by tanh */
+    BAPQ_FUNCTIONS
+} bapq_function;
+
+/* out = function(out + bias) in place; out: (m, 16), bias: (16,) or NULL. Unless it is none. */
+typedef void (*bapq_apply_fn)(bapq_function function, const float *bias, int32_t m, float *out);
 
 /* Outputs of one channel of a depthwise convolution, and the input under them. Each row of the
  * input is cut by the convolution's stride, so that a tap's values for neighbouring outputs are
@@ -90,7 +110,9 @@ typedef struct {
     bapq_quantize_row_fn quantize_row;
     bapq_block_sums_fn block_sums;
     bapq_depthwise_fn depthwise;
-    uint32_t sum_levels; /* bit l: tile[l] reads the sums of a uniform panel, too */
+    uint32_t sum_levels;      /* bit l: tile[l] reads the sums of a uniform panel, too */
+    uint32_t even_sum_levels; /* the same, but only of layers whose residual_steps are even */
+    bapq_apply_fn apply;
 } bapq_kernels;
 
 /* The best family this CPU can run; BAPQ_ISA in the environment names another one, and then the

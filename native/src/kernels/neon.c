@@ -12,17 +12,16 @@
 
 /* Of each block: rows 0..7, then 8..15; of those, columns 2t, 2t+1 at 16 * t. */
 BAPQ_INLINE void decode(int level, const bapq_tile *w, stripe *s) {
-    const uint8x16_t table = code_table(level, w);
+    const tables t = tables_of(level, w);
     int8_t *to = s->code[0];
     for (int32_t b = s->first; b < s->first + s->blocks; b++) {
-        for (int g = 0; g < 4; g += 2) {
-            const cutting low = cutting_of(level, w, b, g), high = cutting_of(level, w, b, g + 1);
+        for (int h = 0; h < 2; h++) {
+            cutting c[2];
+            cut(level, 1, w, b, h, c);
 #pragma GCC unroll 8
             for (int j = 0; j < 8; j++, to += 32) {
-                const int16x8_t lows = vreinterpretq_s16_s8(stored_code(level, table, &low, j));
-                const int16x8_t highs = vreinterpretq_s16_s8(stored_code(level, table, &high, j));
-                vst1q_s8(to, vreinterpretq_s8_s16(vuzp1q_s16(lows, highs)));
-                vst1q_s8(to + 16, vreinterpretq_s8_s16(vuzp2q_s16(lows, highs)));
+                vst1q_s8(to, stored_code(level, &t, &c[0], j));
+                vst1q_s8(to + 16, stored_code(level, &t, &c[1], j));
             }
         }
     }
@@ -163,8 +162,9 @@ BAPQ_INLINE void add_chain(int n, variant v, int fresh, int32_t blocks, source *
     } else {
         int16x8_t chain[4][GROUPS];
         add_small(n, 1, from, q, chain);
-        for (int32_t b = 1; b < blocks; b++) {
+        for (; blocks != 1; blocks--) {
             from->decoded += 512;
+            STEP_WITH_LOAD(from->decoded);
             add_small(n, 0, from, q, chain);
         }
 #pragma GCC unroll 4
@@ -176,26 +176,24 @@ BAPQ_INLINE void add_chain(int n, variant v, int fresh, int32_t blocks, source *
         }
     }
     from->decoded += 512;
+    STEP_WITH_LOAD(from->decoded);
 }
 
 /* A block whose codes come from the planes: registers of 4 rows x 4 columns meet 4 activations
  * repeated 4 times. The lower half of a product is of the first two rows. */
-BAPQ_INLINE void dot_straight(int n, int level, const source *from, const int8_t *q[4],
+BAPQ_INLINE void dot_straight(int n, variant v, const source *from, const int8_t *q[4],
                               int32x4_t dot[4][GROUPS]) {
     int32x4_t low[4][GROUPS], high[4][GROUPS]; /* level 8: pairs of products added up */
     int16x8_t lows[4][GROUPS], highs[4][GROUPS];
     int32x4x4_t four[4];
     cutting c[GROUPS];
-#pragma GCC unroll 2
-    for (int g = 0; g < GROUPS; g++) {
-        c[g] = cutting_of(level, from->w, from->b, 2 * from->half + g);
-    }
+    cut(v.level, 0, from->w, from->b, from->half, c);
 #pragma GCC unroll 8
     for (int j = 0; j < 8; j++) {
         int8x16_t code[GROUPS];
 #pragma GCC unroll 2
         for (int g = 0; g < GROUPS; g++) {
-            code[g] = straight_code(level, from->table, &c[g], j);
+            code[g] = straight_code(v, &from->t, &c[g], j);
         }
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++) {
@@ -205,13 +203,13 @@ BAPQ_INLINE void dot_straight(int n, int level, const source *from, const int8_t
             const int8x16_t qj = vreinterpretq_s8_s32(four[i].val[j % 4]);
 #pragma GCC unroll 2
             for (int g = 0; g < GROUPS; g++) {
-                const int begins = level == BAPQ_L8 ? j % 2 == 0 : j == 0;
+                const int begins = v.level == BAPQ_L8 ? j % 2 == 0 : j == 0;
                 const int8x8_t code_low = vget_low_s8(code[g]), q_low = vget_low_s8(qj);
                 lows[i][g] =
                     begins ? vmull_s8(code_low, q_low) : vmlal_s8(lows[i][g], code_low, q_low);
                 highs[i][g] =
                     begins ? vmull_high_s8(code[g], qj) : vmlal_high_s8(highs[i][g], code[g], qj);
-                if (level == BAPQ_L8 && j % 2 == 1) {
+                if (v.level == BAPQ_L8 && j % 2 == 1) {
                     low[i][g] =
                         j == 1 ? vpaddlq_s16(lows[i][g]) : vpadalq_s16(low[i][g], lows[i][g]);
                     high[i][g] =
@@ -225,8 +223,8 @@ BAPQ_INLINE void dot_straight(int n, int level, const source *from, const int8_t
     for (int i = 0; i < n; i++) {
 #pragma GCC unroll 2
         for (int g = 0; g < GROUPS; g++) {
-            dot[i][g] = level == BAPQ_L8 ? vpaddq_s32(low[i][g], high[i][g])
-                                         : vpaddlq_s16(vpaddq_s16(lows[i][g], highs[i][g]));
+            dot[i][g] = v.level == BAPQ_L8 ? vpaddq_s32(low[i][g], high[i][g])
+                                           : vpaddlq_s16(vpaddq_s16(lows[i][g], highs[i][g]));
         }
     }
 }
@@ -234,20 +232,23 @@ BAPQ_INLINE void dot_straight(int n, int level, const source *from, const int8_t
 BAPQ_INLINE void dot_run(int n, variant v, int32_t run, source *from, const int8_t *q[4],
                          int32x4_t dot[4][GROUPS]) {
     if (v.straight) {
-        dot_straight(n, v.level, from, q, dot);
+        dot_straight(n, v, from, q, dot);
         from->b++;
         return;
     }
     const int32_t longest = v.grouped ? chain_of(v.level) : 1;
     int32_t chain = run < longest ? run : longest;
+    if (longest == 1) {
+        chain = 1; /* which the compiler does not see by itself */
+    }
     add_chain(n, v, 1, chain, from, q, dot);
-    while (v.grouped && (run -= chain) > 0) {
-        chain = run < longest ? run : longest;
+    while (v.grouped && (run -= chain) != 0) {
+        chain = longest == 1 || run >= longest ? longest : run;
         add_chain(n, v, 0, chain, from, q, dot);
     }
 }
 
 #include "depthwise.inc"
 
-BAPQ_DEFINE_FAMILY(neon, 1u << BAPQ_L8)
+BAPQ_DEFINE_FAMILY(neon, 0, 1u << BAPQ_L8)
 #endif

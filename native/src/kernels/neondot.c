@@ -7,17 +7,16 @@
 
 /* Of each block: rows 0..7, then 8..15; of those, columns 4j..4j+3 at 32 * j. */
 BAPQ_INLINE void decode(int level, const bapq_tile *w, stripe *s) {
-    const uint8x16_t table = code_table(level, w);
+    const tables t = tables_of(level, w);
     int8_t *to = s->code[0];
     for (int32_t b = s->first; b < s->first + s->blocks; b++) {
-        for (int g = 0; g < 4; g += 2) {
-            const cutting low = cutting_of(level, w, b, g), high = cutting_of(level, w, b, g + 1);
+        for (int h = 0; h < 2; h++) {
+            cutting c[2];
+            cut(level, 0, w, b, h, c);
 #pragma GCC unroll 8
             for (int j = 0; j < 8; j++, to += 32) {
-                const int8x16_t lows = stored_code(level, table, &low, j);
-                const int8x16_t highs = stored_code(level, table, &high, j);
-                vst1q_s8(to, lows);
-                vst1q_s8(to + 16, highs);
+                vst1q_s8(to, stored_code(level, &t, &c[0], j));
+                vst1q_s8(to + 16, stored_code(level, &t, &c[1], j));
             }
         }
     }
@@ -49,6 +48,13 @@ BAPQ_INLINE int32x4_t dot_lane(int32x4_t acc, int8x16_t code, int8x16_t q, int l
     }
 }
 
+/* A block of activations, and past it: compilers seldom make that one instruction. */
+BAPQ_INLINE void take_block(const int8_t **q, int8x16_t block[2]) {
+    __asm__("ldp %q0, %q1, [%2], #32"
+            : "=w"(block[0]), "=w"(block[1]), "+r"(*q)
+            : "m"(*(const int8_t(*)[BAPQ_BLOCK]) * q));
+}
+
 BAPQ_INLINE void dot_run(int n, variant v, int32_t run, source *from, const int8_t *q[4],
                          int32x4_t dot[4][GROUPS]) {
 #pragma GCC unroll 4
@@ -58,23 +64,18 @@ BAPQ_INLINE void dot_run(int n, variant v, int32_t run, source *from, const int8
     do {
         int8x16_t qi[4][2];
         cutting c[GROUPS];
-#pragma GCC unroll 2
-        for (int g = 0; g < GROUPS; g++) {
-            if (v.straight) {
-                c[g] = cutting_of(v.level, from->w, from->b, 2 * from->half + g);
-            }
+        if (v.straight) {
+            cut(v.level, 0, from->w, from->b, from->half, c);
         }
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++) {
-            qi[i][0] = vld1q_s8(q[i]);
-            qi[i][1] = vld1q_s8(q[i] + 16);
-            q[i] += BAPQ_BLOCK;
+            take_block(&q[i], qi[i]);
         }
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++) {
 #pragma GCC unroll 2
             for (int g = 0; g < GROUPS; g++) {
-                const int8x16_t code = v.straight ? straight_code(v.level, from->table, &c[g], j)
+                const int8x16_t code = v.straight ? straight_code(v, &from->t, &c[g], j)
                                                   : vld1q_s8(from->decoded + j * 32 + g * 16);
 #pragma GCC unroll 4
                 for (int i = 0; i < n; i++) {
@@ -83,11 +84,12 @@ BAPQ_INLINE void dot_run(int n, variant v, int32_t run, source *from, const int8
             }
         }
         from->decoded += 512;
+        STEP_WITH_LOAD(from->decoded);
         from->b++;
-    } while (v.grouped && --run > 0);
+    } while (v.grouped && --run != 0);
 }
 
 #include "depthwise.inc"
 
-BAPQ_DEFINE_FAMILY(neondot, 1u << BAPQ_L8)
+BAPQ_DEFINE_FAMILY(neondot, 0, 1u << BAPQ_L8)
 #endif

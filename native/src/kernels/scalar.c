@@ -44,7 +44,8 @@ BAPQ_INLINE void tile_codes(int level, const bapq_tile *w, const bapq_panel *x, 
                     sum += q[k];
                 }
                 const float f = (float)dot - zero * (float)sum;
-                const float scale = x->uniform ? 1.0f : x->scale[(ptrdiff_t)i * w->blocks + first];
+                const float scale =
+                    x->uniform ? 1.0f : scales_of(x, w->blocks, i)[first * BAPQ_SCALE_ROWS];
                 float *acc = &out[(ptrdiff_t)i * BAPQ_TILE_ROWS + r];
                 *acc = fmaf(steps[r] * scale, f, *acc);
             }
@@ -89,4 +90,4 @@ static void depthwise(const bapq_windows *x, const float *weight, float bias, fl
     }
 }
 
-BAPQ_DEFINE_FAMILY(scalar, 0)
+BAPQ_DEFINE_FAMILY(scalar, 0, 0)

@@ -6,14 +6,12 @@ before it have been quantized.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from ..onnx_graph import graphs
 from ..onnx_graph.assemble import rebuild
@@ -45,10 +43,9 @@ class Reference:
     def __init__(self, model: onnx.ModelProto, plan: LayerPlan) -> None:
         self._model = model
         self._plan = plan
-        self._constants: list[onnx.TensorProto] = []
         taken = graphs.names(model.graph)
         operators: dict[int, list[onnx.NodeProto]] = {
-            id(node): [] for layer in plan.layers for use in layer.uses for node in use.replaced
+            id(node): [] for layer in plan.layers for use in layer.uses for node in _own(use)
         }
         for layer in plan.layers:
             for use in layer.uses:
@@ -57,7 +54,7 @@ class Reference:
         self._layers = {
             _weight_name(layer, use): layer for layer in plan.layers for use in layer.uses
         }
-        self._initializers = {tensor.name: tensor for tensor in self._constants}
+        self._initializers: dict[str, onnx.TensorProto] = {}
         replaced = {name for layer in plan.layers for name in layer.initializers}
         reads = set(graphs.uses(self.graph))
         for tensor in model.graph.initializer:
@@ -174,38 +171,32 @@ class Reference:
             needs |= set(graphs.uses(body)) - inner
         return needs
 
-    def _operator(self, layer: HeavyLayer, use: LayerUse, taken: set[str]) -> list[onnx.NodeProto]:
-        """Make standard nodes for one use of a layer: the product, its bias, its activation."""
+    @staticmethod
+    def _operator(layer: HeavyLayer, use: LayerUse, taken: set[str]) -> list[onnx.NodeProto]:
+        """Make standard nodes for one use of a layer: the product and its bias.
+
+        For what the operator does behind them, the model's own nodes are still there.
+        """
         weight, bias = _weight_name(layer, use), _BIAS + layer.name
-        low, high = use.activation.low, use.activation.high
-        x = use.activation_input
-        nodes: list[onnx.NodeProto] = []
-
-        def add(op_type: str, inputs: list[str], **attributes: Any) -> str:
-            output = graphs.fresh_name(f"{use.output}_{op_type}", taken)
-            nodes.append(helper.make_node(op_type, inputs, [output], **attributes))
-            return output
-
+        x, y = use.activation_input, _own(use)[-1].output[0]
         if use.operator == "Gather":
-            y = add("Gather", [weight, x])
-        elif use.operator == "MatMul":
-            y = add("Add", [add("MatMul", [x, weight]), bias])
-        elif use.operator == "Gemm":
-            y = add("Gemm", [x, weight, bias], transB=1)
-        else:
-            y = add("Conv", [x, weight, bias])
-            nodes[-1].attribute.extend(use.node.attribute)
-        if not math.isinf(low):
-            y = add("Max", [y, self._constant(f"{use.output}_low", low, taken)])
-        if not math.isinf(high):
-            y = add("Min", [y, self._constant(f"{use.output}_high", high, taken)])
-        nodes[-1].output[0] = use.output
-        return nodes
+            return [helper.make_node("Gather", [weight, x], [y])]
+        if use.operator == "MatMul":
+            product = graphs.fresh_name(f"{y}_MatMul", taken)
+            return [
+                helper.make_node("MatMul", [x, weight], [product]),
+                helper.make_node("Add", [product, bias], [y]),
+            ]
+        if use.operator == "Gemm":
+            return [helper.make_node("Gemm", [x, weight, bias], [y], transB=1)]
+        node = helper.make_node("Conv", [x, weight, bias], [y])
+        node.attribute.extend(use.node.attribute)
+        return [node]
 
-    def _constant(self, name: str, value: float, taken: set[str]) -> str:
-        name = graphs.fresh_name(name, taken)
-        self._constants.append(numpy_helper.from_array(np.array(value, np.float32), name))
-        return name
+
+def _own(use: LayerUse) -> tuple[onnx.NodeProto, ...]:
+    """The nodes of the product and its bias."""
+    return use.replaced[: len(use.replaced) - len(use.behind)]
 
 
 def logits_tensor(graph: onnx.GraphProto, output: str) -> str:

@@ -7,20 +7,23 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from bapq_edge.bank.graph_file import check_graph
 from bapq_edge.engine.graph import RUN_INPUT
 from bapq_edge.errors import BankFormatError, UnsupportedModelError
 
 from . import graphs
-from .ir import HeavyLayer, LayerPlan, LayerUse
+from .ir import Function, HeavyLayer, LayerPlan, LayerUse
 
 DOMAIN = "bapq"
 DOMAIN_VERSION = 1
 NO_CLIP_HIGH = float(np.finfo(np.float32).max)
 NO_CLIP_LOW = -NO_CLIP_HIGH
 """Bounds that clip nothing: attributes hold no infinities."""
+
+_FUNCTIONS: tuple[Function | None, ...] = (None, "hard_swish", "silu", "gelu", "gelu_tanh")
+"""In the order of `bapq_function` of native/src/kernels/kernels.h."""
 
 _AUTO_PAD = {"NOTSET": 0, "SAME_UPPER": 1, "SAME_LOWER": 2}
 
@@ -68,6 +71,33 @@ def assemble(model: onnx.ModelProto, plan: LayerPlan) -> bytes:
     return found
 
 
+def split_residuals(graph: onnx.GraphProto) -> None:
+    """Put the sums that operators took over, with their clips, back behind the operators."""
+    taken = graphs.names(graph)
+    for part in graphs.walk(graph):
+        nodes: list[onnx.NodeProto] = []
+        for node in part.node:
+            nodes.append(node)
+            if node.domain != DOMAIN or len(node.input) < 3:
+                continue
+            output, residual = node.output[0], node.input.pop()
+            product, total, raised = (
+                graphs.fresh_name(f"{output}_{what}", taken) for what in ("product", "sum", "low")
+            )
+            node.output[0] = product
+            bounds = {}
+            for item in node.attribute:
+                if item.name in ("clip_low", "clip_high"):
+                    bounds[item.name] = graphs.fresh_name(f"{output}_{item.name}", taken)
+                    limit = np.array(item.f, np.float32)
+                    part.initializer.append(numpy_helper.from_array(limit, bounds[item.name]))
+                    item.f = NO_CLIP_LOW if item.name == "clip_low" else NO_CLIP_HIGH
+            nodes.append(helper.make_node("Add", [product, residual], [total]))
+            nodes.append(helper.make_node("Max", [total, bounds["clip_low"]], [raised]))
+            nodes.append(helper.make_node("Min", [raised, bounds["clip_high"]], [output]))
+        graphs.replace_nodes(part, nodes)
+
+
 def drop_replaced(model: onnx.ModelProto, plan: LayerPlan) -> onnx.ModelProto:
     """Drop the weights that only the layers' nodes read: the plan holds them.
 
@@ -94,6 +124,7 @@ def drop_replaced(model: onnx.ModelProto, plan: LayerPlan) -> onnx.ModelProto:
                 use,
                 node=nodes[id(use.node)],
                 replaced=tuple(nodes[id(node)] for node in use.replaced),
+                behind=tuple(nodes[id(node)] for node in use.behind),
                 graph=parts[id(use.graph)],
             )
             for use in layer.uses
@@ -118,7 +149,8 @@ def _operators(
         for use in layer.uses:
             operators.update((id(node), []) for node in use.replaced)
             name = graphs.fresh_name(use.node.name or layer.name, node_names)
-            operators[id(use.node)] = _operator(index, layer, use, name, taken)
+            # Not before the last of them, where all that it reads is computed.
+            operators[id(use.replaced[-1])] = _operator(index, layer, use, name, taken)
     return operators
 
 
@@ -135,6 +167,7 @@ def _operator(
         before.append(cast)
     else:
         attributes["use_bias"] = int(layer.bias is not None)
+        attributes["function"] = _FUNCTIONS.index(use.function)
         attributes["clip_low"] = max(use.activation.low, NO_CLIP_LOW)
         attributes["clip_high"] = min(use.activation.high, NO_CLIP_HIGH)
     if use.conv is not None:
@@ -148,7 +181,7 @@ def _operator(
             attributes[f"pad_{side}"] = pad
     node = helper.make_node(
         use.operator,
-        [source, RUN_INPUT],
+        [source, RUN_INPUT, *([use.residual] if use.residual else [])],
         [use.output],
         name=name,
         domain=DOMAIN,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +10,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from . import graphs
+from .functions import find_function
 from .heavy_nodes import HeavyNode
-from .ir import Activation
+from .ir import Activation, Function
+from .neighbours import Neighbours
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -27,19 +29,16 @@ class Bias:
     """The Add node behind the layer; None when the bias is the node's own third input."""
 
 
-class Neighbours:
-    """The readers of each tensor inside one graph; valid until the graph changes."""
+@dataclass(frozen=True)
+class Epilogue:
+    """What an operator does behind the bias: a function, the sum with a tensor, a clip."""
 
-    def __init__(self, graph: onnx.GraphProto, scope: graphs.Scope) -> None:
-        self.scope = scope
-        self._reads: Counter[str] = graphs.uses(graph)
-        self._reader: dict[str, onnx.NodeProto] = {}
-        for node in graph.node:
-            self._reader.update((name, node) for name in node.input)
-
-    def only_reader(self, name: str) -> onnx.NodeProto | None:
-        """The node that alone reads the tensor; None when bodies or the graph's outputs do."""
-        return self._reader.get(name) if self._reads[name] == 1 else None
+    function: Function | None
+    residual: str
+    """The tensor, of the same shape; empty for none."""
+    activation: Activation
+    nodes: tuple[onnx.NodeProto, ...]
+    """The nodes that this stands for, in order."""
 
 
 def own_bias_input(node: onnx.NodeProto) -> str:
@@ -137,10 +136,49 @@ def _drop_own_bias(
         del node.input[2:]
 
 
-def find_activation(
-    output: str, around: Neighbours
-) -> tuple[Activation, tuple[onnx.NodeProto, ...]]:
-    """Find the clipping that a chain of Relu and Clip nodes behind a tensor amounts to."""
+def find_epilogue(
+    output: str, around: Neighbours, same_shape: Callable[[str, str], bool], only_clip: bool
+) -> Epilogue:
+    """Find what follows a product and its bias, and take over what an operator can.
+
+    `same_shape` tells whether two tensors are known to have one shape.
+    """
+    nodes: list[onnx.NodeProto] = []
+    function = None if only_clip else find_function(output, around)
+    if function is not None:
+        nodes += function[1]
+        output = nodes[-1].output[0]
+    residual = None if only_clip else _residual(output, around, same_shape)
+    if residual is not None:
+        nodes.append(residual[1])
+        output = residual[1].output[0]
+    activation, chain = _activation(output, around)
+    around.take(nodes)
+    return Epilogue(
+        function=function and function[0],
+        residual=residual[0] if residual else "",
+        activation=activation,
+        nodes=(*nodes, *chain),
+    )
+
+
+def _residual(
+    output: str, around: Neighbours, same_shape: Callable[[str, str], bool]
+) -> tuple[str, onnx.NodeProto] | None:
+    """The computed tensor of the same shape that is added, and the node that does it."""
+    add = around.only_reader(output)
+    if add is None or not graphs.is_standard(add, "Add", "Sum") or around.is_taken(add):
+        return None
+    if len(add.input) != 2:
+        return None
+    other = add.input[1] if add.input[0] == output else add.input[0]
+    if around.scope.constant(other) is not None or not same_shape(output, other):
+        return None
+    return other, add
+
+
+def _activation(output: str, around: Neighbours) -> tuple[Activation, tuple[onnx.NodeProto, ...]]:
+    """The clipping that a chain of Relu and Clip nodes behind a tensor amounts to."""
     activation, chain = Activation(), []
     while (node := around.only_reader(output)) is not None:
         bounds = _bounds(node, output, around.scope)

@@ -12,11 +12,13 @@ from bapq_edge.bank.manifest import KeptNode
 
 Operator = Literal["MatMul", "Gemm", "Conv", "DepthwiseConv", "Gather"]
 AutoPad = Literal["NOTSET", "SAME_UPPER", "SAME_LOWER"]
+Function = Literal["hard_swish", "silu", "gelu", "gelu_tanh"]
+"""What an operator can apply to a product and its bias."""
 
 
 @dataclass(frozen=True)
 class Activation:
-    """A Relu or Clip behind a node, fused into it: y = min(max(y, low), high)."""
+    """A Relu or Clip behind a node, fused into it as the last step: min(max(y, low), high)."""
 
     low: float = -float("inf")
     high: float = float("inf")
@@ -43,7 +45,8 @@ class LayerUse:
     node: onnx.NodeProto
     """The node itself, inside the folded model."""
     replaced: tuple[onnx.NodeProto, ...]
-    """The node and the bias/activation nodes fused into it: the operator replaces them all."""
+    """The node and those behind it that are fused into it: the operator replaces them all, and
+    stands where the last of them did."""
     operator: Operator
     activation_input: str
     """Tensor that the layer multiplies (Gather: the indices)."""
@@ -55,6 +58,12 @@ class LayerUse:
     """True inside an If, Loop or Scan body, where no activation can be observed from outside."""
     activation: Activation = field(default_factory=Activation)
     conv: ConvGeometry | None = None
+    function: Function | None = None
+    """Applied to the product and its bias."""
+    residual: str = ""
+    """Tensor that is added to what the function gives, of the same shape; empty for none."""
+    behind: tuple[onnx.NodeProto, ...] = ()
+    """Those of `replaced` that stand for `function`, `residual` and `activation`."""
 
 
 @dataclass

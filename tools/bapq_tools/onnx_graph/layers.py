@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Iterator
@@ -16,14 +17,14 @@ from bapq_edge.errors import NoHeavyLayerError
 from . import graphs
 from .fusion import (
     Bias,
-    Neighbours,
-    find_activation,
     find_bias,
+    find_epilogue,
     own_bias_input,
     split_own_bias,
 )
 from .heavy_nodes import MIN_WEIGHTS, HeavyNode, Refusal, recognise
 from .ir import HeavyLayer, LayerPlan, LayerUse
+from .neighbours import Neighbours
 
 _NAME_LENGTH = 80
 
@@ -54,10 +55,10 @@ def find_layers(model: onnx.ModelProto) -> LayerPlan:
     search.visit(model.graph, None)
     if not search.groups:
         raise NoHeavyLayerError(_nothing_found([entry for _, entry in search.kept]))
-    ranks = _Ranks(model)
+    shapes = _Shapes(model)
     around = _NeighbourCache()
     for group in search.groups.values():
-        _decide_bias(group, ranks, around)
+        _decide_bias(group, shapes, around)
     opset = graphs.standard_opset(model)
     taken = graphs.names(model.graph)
     for found in _all(search):
@@ -65,7 +66,7 @@ def find_layers(model: onnx.ModelProto) -> LayerPlan:
             split_own_bias(found.graph, found.node, found.scope, opset, taken)
     around = _NeighbourCache()
     names: set[str] = set()
-    layers = [_layer(group, around, names) for group in search.groups.values()]
+    layers = [_layer(group, shapes, around, names) for group in search.groups.values()]
     fused = {node.output[0] for layer in layers for use in layer.uses for node in use.replaced}
     kept = [entry for output, entry in search.kept if output not in fused]
     return LayerPlan(layers, kept)
@@ -124,36 +125,49 @@ def _nothing_found(kept: list[KeptNode]) -> str:
     )
 
 
-class _Ranks:
-    """The ranks of computed tensors, inferred when first asked for."""
+class _Shapes:
+    """The shapes of tensors, inferred when first asked for: numbers, names, or None."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self._model = model
-        self._ranks: dict[str, int | None] | None = None
+        self._shapes: dict[str, tuple[int | str | None, ...] | None] | None = None
 
-    def of(self, found: _PlacedNode) -> int | None:
+    def output_rank(self, found: _PlacedNode) -> int | None:
         """The rank of a heavy node's output; None when unknown."""
         if found.heavy.operator == "Gemm":
             return 2
         if found.heavy.conv is not None:
             return len(found.scope.initializer(found.node.input[1]).dims)
-        if self._ranks is None:
-            self._ranks = self._infer()
-        return self._ranks.get(found.node.output[0])
+        shape = self._of(found.node.output[0])
+        return None if shape is None else len(shape)
 
-    def _infer(self) -> dict[str, int | None]:
-        ranks: dict[str, int | None] = {}
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors are known to have one shape in every run."""
+        shape = self._of(one)
+        return shape is not None and None not in shape and shape == self._of(other)
+
+    def _of(self, name: str) -> tuple[int | str | None, ...] | None:
+        if self._shapes is None:
+            self._shapes = self._infer()
+        return self._shapes.get(name)
+
+    def _infer(self) -> dict[str, tuple[int | str | None, ...] | None]:
+        shapes: dict[str, tuple[int | str | None, ...] | None] = {}
         try:
             inferred = onnx.shape_inference.infer_shapes(graphs.without_weights(self._model))
-        except Exception:  # whatever its C++ side threw; unknown ranks only cost some fusions
-            return ranks
+        except Exception:  # whatever its C++ side threw; unknown shapes only cost some fusions
+            return shapes
         for part in graphs.walk(inferred.graph):
-            for info in (*part.value_info, *part.output):
-                shape = info.type.tensor_type
-                rank = len(shape.shape.dim) if shape.HasField("shape") else None
-                if ranks.setdefault(info.name, rank) != rank:  # one name in two branches
-                    ranks[info.name] = None
-        return ranks
+            for info in (*part.input, *part.value_info, *part.output):
+                tensor = info.type.tensor_type
+                shape = tuple(map(_size, tensor.shape.dim)) if tensor.HasField("shape") else None
+                if shapes.setdefault(info.name, shape) != shape:  # one name in two branches
+                    shapes[info.name] = None
+        return shapes
+
+
+def _size(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    return dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
 
 
 class _NeighbourCache:
@@ -169,12 +183,12 @@ class _NeighbourCache:
         return self._known[key]
 
 
-def _decide_bias(group: list[_PlacedNode], ranks: _Ranks, around: _NeighbourCache) -> None:
+def _decide_bias(group: list[_PlacedNode], shapes: _Shapes, around: _NeighbourCache) -> None:
     """Fuse a bias only if all products that share the weights have the same one."""
     products = [found for found in group if found.heavy.operator != "Gather"]
     biases = []
     for found in products:
-        bias = find_bias(found.node, found.heavy, ranks.of(found), around.of(found))
+        bias = find_bias(found.node, found.heavy, shapes.output_rank(found), around.of(found))
         if bias is None:
             return
         biases.append(bias)
@@ -183,7 +197,9 @@ def _decide_bias(group: list[_PlacedNode], ranks: _Ranks, around: _NeighbourCach
             found.bias = bias
 
 
-def _layer(group: list[_PlacedNode], around: _NeighbourCache, names: set[str]) -> HeavyLayer:
+def _layer(
+    group: list[_PlacedNode], shapes: _Shapes, around: _NeighbourCache, names: set[str]
+) -> HeavyLayer:
     biases = [found.bias for found in group if found.bias is not None]
     replaced = [found.heavy.weight_name for found in group]
     replaced += [bias.initializer for bias in biases]
@@ -191,20 +207,16 @@ def _layer(group: list[_PlacedNode], around: _NeighbourCache, names: set[str]) -
         name=_layer_name(group[0].node, names),
         weight=group[0].heavy.weight,
         bias=biases[0].values if biases else None,
-        uses=tuple(_use(found, around.of(found)) for found in group),
+        uses=tuple(_use(found, shapes, around.of(found)) for found in group),
         initializers=tuple(dict.fromkeys(replaced)),
     )
 
 
-def _use(found: _PlacedNode, around: Neighbours) -> LayerUse:
+def _use(found: _PlacedNode, shapes: _Shapes, around: Neighbours) -> LayerUse:
     replaced = [found.node]
     if found.bias is not None and found.bias.add is not None:
         replaced.append(found.bias.add)
-    fields = {}
-    if found.heavy.operator != "Gather":
-        fields["activation"], chain = find_activation(replaced[-1].output[0], around)
-        replaced += chain
-    return LayerUse(
+    use = LayerUse(
         node=found.node,
         replaced=tuple(replaced),
         operator=found.heavy.operator,
@@ -213,7 +225,21 @@ def _use(found: _PlacedNode, around: Neighbours) -> LayerUse:
         graph=found.graph,
         is_body=found.is_body,
         conv=found.heavy.conv,
-        **fields,
+    )
+    if use.operator == "Gather":
+        return use
+    epilogue = find_epilogue(
+        use.output, around, shapes.same, only_clip=use.operator == "DepthwiseConv"
+    )
+    nodes = epilogue.nodes
+    return dataclasses.replace(
+        use,
+        replaced=use.replaced + nodes,
+        output=nodes[-1].output[0] if nodes else use.output,
+        activation=epilogue.activation,
+        function=epilogue.function,
+        residual=epilogue.residual,
+        behind=nodes,
     )
 
 

@@ -11,15 +11,16 @@ from bapq_edge.bank.layout import Level
 
 from .scales import divided, fit_scale1, fit_scale2, fit_scale4, grouped, nearest
 
-NEAREST_RESIDUAL_STEPS = 16
-"""Residual steps of nearest codes: 7.5/16 of a step and half a residual step reach exactly half a
-step of level 4, with the finest grid the format admits."""
+NEAREST_RESIDUAL_STEPS = 15
+"""Residual steps of nearest codes: 8/15 of a step reach the half step that is between two codes of
+level 4. As an odd number makes zero a code of level 8, kernels for ARM need no sums of
+activations; 16 would make the grid 1/15 finer."""
 
-COMPENSATED_RESIDUAL_STEPS = 12
-"""Residual steps of compensated codes: with a residual that reaches 2/3 of a step, a level-4 code
-may be the farther neighbour of a weight in the middle third. On MiniLM, cosines of levels 8 and 4
-with float activations are 0.9996 and 0.9922 at 8 steps, 0.9997 and 0.9919 at 10, 0.9998 and 0.9908
-at 12, 0.9999 and 0.9812 at 16."""
+COMPENSATED_RESIDUAL_STEPS = 13
+"""Residual steps of compensated codes: with a residual that reaches 8/13 of a step, a level-4 code
+may be the farther neighbour of a weight that is not near one. Odd, as above. On MiniLM, cosines of
+levels 8 and 4 with float activations are 0.9996 and 0.9922 at 8 steps, 0.9997 and 0.9919 at 10,
+0.9998 and 0.9908 at 12, 0.9999 and 0.9812 at 16."""
 
 
 def residual_steps(levels: tuple[Level, ...], calibrated: bool) -> int:

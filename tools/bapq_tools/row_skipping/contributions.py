@@ -1,8 +1,9 @@
 """Measures what each row of a layer contributes in each region: its mean, and the mean's cost.
 
 Both are measured on the bank itself, at the precision that is asked for: behind the clip, where
-the next layer reads. A mean of clipped values passes the clip unchanged, and of all constants it
-is the one with the smallest squared error.
+the next layer reads; or before the sum with another tensor, which a skipped row does not lose. A
+mean of clipped values passes the clip unchanged, and of all constants it is the one with the
+smallest squared error.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from bapq_edge.bank.reader import Bank
 
 from ..boundary.runner import Feed, Runner
 from ..onnx_graph import graphs
-from ..onnx_graph.assemble import DOMAIN
+from ..onnx_graph.assemble import DOMAIN, split_residuals
 from .downstream_weights import DownstreamWeights
 
 __all__ = ["Contribution", "contributions"]
@@ -59,6 +60,7 @@ def contributions(
     graph, or whose output is one of the model's. A region without samples gives zeros.
     """
     model = onnx.load_from_string(bank.graph_bytes())
+    split_residuals(model.graph)
     observed = list(_observed(bank, model.graph))
     visible = onnx.ModelProto()
     visible.CopyFrom(model)

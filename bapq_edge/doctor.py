@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.metadata
 import mmap
 import os
 import platform
 import re
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from .bank.reader import Bank
+from .bank.storage import read_bytes_s
 from .control.device_profile import DeviceProfile, find_profile
 from .engine.library import kernels_name
 from .errors import BapqError, InputFileError, InterruptedUpdateWarning, SensorError
@@ -58,7 +57,9 @@ def examine(
 ) -> list[Finding]:
     """Look at everything; `root` is where /proc and /sys of the board stand."""
     base = os.fspath(root)
-    findings = [_python(), *_packages(), _kernels(base, environment), _page_size(), _cores()]
+    profile = find_profile(root)
+    kernels = _kernels(base, environment, profile)
+    findings = [_python(), *_packages(), kernels, _page_size(profile), _cores()]
     try:
         sensors = sensors or open_sensors(root, environment)
     except (SensorError, InputFileError) as error:
@@ -67,14 +68,13 @@ def examine(
         return [*findings, Finding("sensors", "note", found, fix)]
     readings = sensors.read()
     sensors.close()
-    profile = find_profile(root)
     findings += [
         _memory(readings),
         _cgroup(base, readings),
         _pressure(base, readings),
         _swap(base),
         _power(readings),
-        _temperature(readings),
+        _temperature(readings, profile),
         _throttling(base, readings),
         _profile(base, profile),
     ]
@@ -126,7 +126,7 @@ def _numbers(version: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", version)[:3]]
 
 
-def _kernels(root: str, environment: Mapping[str, str]) -> Finding:
+def _kernels(root: str, environment: Mapping[str, str], profile: DeviceProfile | None) -> Finding:
     try:
         name = kernels_name()
     except BapqError as error:
@@ -135,6 +135,10 @@ def _kernels(root: str, environment: Mapping[str, str]) -> Finding:
     if forced:
         fix = "unset BAPQ_ISA to have the best"
         return Finding("kernels", "note", f"{name}, because BAPQ_ISA={forced}", fix)
+    expected = None if profile is None else profile.kernels
+    if expected not in (None, name):
+        fix = "see whether the kernel or a container hides features of the CPU (/proc/cpuinfo)"
+        return Finding("kernels", "note", f"{name}, the board's profile says {expected}", fix)
     return Finding("kernels", "OK", f"{name}{_why_no_better(name, root)}")
 
 
@@ -151,7 +155,11 @@ def _why_no_better(name: str, root: str) -> str:
     return f"; {better} is faster, but this CPU has no {', '.join(sorted(missing))}"
 
 
-def _page_size() -> Finding:
+def _page_size(profile: DeviceProfile | None) -> Finding:
+    stock = mmap.PAGESIZE if profile is None else profile.page_bytes
+    if stock != mmap.PAGESIZE:
+        found = f"{format_size(mmap.PAGESIZE)}; this board's stock kernel has {format_size(stock)}"
+        return Finding("page size", "OK", found)
     return Finding("page size", "OK", format_size(mmap.PAGESIZE))
 
 
@@ -230,15 +238,29 @@ def _swap(root: str) -> Finding:
 
 
 def _power(readings: Readings) -> Finding:
-    if readings.power_w is not None:
-        return Finding("power", "OK", f"{readings.power_w:.2f} W ({readings.power_source})")
-    fix = "a Pi 5 tells it through vcgencmd, others through an INA219 or the like on I2C (hwmon)"
+    if readings.power_source is not None:
+        found = readings.power_source
+        if readings.power_w is not None:
+            found = f"{readings.power_w:.2f} W ({found})"
+        if readings.power_scope is not None:
+            found += f", measures: {readings.power_scope}"
+        if readings.power_error_percent is not None:
+            found += f", ±{readings.power_error_percent:g} %"
+        return Finding("power", "OK", found)
+    fix = (
+        "a Pi 5 tells it through vcgencmd, others through an INA219 or the like on I2C (hwmon), "
+        "any meter through BAPQ_POWER=file:PATH"
+    )
     return Finding("power", "note", "no meter: energy is not measured", fix)
 
 
-def _temperature(readings: Readings) -> Finding:
+def _temperature(readings: Readings, profile: DeviceProfile | None) -> Finding:
     if readings.temperature_c is not None:
         found = f"{readings.temperature_c:.1f} °C ({readings.temperature_source})"
+        soft_c = None if profile is None else profile.soft_limit_c
+        if soft_c is not None and readings.temperature_c >= soft_c:
+            found += f"; from {soft_c} °C on this board lowers its clock"
+            return Finding("temperature", "note", found, "give it a heat sink or a fan")
         return Finding("temperature", "OK", found)
     fix = "boards have /sys/class/thermal; in a container, mount /sys"
     return Finding("temperature", "note", "no thermal zone of CPU or SoC", fix)
@@ -268,7 +290,7 @@ def _profile(root: str, profile: DeviceProfile | None) -> Finding:
         return Finding("device profile", "OK", f"{profile.name} ({profile.description})")
     model = (read_text(os.path.join(root, "proc/device-tree/model")) or "").rstrip("\0")
     found = f"none for {model!r}" if model else "none: this machine names no board"
-    fix = "copy one of device_profiles/, measure its values, and give it as Session(profile=...)"
+    fix = "bapq doctor --calibrate -o board.yaml measures one; give it as Session(profile=...)"
     return Finding("device profile", "note", found, fix)
 
 
@@ -305,7 +327,7 @@ def _bank(path: Path, profile: DeviceProfile | None) -> Iterator[Finding]:
     size = os.path.getsize(file)
     if size < _READ_BYTES:
         found += f" (only {format_size(size)} there to read: a rough figure)"
-    expected = profile.storage_read_mb_s * 1e6 if profile else 0
+    expected = profile.read_mb_s(path) * 1e6 if profile else 0
     if speed < _SLOW_SHARE * expected:
         fix = "try another card or port; or put storage_read_mb_s into a profile of your own"
         found += f", the profile says {expected / 1e6:.0f}"
@@ -315,20 +337,4 @@ def _bank(path: Path, profile: DeviceProfile | None) -> Iterator[Finding]:
 
 
 def _read_speed(file: Path, *, direct: bool) -> float:
-    """Bytes per second of the file's first megabytes, around the page cache."""
-    flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
-    descriptor = os.open(file, flags)
-    with contextlib.ExitStack() as undo:
-        undo.callback(os.close, descriptor)
-        buffer = mmap.mmap(-1, _BLOCK_BYTES)  # direct reads want it aligned, and this is
-        undo.callback(buffer.close)
-        buffer[:] = bytes(_BLOCK_BYTES)  # the pages are there before the clock starts
-        if not direct:
-            os.posix_fadvise(descriptor, 0, _READ_BYTES, os.POSIX_FADV_DONTNEED)
-        done, started_s = 0, time.perf_counter()
-        while done < _READ_BYTES:
-            count = os.preadv(descriptor, [buffer], done)
-            done += count
-            if count < _BLOCK_BYTES:
-                break
-        return done / (time.perf_counter() - started_s)
+    return read_bytes_s(file, direct=direct, block_bytes=_BLOCK_BYTES, most_bytes=_READ_BYTES)

@@ -47,6 +47,7 @@
     ├── UncalibratedWarning             built without calibration data
     ├── DegradedWarning                 a run used a lower level than planned
     ├── BudgetExceededWarning           a run needed more memory than the budget leaves
+    ├── EnergyWarning                   a power meter did not tell the energy of a window
     ├── BoundaryDroppedWarning          a bank is written again without its boundary models
     └── BoundaryWarning                 a fit left something out, or doubts what it was given
 
@@ -77,6 +78,7 @@ __all__ = [
     "CalibrationValueError",
     "ClusterError",
     "DegradedWarning",
+    "EnergyWarning",
     "ExecutionError",
     "ForkedSessionError",
     "InputFileError",
@@ -376,6 +378,10 @@ class DegradedWarning(BapqWarning):
 
 class BudgetExceededWarning(BapqWarning):
     """A run needed more memory besides weights than the budget leaves; nothing is pinned now."""
+
+
+class EnergyWarning(BapqWarning):
+    """A power meter is there, but did not tell the energy of a window, or it does not count."""
 
 
 class BoundaryDroppedWarning(BapqWarning):

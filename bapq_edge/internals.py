@@ -68,7 +68,7 @@ class Internals:
         self.threads = int(options.threads or len(os.sched_getaffinity(0)))
         self._profile = find_profile() if options.profile is None else load_profile(options.profile)
         self.request = options.request(
-            self._profile.storage_read_mb_s * 1e6 if self._profile else None
+            self._profile.read_mb_s(options.bank) * 1e6 if self._profile else None
         )
         with contextlib.ExitStack() as undo:
             undo.callback(trim_heap)

@@ -17,8 +17,10 @@ from typing import Any
 from ..bank.reader import Bank
 from ..errors import BapqError, BapqWarning, RequestError, StorageError, UnknownLevelError
 from ..input_files import check_input_file
+from ..profiling import EnergyPerRun, Meter
 from .bench_row import Row, Subject
 from .bench_table import FIELDS, FORMATS, to_text
+from .energy import add_energy, chosen_profile, energy_of, estimate_of
 from .feeds import add_feed, parse_shapes
 from .options import add_bank, add_session, session_options
 from .paths import check_output
@@ -69,6 +71,7 @@ def add_bench(commands: Any) -> None:
     )
     add_feed(command)
     add_session(command)
+    add_energy(command)
     command.set_defaults(command=_bench)
 
 
@@ -93,8 +96,14 @@ def _bench(arguments: argparse.Namespace) -> None:
             for options in _rows_of_bank(arguments)
         ),
     ]
+    profile = chosen_profile(arguments)
     failures: list[BapqError] = []
-    results = _measure(subjects, arguments.runs, failures)
+    with Meter() as meter:
+        meter.measure_idle()
+        results = _measure(subjects, arguments.runs, failures, meter)
+    for result in results:
+        if result["energy_j"] is None and result["run_ms"] is not None:
+            _put_energy(result, estimate_of(profile, arguments.threads, result["run_ms"]))
     _put(to_text(results, style), arguments.output)
     if failures:
         raise failures[0]
@@ -153,7 +162,18 @@ def _levels(path: Path, wanted: str | None) -> list[str]:
     return levels
 
 
-def _measure(subjects: list[Subject], runs: int, failures: list[BapqError]) -> list[dict[str, Any]]:
+def _put_energy(result: dict[str, Any], energy: EnergyPerRun | None) -> None:
+    if energy is not None:
+        result["energy_j"] = energy.energy_j
+        result["energy_error_j"] = energy.error_j
+        result["energy_estimated"] = energy.estimated
+        for name in ("idle_w", "power_source", "power_scope", "power_hz"):
+            result[name] = getattr(energy, name)
+
+
+def _measure(
+    subjects: list[Subject], runs: int, failures: list[BapqError], meter: Meter
+) -> list[dict[str, Any]]:
     """One result per subject; the first model also runs between the others' runs."""
     results: list[dict[str, Any]] = []
     reference: Row | None = None
@@ -177,6 +197,10 @@ def _measure(subjects: list[Subject], runs: int, failures: list[BapqError]) -> l
                     time.sleep(_PAUSE_S)
                     reference_ms.append(reference.run())
             result.update(row.report())
+            if meter.power_source is not None:
+                with meter.window(subject.name):
+                    again = row.run_on()
+                _put_energy(result, energy_of(meter.windows[-1], again))
         except BapqError as error:
             failures.append(error)
             result["error"] = str(error)

@@ -21,6 +21,9 @@ from .feeds import FeedSource
 
 __all__ = ["Row", "Subject"]
 
+_RUN_ON_S = 1.0
+"""Long enough for a meter of a few samples a second."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -81,6 +84,10 @@ class Row:
     def run(self) -> float:
         """Run it once; milliseconds."""
         return float(self._ask("run"))
+
+    def run_on(self) -> int:
+        """Run it again and again for a second; how often."""
+        return int(self._ask("run_on"))
 
     def forget_reads(self) -> None:
         """Count the bytes that are read from here on."""
@@ -170,6 +177,13 @@ class _Runner:
                 raise ExecutionError(f"{self._subject.name}: ONNX Runtime: {reason}") from None
         self._runs += 1
         return (time.perf_counter() - started_s) * 1e3
+
+    def run_on(self) -> int:
+        runs, end_s = 0, time.perf_counter() + _RUN_ON_S
+        while time.perf_counter() < end_s:
+            self.run()
+            runs += 1
+        return runs
 
     def forget_reads(self) -> None:
         self._runs = 0

@@ -22,9 +22,19 @@ FIELDS = (
     "weight_bytes",
     "streamed_bytes_per_run",
     "bits_per_weight",
+    "energy_j",
+    "energy_error_j",
+    "idle_w",
+    "power_source",
+    "power_scope",
+    "power_hz",
+    "energy_estimated",
     "error",
 )
 """Keys of a result."""
+
+
+_HEADS = ("", "load ms", "run ms", "ratio", "peak growth", "weights", "read per run", "bits")
 
 
 def to_text(results: Iterable[dict[str, Any]], style: str) -> str:
@@ -33,7 +43,8 @@ def to_text(results: Iterable[dict[str, Any]], style: str) -> str:
 
 
 def _markdown(results: list[dict[str, Any]]) -> str:
-    heads = ("", "load ms", "run ms", "ratio", "peak growth", "weights", "read per run", "bits")
+    measured = [result for result in results if result["energy_j"] is not None]
+    heads = [*_HEADS, *(["energy mJ"] if measured else [])]
     rows = [
         (
             result["name"],
@@ -44,6 +55,7 @@ def _markdown(results: list[dict[str, Any]]) -> str:
             _size(result["weight_bytes"]),
             _size(result["streamed_bytes_per_run"]),
             _number(result["bits_per_weight"], 2),
+            *([_energy(result)] if measured else []),
         )
         for result in results
     ]
@@ -61,7 +73,24 @@ def _markdown(results: list[dict[str, Any]]) -> str:
             f"\nratio: run ms over those of {results[0]['name']} between the same runs, so not the "
             "quotient of two rows\n"
         )
+    if measured:
+        text += f"\nenergy of a run: {_energy_facts(measured[0])}\n"
     return text
+
+
+def _energy(result: dict[str, Any]) -> str:
+    if result["energy_j"] is None:
+        return ""
+    return f"{result['energy_j'] * 1e3:.3g} ± {result['energy_error_j'] * 1e3:.1g}"
+
+
+def _energy_facts(result: dict[str, Any]) -> str:
+    beyond = f"beyond that of the idle board, {result['idle_w']:.2f} W"
+    if result["energy_estimated"]:
+        return f"estimate, {beyond}, by the {result['power_source']}"
+    scope = "" if result["power_scope"] is None else f" ({result['power_scope']})"
+    meter = f"{result['power_source']}{scope}, {result['power_hz']:.1f} Hz"
+    return f"{beyond} measured before; {meter}; ± is meter and sampling together"
 
 
 def _size(value: float | None) -> str:

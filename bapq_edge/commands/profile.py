@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import time
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError, StorageError
-from ..profiling.trace import Recorder, Summary
+from ..profiling import Meter, Recorder, Summary
 from ..session import Session
 from ..units import counted, format_size
+from .energy import add_energy, as_json, chosen_profile, energy_of, estimate_of
 from .feeds import FeedSource, add_feed, parse_shapes
 from .options import add_bank, add_json, add_precision, add_session, session_options
 from .paths import check_output
@@ -34,6 +36,7 @@ def add_profile(commands: Any) -> None:
     )
     add_precision(command)
     add_session(command)
+    add_energy(command)
     add_feed(command)
     add_json(command, "the summary")
     command.set_defaults(command=_profile)
@@ -46,12 +49,15 @@ def _profile(arguments: argparse.Namespace) -> None:
         raise RequestError(f"--output {arguments.output} must end in .json")
     check_output(arguments.output, arguments.bank, arguments.input)
     options = session_options(arguments)
+    profile = chosen_profile(arguments)
     source = FeedSource(arguments.input, parse_shapes(arguments.shape))
-    with Session(arguments.bank, **options) as session:
+    with Meter() as meter, contextlib.ExitStack() as stack:
+        meter.measure_idle()
+        session = stack.enter_context(Session(arguments.bank, **options))
         feed = source.feed(session.get_inputs())
         with source.explained(session.get_inputs()):
             session.run(None, feed)  # the first run brings in what is pinned
-        with Recorder(session) as recorder:
+        with Recorder(session) as recorder, meter.window("runs"):
             end_s = time.monotonic() + arguments.seconds
             while time.monotonic() < end_s:
                 recorder.run(feed)
@@ -60,11 +66,20 @@ def _profile(arguments: argparse.Namespace) -> None:
         summary = recorder.write(arguments.output)
     except OSError as error:
         raise StorageError(f"{arguments.output} cannot be written: {error}") from error
+    energy = energy_of(meter.windows[0], summary.runs) or estimate_of(
+        profile, arguments.threads, summary.median_run_ms
+    )
     if arguments.json:
-        report = {**dataclasses.asdict(summary), "session": dataclasses.asdict(stats)}
+        report = {
+            **dataclasses.asdict(summary),
+            "energy": as_json(energy),
+            "session": dataclasses.asdict(stats),
+        }
         print(json.dumps(report))
         return
     _print(summary)
+    if energy is not None:
+        print(energy)
     print(
         f"{stats.bits_per_weight:.2f} bits per weight, {format_size(stats.resident_bytes)} of "
         f"weights in memory, process grew by {format_size(stats.peak_bytes)} at its peak"

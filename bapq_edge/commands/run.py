@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import RequestError, StorageError
+from ..profiling import EnergyPerRun, Meter
 from ..session import Session
 from ..telemetry import SessionStats
 from ..units import counted, format_size
+from .energy import add_energy, as_json, chosen_profile, energy_of, estimate_of
 from .feeds import FeedSource, add_input
 from .options import add_bank, add_json, add_precision, add_session, session_options
 from .paths import check_output
@@ -40,10 +44,12 @@ def add_run(commands: Any) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="run N times, and tell the first, cold run from the others (default: 1)",
+        help="run N times, and tell the first, cold run from the others, and with a power meter "
+        "the energy of these (default: 1)",
     )
     add_precision(run)
     add_session(run)
+    add_energy(run)
     add_json(run, "the report")
     run.set_defaults(command=_run)
 
@@ -53,33 +59,56 @@ def _run(arguments: argparse.Namespace) -> None:
         raise RequestError(f"--repeat is {arguments.repeat}, it must be at least 1")
     _check_output(arguments)
     options = session_options(arguments)
+    profile = chosen_profile(arguments)
     source = FeedSource(arguments.input)
     times_ms = []
-    started_s = time.perf_counter()
-    with Session(arguments.bank, **options) as session:
+    with contextlib.ExitStack() as stack:
+        # What the meter takes is there before the session's memory begins to count.
+        meter = stack.enter_context(Meter()) if arguments.repeat > 1 else None
+        if meter is not None:
+            meter.measure_idle()
+        started_s = time.perf_counter()
+        session = stack.enter_context(Session(arguments.bank, **options))
         load_ms = (time.perf_counter() - started_s) * 1e3
         names = [value.name for value in session.get_outputs()]
         _check_output(arguments, names)
         feed = source.feed(session.get_inputs())
-        for _ in range(arguments.repeat):
+        outputs: list[Any] = []
+
+        def run() -> None:
+            nonlocal outputs
             started_s = time.perf_counter()
             outputs = session.run(None, feed)
             times_ms.append((time.perf_counter() - started_s) * 1e3)
+
+        run()
+        energy = None if meter is None else _run_again(run, arguments.repeat - 1, meter)
         stats = session.stats()
     answers = dict(zip(names, outputs, strict=True))
     if arguments.output:
         _write(arguments.output, answers)
     cold_ms = times_ms[0]
     warm_ms = statistics.median(times_ms[1:]) if arguments.repeat > 1 else None
+    energy = energy or estimate_of(profile, arguments.threads, warm_ms or cold_ms)
     if arguments.json:
         report = {"load_ms": load_ms, "run_ms": cold_ms, "warm_run_ms": warm_ms}
-        print(json.dumps({**report, **dataclasses.asdict(stats)}))
+        print(json.dumps({**report, "energy": as_json(energy), **dataclasses.asdict(stats)}))
     else:
         _print_times(load_ms, cold_ms, warm_ms, stats)
+        if energy is not None:
+            print(energy)
         _print_stats(stats)
         for name, value in answers.items():
             array = np.asarray(value)
             print(f"{name}: {array.dtype} {list(array.shape)}")
+
+
+def _run_again(run: Callable[[], None], times: int, meter: Meter) -> EnergyPerRun | None:
+    """Energy of the warm runs, each beyond that of the idle board; None without a meter."""
+    with meter.window("runs"):
+        for _ in range(times):
+            run()
+    return energy_of(meter.windows[0], times)
 
 
 def _check_output(arguments: argparse.Namespace, names: list[str] | None = None) -> None:

@@ -1,16 +1,20 @@
-"""Device profiles: facts about boards, from device_profiles/*.yaml (its README has the schema)."""
+"""Device profiles: facts about boards, from device_profiles/*.yaml (schema.json has the schema)."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ..errors import ProfileError
+from ..bank.storage import storage_class
+from ..errors import ProfileError, StorageError
 from ..input_files import input_file_errors
 
-__all__ = ["DeviceProfile", "find_profile", "load_profile", "profile_names"]
+__all__ = ["DeviceProfile", "find_profile", "load_profile", "profile_names", "save_profile"]
 
 _BOARD_MODEL = "proc/device-tree/model"
 if os.path.exists(f"/{_BOARD_MODEL}"):
@@ -32,6 +36,7 @@ class DeviceProfile:
     memory_mib: int
     page_bytes: int
     storage_read_mb_s: int
+    """Of storage whose class is not known."""
     throttle_c: int
     temperature_margin_c: int
     """The controller acts this far below throttle_c."""
@@ -43,17 +48,71 @@ class DeviceProfile:
     battery_critical_percent: int
     hold_s: int
     """A reading must be good again for so long before the controller takes one step back."""
+    kernels: str | None = None
+    """The kernel family that this board's CPU can run."""
+    soft_limit_c: int | None = None
+    """From this temperature on the firmware lowers the clock a little, below throttle_c."""
+    storage_classes_mb_s: Mapping[str, int] = field(default_factory=dict)
+    """Sequential read speed by class of storage: sd, emmc, usb, sata, nvme."""
+    idle_w: float | None = None
+    """Power of the idle board, without display."""
+    busy_w: float | None = None
+    """Its power with all cores computing."""
+    power_error_percent: int | None = None
+    """How far an estimate out of idle_w and busy_w may be off."""
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """What `bapq doctor --calibrate` measured beside them, for whoever reads it."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Where the values come from, by key."""
 
     def __post_init__(self) -> None:
-        """Refuse a value of the wrong type or a number below one."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            expected = int if field.type == "int" else str
-            if type(value) is not expected or not value or (expected is int and int(value) < 1):
-                raise ProfileError(
-                    f"profile key {field.name!r} is {value!r}, it needs a "
-                    f"{'positive integer' if expected is int else 'non-empty string'}"
-                )
+        """Refuse a value of the wrong type or a number that is not positive."""
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            kind, _, optional = str(entry.type).partition(" | ")
+            wanted, fits = _KINDS[kind]
+            if not fits(value) and not (optional and value is None):
+                raise ProfileError(f"profile key {entry.name!r} is {value!r}, it needs {wanted}")
+        if self.idle_w is not None and self.busy_w is not None and self.busy_w < self.idle_w:
+            raise ProfileError(
+                f"profile key 'busy_w' is {self.busy_w:g}, the least is idle_w, {self.idle_w:g}"
+            )
+
+    def read_mb_s(self, path: str | os.PathLike[str]) -> int:
+        """Read speed to expect of the storage that holds this path, MB/s."""
+        return self.storage_classes_mb_s.get(storage_class(path) or "", self.storage_read_mb_s)
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str and bool(value)
+
+
+def _is_mapping_of(fits: Any) -> Any:
+    def check(value: Any) -> bool:
+        return isinstance(value, Mapping) and all(
+            _is_text(key) and fits(entry) for key, entry in value.items()
+        )
+
+    return check
+
+
+_KINDS = {
+    "int": ("a positive integer", _is_whole),
+    "str": ("a non-empty string", _is_text),
+    "float": ("a positive number", lambda value: _is_number(value) and value > 0),
+    "Mapping[str, int]": ("positive integers by name", _is_mapping_of(_is_whole)),
+    "Mapping[str, float]": ("numbers by name", _is_mapping_of(_is_number)),
+    "Mapping[str, str]": ("texts by key", _is_mapping_of(_is_text)),
+}
+"""What each type of a key needs, in words and as a check."""
 
 
 def _directory() -> Path:
@@ -93,14 +152,32 @@ def load_profile(profile: str | os.PathLike[str]) -> DeviceProfile:
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ProfileError(f"{path} is no YAML: {reason}") from error
-    keys = {field.name for field in dataclasses.fields(DeviceProfile)}
-    if not isinstance(values, dict) or set(values) != keys:
-        found = set(values) if isinstance(values, dict) else set()
+    entries = dataclasses.fields(DeviceProfile)
+    needed = {entry.name for entry in entries if _is_needed(entry)}
+    found = set(values) if isinstance(values, dict) else set()
+    unknown = found - {entry.name for entry in entries}
+    if not isinstance(values, dict) or needed - found or unknown:
         raise ProfileError(
-            f"{path}: missing keys {sorted(keys - found)}, "
-            f"unknown keys {sorted(map(str, found - keys))}"
+            f"{path}: missing keys {sorted(needed - found)}, "
+            f"unknown keys {sorted(map(str, unknown))}"
         )
     return DeviceProfile(**values)
+
+
+def save_profile(profile: DeviceProfile, path: Path) -> None:
+    """Write a profile that `load_profile` reads. Raises StorageError."""
+    import yaml
+
+    values = {name: value for name, value in dataclasses.asdict(profile).items() if value}
+    try:
+        path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), "utf-8")
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _is_needed(entry: dataclasses.Field[Any]) -> bool:
+    missing = dataclasses.MISSING
+    return entry.default is missing and entry.default_factory is missing
 
 
 def find_profile(root: str | os.PathLike[str] = "/") -> DeviceProfile | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .energy import EnergyPerRun, Idle
 from .meters import Meter, Window, measure
 from .trace import Recorder, Summary
 
-__all__ = ["Meter", "Recorder", "Summary", "Window", "measure"]
+__all__ = ["EnergyPerRun", "Idle", "Meter", "Recorder", "Summary", "Window", "measure"]

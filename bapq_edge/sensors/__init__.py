@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from ..errors import SensorError
 from .firmware import system_vcgencmd
 from .mock import MockSensors
+from .power_feed import open_feed
 from .readings import CAPPED_BITS, Readings, Sensors
 from .system import SystemSensors
 
@@ -21,12 +22,15 @@ __all__ = ["CAPPED_BITS", "MockSensors", "Readings", "Sensors", "SystemSensors",
 
 
 def open_sensors(
-    root: str | os.PathLike[str] = "/", environment: Mapping[str, str] = os.environ
+    root: str | os.PathLike[str] = "/",
+    environment: Mapping[str, str] = os.environ,
+    vcgencmd_period_s: float = 5.0,
 ) -> Sensors:
     """The sensors of this machine, or the mock that BAPQ_SENSORS asks for.
 
     BAPQ_SENSORS=mock:trace.csv plays a trace in real time, mock-step:trace.csv one row per read.
-    Below another root than "/" there is no vcgencmd. Raises SensorError.
+    BAPQ_POWER=file:PATH and socket:PLACE name a power meter of the user's. Below another root than
+    "/" there is no vcgencmd, which is asked once per period at most. Raises SensorError.
     """
     setting = environment.get("BAPQ_SENSORS", "")
     kind, _, path = setting.partition(":")
@@ -37,4 +41,10 @@ def open_sensors(
             f"BAPQ_SENSORS is {setting!r}; "
             "it can be mock:trace.csv or mock-step:trace.csv, or not be set"
         )
-    return SystemSensors(root, vcgencmd=system_vcgencmd() if os.fspath(root) == "/" else None)
+    meter = environment.get("BAPQ_POWER", "")
+    return SystemSensors(
+        root,
+        vcgencmd=system_vcgencmd() if os.fspath(root) == "/" else None,
+        vcgencmd_period_s=vcgencmd_period_s,
+        power_feed=open_feed(meter) if meter else None,
+    )

@@ -103,6 +103,8 @@ def _row(place: str, columns: list[str], cells: list[str]) -> Readings:
     for name, cell in zip(columns, (cell.strip() for cell in cells), strict=True):
         if cell or name == "time_s":
             values[name] = _value(place, name, cell)
+    if {"power_w", "energy_j"} & set(values):
+        values.setdefault("power_source", "mock")
     return Readings(**values)
 
 

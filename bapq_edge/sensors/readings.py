@@ -41,7 +41,16 @@ class Readings:
     power_w: float | None = None
     """What the board draws."""
     power_source: str | None = None
-    """Meter and rail that power_w stands for."""
+    """Meter and rail that power_w stands for; a meter that counts energy is named before it has
+    counted enough for a power."""
+    power_scope: str | None = None
+    """What that meter measures, such as "board" or "CPU package"."""
+    power_error_percent: float | None = None
+    """How far the meter itself may be off, by its maker or by assumption."""
+    power_age_s: float | None = None
+    """Age of power_w and energy_j."""
+    energy_j: float | None = None
+    """What a meter that counts has counted since the sensors were opened, or another start."""
     temperature_c: float | None = None
     """Temperature of the hottest zone of CPU and SoC."""
     temperature_source: str | None = None
@@ -49,7 +58,7 @@ class Readings:
     throttled: int | None = None
     """Bits of `vcgencmd get_throttled`: 0 to 3 are now, 16 to 19 since boot."""
     vcgencmd_age_s: float | None = None
-    """Age of what vcgencmd told: throttled, and power_w where power_source is the PMIC."""
+    """Age of the older of what vcgencmd told: throttled, and the PMIC's power."""
 
     @property
     def throttled_now(self) -> tuple[str, ...] | None:

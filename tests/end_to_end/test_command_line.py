@@ -21,7 +21,7 @@ from support.boundaries import model as boundary_model
 from support.boundaries import with_boundary
 
 COMMANDS = [
-    *("build", "fit", "run", "bench", "profile", "doctor"),
+    *("build", "fit", "report", "run", "bench", "profile", "doctor"),
     *("inspect", "verify", "install", "unpack", "pack"),
 ]
 
@@ -61,7 +61,7 @@ def test_python_m_bapq_edge_is_the_command():
     ("arguments", "answer"),
     [
         (["isntall", "a", "b"], "there is no command 'isntall'; did you mean install?"),
-        (["xyz"], "there is no command 'xyz'; there are build, fit, run, bench, profile"),
+        (["xyz"], "there is no command 'xyz'; there are build, fit, report, run, bench"),
         (["run", "a.bank", "--inptu", "a"], "there is no option --inptu; did you mean --input?"),
         (["run", "a.bank", "--memory-bugdet=1GiB"], "did you mean --memory-budget?"),
         (["bench", "a.bank", "--frmat", "md"], "did you mean --format?"),
@@ -249,3 +249,12 @@ def test_repeated_runs_tell_cold_from_warm(made, bapq, refused):
     report = json.loads(bapq(*run, 5, "--json")[0])
     assert report["runs"] == 5 and report["run_ms"] > 0 and report["warm_run_ms"] > 0
     assert "--repeat is 0" in refused(errors.RequestError, *run, 0)
+
+
+def test_doctor_calibrates_the_board(bapq, refused, made, tmp_path):
+    arguments = ("doctor", made / "one.bank", "--calibrate", "--load-seconds", 0.1)
+    out, err = bapq(*arguments, "-o", "board.yaml")
+    assert "memory_copy_mb_s" in out and "all cores" in err
+    bapq("run", made / "one.bank", "--input", made / "one.npz", "--profile", "board.yaml")
+    assert "BOARD.yaml" in refused(errors.RequestError, *arguments)
+    assert "--calibrate" in refused(errors.RequestError, "doctor", "-o", "x.yaml")

@@ -109,3 +109,27 @@ def test_a_bank_that_is_absent_broken_or_incomplete(tmp_path):
     assert "r8" in findings("pi_4", bank)["bank"].found
     (bank / "manifest.json").write_text("{}")
     assert findings("pi_4", bank)["bank"].state == "BAD"
+
+
+def test_a_board_that_is_less_than_its_profile_says_is_noted(monkeypatch):
+    monkeypatch.setattr("bapq_edge.doctor.kernels_name", lambda: "scalar")
+    found = findings("pi_4", temperature_c=50.0)["kernels"]
+    assert found.state == "note" and found.found == "scalar, the board's profile says neon"
+    monkeypatch.setattr("bapq_edge.doctor.kernels_name", lambda: "neon")
+    assert findings("pi_4", temperature_c=50.0)["kernels"].state == "OK"
+
+
+def test_the_soft_limit_of_a_3b_plus_is_noted(tmp_path):
+    model = tmp_path / "proc/device-tree/model"
+    model.parent.mkdir(parents=True)
+    model.write_text("Raspberry Pi 3 Model B Plus Rev 1.3\0")
+    warm = findings(tmp_path, temperature_c=61.0, temperature_source="cpu-thermal")["temperature"]
+    assert warm.state == "note" and "from 60 °C on this board lowers its clock" in warm.found
+    cool = findings(tmp_path, temperature_c=59.0, temperature_source="cpu-thermal")["temperature"]
+    assert cool.state == "OK"
+
+
+def test_a_meter_is_told_with_its_scope_and_error():
+    told = {"power_w": 2.5, "power_source": "hwmon ina219", "power_scope": "where the meter sits"}
+    power = findings("pi_4", **told, power_error_percent=2.0)["power"]
+    assert power.found == "2.50 W (hwmon ina219), measures: where the meter sits, ±2 %"

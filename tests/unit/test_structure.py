@@ -23,6 +23,7 @@ PACKAGES = {
     "bapq_edge": ROOT / "bapq_edge",
     "bapq_tools": ROOT / "tools" / "bapq_tools",
     "benchmarks": ROOT / "tools" / "benchmarks",
+    "experiments": ROOT / "tools" / "experiments",
 }
 """From the bottom: a package imports itself and those before it."""
 
@@ -51,7 +52,7 @@ ROOMS: dict[str, list[str]] = {
         "calibration",
         "quantize",
         "recipe",
-        "build analyze",
+        "build analyze report",
         "boundary",
         "row_skipping",
         "commands",

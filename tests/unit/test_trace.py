@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import mmap
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -201,7 +203,7 @@ class FakeSensors:
         power = self.powers.pop(0) if len(self.powers) > 1 else self.powers[0]
         source = None if power is None else self.source
         age_s = None if self.age_s is None else time.monotonic() - self.age_s
-        return Readings(0.0, power_w=power, power_source=source, vcgencmd_age_s=age_s)
+        return Readings(0.0, power_w=power, power_source=source, power_age_s=age_s)
 
     def close(self):
         self.closed = True
@@ -260,3 +262,32 @@ def test_measure_gives_the_result_and_the_window():
     kept, window = measure(allocate, "allocate")
     assert kept.nbytes == 64 << 20 and window.name == "allocate"
     assert window.rss_growth_bytes > 60 << 20
+
+
+def test_a_window_s_peak_is_that_of_the_kernel_to_the_page():
+    """In a process of its own, so that no earlier peak hides it."""
+    code = """
+import mmap
+from bapq_edge.profiling import Meter
+def kilobytes(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field))
+with Meter() as meter:
+    pages = mmap.mmap(-1, 80 << 20)
+    pages[:] = bytes(1) * (80 << 20)
+    pages.close()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = kilobytes("VmRSS")
+    with meter.window("large"):
+        pages = mmap.mmap(-1, 48 << 20)
+        for page in range(0, 48 << 20, 4096):
+            pages[page] = 1
+        pages.close()
+    peak = kilobytes("VmHWM")
+print(meter.windows[0].peak_growth_bytes // 1024, peak - before)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    window, kernel = map(int, ended.stdout.split())
+    assert kernel >= (48 << 10) - 64
+    assert abs(window - kernel) <= 64  # what reading the two files took between

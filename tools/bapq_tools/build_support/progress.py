@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
 __all__ = ["Progress"]
 
-_LINE_S = 30.0
+_LINE_S = 5.0
 """The time between two lines of a long stage where there is no terminal."""
+_BAR_S = 0.5
+"""The same of two states of a bar."""
+_MOST_GUESSED = 0.99
+"""A stage that is not done never shows more."""
 
 
 class Progress:
@@ -37,7 +42,7 @@ class Progress:
             if self._enabled and sys.stderr.isatty():
                 yield stack.enter_context(_bar(name, clock))
             elif self._enabled:
-                yield _lines(name, clock)
+                yield stack.enter_context(_lines(name, clock))
             else:
                 yield lambda done=1: None
         self.seconds[name] = clock.elapsed_s
@@ -54,7 +59,7 @@ class _Clock:
         self._started_s = time.perf_counter()
         self._end_s: float | None = None
 
-    def advance(self, done: float) -> None:
+    def advance(self, done: float = 1) -> None:
         """Take note of steps done."""
         self._done += done
         self._end_s = time.perf_counter() + self.elapsed_s * (1 / self.share - 1)
@@ -69,6 +74,18 @@ class _Clock:
         """The share that is done, 0 to 1."""
         return min(self._done / self._steps, 1.0)
 
+    @property
+    def share_now(self) -> float:
+        """The share of the time that has passed, as the last step foretells it.
+
+        So a long step does not stand still, and one that takes longer than foretold nears the end
+        without reaching it.
+        """
+        if self._end_s is None or self.share == 1:
+            return self.share
+        whole_s = self._end_s - self._started_s
+        return max(self.share, min(self.elapsed_s / whole_s, _MOST_GUESSED) if whole_s else 0.0)
+
     def left(self) -> str:
         """The time left, as minutes:seconds; it runs down between two steps."""
         if self._end_s is None:
@@ -77,17 +94,32 @@ class _Clock:
         return f"{left_s // 60}:{left_s % 60:02}"
 
 
-def _lines(name: str, clock: _Clock) -> Callable[..., None]:
-    shown_s = 0.0
+@contextlib.contextmanager
+def _ticking(tick: Callable[[], None], period_s: float) -> Iterator[None]:
+    """Call `tick` once per period on a thread: a step may take minutes."""
+    stopping = threading.Event()
 
-    def advance(done: float = 1) -> None:
-        nonlocal shown_s
-        clock.advance(done)
-        if clock.elapsed_s - shown_s >= _LINE_S:
-            shown_s = clock.elapsed_s
-            print(f"{name}: {clock.share:.0%}, {clock.left()} left", file=sys.stderr)
+    def run() -> None:
+        while not stopping.wait(period_s):
+            tick()
 
-    return advance
+    thread = threading.Thread(target=run, name="bapq-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def _lines(name: str, clock: _Clock) -> Iterator[Callable[..., None]]:
+    def show() -> None:
+        state = f"{clock.share_now:.0%} after {clock.elapsed_s:.0f} s, {clock.left()} left"
+        print(f"{name}: {state}", file=sys.stderr)
+
+    with _ticking(show, _LINE_S):
+        yield clock.advance
 
 
 @contextlib.contextmanager
@@ -110,8 +142,12 @@ def _bar(name: str, clock: _Clock) -> Iterator[Callable[..., None]]:
     with rich.progress.Progress(*columns, console=Console(stderr=True)) as bars:
         task = bars.add_task(name, total=1.0)
 
+        def show() -> None:
+            bars.update(task, completed=clock.share_now)
+
         def advance(done: float = 1) -> None:
             clock.advance(done)
-            bars.update(task, completed=clock.share)
+            show()
 
-        yield advance
+        with _ticking(show, _BAR_S):
+            yield advance

@@ -18,7 +18,7 @@ PIP := $(PIP_TELLING) --quiet
 OLDEST_ORT = $(shell $(PYTHON) -c 'import sys; v = sys.version_info[1]; print("1.17.3" if v <= 12 else "1.20.1" if v == 13 else "1.24.1")')
 OLDEST_NUMPY = $(shell $(PYTHON) -c 'import sys; print("numpy<2" if sys.version_info[1] <= 12 else "numpy")')
 
-.PHONY: help demo test test-arm test-pi test-walk test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary bench-arm bench-kernels docs lint format clean
+.PHONY: help demo test test-arm test-pi test-walk test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary bench-arm bench-kernels fuzz docs lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z0-9_-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -46,6 +46,14 @@ test-wheels: $(VENV)/.ready dist/.aarch64 dist/.x86_64  ## test what is in the w
 
 test-full: $(VENV)/.ready $(OLDEST)/.ready $(MINILM) lint dist/.x86_64 $(ARM64)/.ready test-pi  ## run all tests
 	BAPQ_OLDEST_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest -m "not pi"
+
+FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/.fuzz  ## damage banks and graphs, FUZZ_SECONDS of each kind, and turn over every bit of a small bank
+	work=$$(mktemp -d) && program=$$(tests/native/build.sh address operators_fuzz) && \
+	  $$program $$work $$((1000 * $(FUZZ_SECONDS))) $$RANDOM; status=$$?; rm -r $$work; exit $$status
+	$(BIN)/python tests/fuzz/fuzz.py reader --coverage --runs -1 --seconds $(FUZZ_SECONDS)
+	$(BIN)/python tests/fuzz/fuzz.py session --coverage --runs -1 --seconds $(FUZZ_SECONDS)
+	$(BIN)/python tests/fuzz/fuzz.py flips
 
 wheel-aarch64: dist/.aarch64  ## build the wheel for 64-bit ARM
 wheel-x86_64: dist/.x86_64  ## build the wheel for x86-64
@@ -99,6 +107,10 @@ $(VENV)/.ready: pyproject.toml $(NATIVE)
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/.ready
 	$(BIN)/python $(PIP_TELLING) install --editable '.[docs]' --config-settings=cmake.define.BAPQ_WERROR=ON
+	@touch $@
+
+$(VENV)/.fuzz: | $(VENV)/.ready
+	$(BIN)/python $(PIP) install atheris==3.0.0
 	@touch $@
 
 # The device as a user installs it: the wheel, without the host's packages, on the oldest onnxruntime.

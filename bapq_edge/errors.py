@@ -31,7 +31,10 @@
     │   ├── NoTapError                  no tensor to find regions from, or not the one named
     │   └── TargetNotMetError           the message says which agreement can be met
     ├── SessionClosedError              the session was closed before
+    ├── ForkedSessionError              the session was opened before this process was forked
     ├── ExecutionError                  the graph engine failed during a run
+    ├── ResourceError                   the system gives no more file handles or threads
+    │   └── OutOfMemoryError            the system gives no more memory
     ├── StorageError                    the disk: full, unreadable, not writable
     │   └── InputFileError              a file that was named is missing or cannot be read
     ├── PlatformError                   this machine cannot run BAPQ-Edge
@@ -83,6 +86,7 @@ __all__ = [
     "DegradedWarning",
     "EnergyWarning",
     "ExecutionError",
+    "ForkedSessionError",
     "FrozenInputWarning",
     "IgnoredSettingWarning",
     "InputFileError",
@@ -93,10 +97,12 @@ __all__ = [
     "ModelFormatError",
     "NoHeavyLayerError",
     "NoTapError",
+    "OutOfMemoryError",
     "PlatformError",
     "ProfileError",
     "RecipeError",
     "RequestError",
+    "ResourceError",
     "RunInputError",
     "SensorError",
     "SessionClosedError",
@@ -298,10 +304,30 @@ class SessionClosedError(BapqError, RuntimeError):
     exit_code = 45
 
 
+class ForkedSessionError(BapqError, RuntimeError):
+    """The session was opened before this process was forked: its threads are not here."""
+
+    exit_code = 39
+
+
 class ExecutionError(BapqError, RuntimeError):
     """The graph engine failed during a run; its own words are in the message."""
 
     exit_code = 46
+
+
+class ResourceError(BapqError, OSError):
+    """The system gives this process no more file handles or threads."""
+
+    exit_code = 52
+    more_handles = "close some files, or raise 'ulimit -n'"
+    """Next step where file handles have run out."""
+
+
+class OutOfMemoryError(ResourceError, MemoryError):
+    """The system gives this process no more memory; the next call may find some."""
+
+    exit_code = 53
 
 
 class StorageError(BapqError, OSError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
@@ -62,6 +62,9 @@ class SessionOptions:
     controller: Literal["auto"] | None = None
     profile: str | os.PathLike[str] | None = None
     direct_io: bool = False
+    max_shapes: Mapping[str, tuple[int, ...]] | None = None
+    """The largest shape of inputs, by name."""
+    allow_overrun: bool = False
     on_switch: Callable[[Event], None] | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +95,9 @@ class SessionOptions:
                 f"profile is {_shown(self.profile)}: give a board's name, a YAML file, or None"
             )
         _check(isinstance(self.direct_io, bool), "direct_io", self.direct_io, "True or False")
+        self._become("max_shapes", _checked_shapes(self.max_shapes))
+        overrun = self.allow_overrun
+        _check(isinstance(overrun, bool), "allow_overrun", overrun, "True or False")
         checked_listener(self.on_switch)
         self._check_pairs()
 
@@ -186,6 +192,18 @@ def _checked_size(name: str, size: Any) -> int | None:
         return None if size is None else parse_size(size)
     except SizeError as error:
         raise SizeError(f"{name}: {error}") from None
+
+
+def _checked_shapes(shapes: Any) -> dict[str, tuple[int, ...]] | None:
+    if shapes is None:
+        return None
+    wanted = 'a dict of shapes by input, such as {"image": (32, 3, 224, 224)}, or None'
+    _check(isinstance(shapes, Mapping), "max_shapes", shapes, wanted)
+    for name, shape in shapes.items():
+        lengths = isinstance(shape, Sequence) and not isinstance(shape, str)
+        good = isinstance(name, str) and lengths and all(_is_whole(n) and n > 0 for n in shape)
+        _check(good, "max_shapes", shapes, wanted)
+    return {name: tuple(map(int, shape)) for name, shape in shapes.items()}
 
 
 def _check_policy(policy: Any) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from .errors import RequestError, SessionClosedError
+from .errors import ForkedSessionError, RequestError, SessionClosedError
 
 __all__ = ["RunQueue", "RunsInFlight"]
 
@@ -23,13 +24,18 @@ class RunsInFlight:
     def __init__(self, bank: str) -> None:
         """No run has begun yet; the bank's path is for messages."""
         self._bank = bank
+        self._process = os.getpid()
         self._threads: list[int] = []  # of every run in flight
         self._closed = False
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
 
     def __enter__(self) -> int:
-        """Begin a run; how many are in flight now. Raises SessionClosedError."""
+        """Begin a run; how many are in flight now.
+
+        Raises SessionClosedError or ForkedSessionError.
+        """
+        self.check_open()  # before the lock, too: a fork may have left it held
         with self._lock:
             self.check_open()
             self._threads.append(threading.get_ident())
@@ -47,8 +53,18 @@ class RunsInFlight:
         """Whether no run begins any more."""
         return self._closed
 
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process is not the one that opened the session: it has no thread of it."""
+        return os.getpid() != self._process
+
     def check_open(self) -> None:
-        """Raise SessionClosedError once it is closed."""
+        """Raise SessionClosedError once it is closed, ForkedSessionError in a forked process."""
+        if self.is_forked:
+            raise ForkedSessionError(
+                f"the session of {self._bank} was opened in process {self._process}, and its "
+                f"threads are there; this is process {os.getpid()}: open a session after the fork"
+            )
         if self._closed:
             raise SessionClosedError(f"the session of {self._bank} is closed: open a new one")
 

@@ -15,21 +15,19 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from .bank.layout import Level
-from .bank.reader import Bank
-from .control.device_profile import find_profile, load_profile
-from .engine.feeds import check_feed, checked_names
+from .engine.feeds import check_feed, check_shapes, checked_names
 from .engine.graph import Graphs, check_run_options
-from .engine.library import kernels_name
-from .engine.store import Store
 from .errors import RequestError
+from .internals import Internals
 from .options import (
     PolicyName,
     SessionOptions,
@@ -41,18 +39,9 @@ from .options import (
 from .ort_api.arguments import checked_ort_arguments
 from .ort_api.methods import InferenceSessionMethods
 from .planning.ledger import MemoryLedger
-from .planning.passes import Passes
-from .planning.publisher import Publisher
-from .planning.replanner import Replanner
 from .policy import Policy
 from .runs_in_flight import RunQueue, RunsInFlight
-from .telemetry import Event, EventLog, RunTotals, SessionStats, trim_heap
-from .units import counted, format_size
-
-if TYPE_CHECKING:  # loaded by sessions that need them
-    from .adaptive.policy_runner import PolicyRunner
-    from .control.monitor import Monitor
-    from .internals import Internals
+from .telemetry import Event, RunTotals, SessionStats
 
 __all__ = ["Session"]
 
@@ -86,6 +75,8 @@ class Session(InferenceSessionMethods):
         controller: Literal["auto"] | None = None,
         profile: str | os.PathLike[str] | None = None,
         direct_io: bool = False,
+        max_shapes: Mapping[str, Sequence[int]] | None = None,
+        allow_overrun: bool = False,
         on_switch: Callable[[Event], None] | None = None,
     ) -> None:
         """Open the bank; its weights are read as runs need them.
@@ -119,14 +110,20 @@ class Session(InferenceSessionMethods):
                 leaves all switching to the caller, and the session is deterministic.
             profile: a device profile's name or file; None is the board's own, if there is one.
             direct_io: read around the page cache, which then stays for other programs.
-            on_switch: called with every Event of kind "switch", on the thread that switched.
+            max_shapes: the largest shape of inputs by name, such as {"image": (32, 3, 224, 224)}:
+                the memory budget holds for runs up to it, one at a time, and a larger input is
+                refused before anything is allocated for it.
+            allow_overrun: run larger inputs than `max_shapes` all the same.
+            on_switch: called with every Event of kind "switch", on the thread that switched; what
+                it raises is logged. It may call any method.
 
         Raises:
             RequestError and its kinds: a setting that cannot be had.
             BankError and its kinds, StorageError: the bank cannot be used.
+            ResourceError and its kinds: the system has no memory, or no file handles, for it.
             PlatformError: this machine cannot run it.
         """
-        self._ledger = MemoryLedger()  # what comes from here on counts
+        ledger = MemoryLedger()  # what comes from here on counts
         options = SessionOptions(
             bank,
             memory_budget=memory_budget,  # type: ignore[arg-type]
@@ -141,105 +138,24 @@ class Session(InferenceSessionMethods):
             controller=controller,
             profile=profile,
             direct_io=direct_io,
+            max_shapes=max_shapes,  # type: ignore[arg-type]
+            allow_overrun=allow_overrun,
             on_switch=on_switch,
         )
         ort_threads, settings = checked_ort_arguments(sess_options, providers, provider_options)
-        self._threads = int(options.threads or ort_threads or len(os.sched_getaffinity(0)))
-        self._bank = Bank.open(bank)
-        self._log = EventLog(Path(self._bank.path).name)
-        self._profile = find_profile() if profile is None else load_profile(profile)
-        self._request = options.request
-        self._runner = self._open_runner(options)
-
-        self._runs = RunsInFlight(str(self._bank.path))
+        self._listener = options.on_switch
+        self._most_shapes = None if options.allow_overrun else options.max_shapes
         self._lock = threading.Lock()  # short: totals and the queue
         self._giving_back = threading.RLock()  # who closes waits for another who does
         self._totals = RunTotals()
         self._queue = RunQueue()
-        self._monitor: Monitor | None = None
-
-        with contextlib.ExitStack() as undo:
-            undo.callback(trim_heap)
-            self._store = Store(self._bank, direct=options.direct_io)
-            undo.callback(self._store.close)
-            splits = self._runner is not None and self._runner.splits
-            self._graphs = Graphs(self._bank, self._threads, split=splits, settings=settings)
-            undo.callback(self._graphs.close)
-            self._publisher = Publisher(self._store)
-            self._replanner = Replanner(
-                self._bank,
-                self._store,
-                self._publisher,
-                self._ledger,
-                self._log,
-                request=self._request,
-                shares=None if self._runner is None else self._runner.shares,
-                threads=self._threads,
-                storage_bytes_s=self._profile.read_mb_s(bank) * 1e6 if self._profile else None,
-                weight_budget_bytes=options.weight_budget,
-                on_switch=options.on_switch,
-            )
-            undo.callback(self._replanner.close)
-            self._passes = Passes(
-                self._store, self._graphs, self._publisher, self._replanner, self._ledger
-            )
-            budget_bytes, reason = self._budget_of(options.memory_budget)
-            if reason is not None:
-                self._replanner.record("budget", reason)
-            if options.controller is not None:
-                self._monitor = self._make_monitor(budget_bytes)
-                undo.callback(self._monitor.stop)
-            envelope = None if self._monitor is None else self._monitor.envelope
-            self._replanner.open(budget_bytes, envelope, self._passes.warm_up)
-            self._replanner.record(
-                "open", f"kernels {kernels_name()}, {counted(self._threads, 'thread')}"
-            )
-            undo.callback(self._replanner.record, "close", "closed")
-            self._parts = undo.pop_all()  # which `close` closes
-        if self._monitor is not None:
-            self._monitor.start()
-
-    def _open_runner(self, options: SessionOptions) -> PolicyRunner | None:
-        if not options.steered:
-            return None
-        from .adaptive.policies import open_policy  # only such a session pays for them
-        from .adaptive.policy_runner import PolicyRunner
-
-        policy = open_policy(
-            self._bank,
-            options.policy,
-            target_agreement=options.target_agreement,
-            bits=options.bits,
-            latency_s=options.latency_s,
+        self._runs = RunsInFlight(os.fspath(bank))
+        self._parts = Internals(
+            options, ledger, _weak_listener(self), ort_threads=ort_threads, settings=settings
         )
-        default = options.default_precision(self._bank.levels)
-        return PolicyRunner(policy, default, lambda *event: self._replanner.record(*event))
-
-    def _budget_of(self, budget: int | Literal["auto"] | None) -> tuple[int | None, str | None]:
-        """The budget in bytes; for "auto" a share of what is free, and how it was found."""
-        if budget != "auto":
-            return budget, None
-        from .control.controller import automatic_budget_bytes  # only such a session pays for them
-        from .sensors import open_sensors
-
-        with contextlib.closing(open_sensors()) as sensors:
-            held_bytes = self._ledger.held_bytes() if self._replanner.is_open else 0
-            size_bytes, reason = automatic_budget_bytes(sensors.read(), held_bytes=held_bytes)
-        return size_bytes, f"{format_size(size_bytes)}: {reason}"
-
-    def _make_monitor(self, budget_bytes: int | None) -> Monitor:
-        from .control.monitor import Monitor  # only such a session pays for them
-        from .sensors import open_sensors
-
-        return Monitor(
-            open_sensors(),
-            self._profile,
-            levels=self._bank.levels,
-            threads=self._threads,
-            budget_bytes=budget_bytes,
-            minimum_bytes=self._replanner.smallest_limit(),
-            follow=self._replanner.follow,
-        )
+        self._dropped = weakref.finalize(self, self._parts.give_back_later())
+        self._dropped.atexit = False  # the system takes it all back
+        self._parts.start()
 
     # ---- running ----
 
@@ -262,18 +178,22 @@ class Session(InferenceSessionMethods):
             One array per output, in the shapes and types of `get_outputs`.
 
         Raises:
-            RunInputError: the feed or the output names do not fit the model.
+            RunInputError: the feed or the output names do not fit the model, or an input is larger
+                than `max_shapes`.
             RequestError: the run options are none, or the policy asks for what cannot be had.
             ExecutionError: the graph fails.
             BankIntegrityError, BankTruncatedError, StorageError: weights cannot be read. A level
                 below that is in memory stands in, with a DegradedWarning and an event.
+            OutOfMemoryError: the system refused memory for weights; the next run tries again.
             SessionClosedError: the session was closed.
+            ForkedSessionError: this process was forked after the session was opened.
         """
         with self._runs as in_flight:
             check_feed(self._graphs.input_names, input_feed)
             names = checked_names(self._graphs.output_names, output_names)
             check_run_options(run_options)
-            self._replanner.make_room(input_feed, in_flight)
+            check_shapes(self._most_shapes, input_feed)
+            self._parts.replanner.make_room(input_feed, in_flight)
             outputs = self._answer(input_feed, list(dict.fromkeys(names)), run_options)
         return [outputs[name] for name in names]
 
@@ -288,6 +208,7 @@ class Session(InferenceSessionMethods):
         Such runs are made one after the other. Closing cancels those that have not begun. Raises
         RunInputError where the feed or the output names do not fit the model.
         """
+        self._runs.check_open()
         with self._lock:
             self._runs.check_open()
             check_feed(self._graphs.input_names, input_feed)
@@ -298,17 +219,19 @@ class Session(InferenceSessionMethods):
         self, feed: Mapping[str, Any], names: Sequence[str], run_options: Any
     ) -> dict[str, Any]:
         """Outputs by name: of one pass, or of those that the policy asks for."""
-        if self._runner is None:
-            outputs, bits, degraded = self._passes.run("whole", None, feed, names, run_options)
+        if self._parts.runner is None:
+            outputs, bits, degraded = self._parts.passes.run(
+                "whole", None, feed, names, run_options
+            )
             with self._lock:
                 self._totals.count(bits, degraded)
             return outputs
-        run_part = partial(self._passes.run, run_options=run_options)
-        answer = self._runner.answer(run_part, feed, names)
+        run_part = partial(self._parts.passes.run, run_options=run_options)
+        answer = self._parts.runner.answer(run_part, feed, names)
         with self._lock:
             self._totals.count(answer.bits, answer.degraded)
             self._totals.count_answer(answer.region, answer.escalated, answer.late)
-        self._publisher.publish_main()
+        self._parts.publisher.publish_main()
         return answer.outputs
 
     # ---- changing what runs are made at ----
@@ -318,16 +241,15 @@ class Session(InferenceSessionMethods):
 
         Raises SizeError, BudgetTooSmallError, or for "auto" SensorError, and then changes nothing.
         """
-        with self._replanner.changing():
-            self._runs.check_open()
+        with self._changing():
             wanted = checked_budget(budget)
-            budget_bytes, found = self._budget_of(wanted)
+            budget_bytes, found = self._parts.budget_of(wanted)
             reason = f"set_memory_budget({budget!r})" + (f": {found}" if found else "")
-            self._replanner.set_budget(budget_bytes, reason)
-            if self._monitor is not None:
-                least_bytes = self._replanner.smallest_limit()
-                envelope = self._monitor.set_budget(budget_bytes, least_bytes)
-                self._replanner.set_envelope(envelope, "budget", reason)
+            self._parts.replanner.set_budget(budget_bytes, reason)
+            if self._parts.monitor is not None:
+                least_bytes = self._parts.replanner.smallest_limit()
+                envelope = self._parts.monitor.set_budget(budget_bytes, least_bytes)
+                self._parts.replanner.set_envelope(envelope, "budget", reason)
 
     def set_level(self, level: Level | str) -> None:
         """Run at this level, or at "auto", from the next run on; runs in flight keep theirs.
@@ -336,8 +258,7 @@ class Session(InferenceSessionMethods):
         than now is taken with a BudgetExceededWarning. Raises UnknownLevelError,
         BudgetTooSmallError, or with a policy RequestError, and then changes nothing.
         """
-        with self._replanner.changing():
-            self._runs.check_open()
+        with self._changing():
             self._set_request(f"set_level({level!r})", checked_level(level), None)
 
     def set_bits(self, bits: float) -> None:
@@ -346,36 +267,48 @@ class Session(InferenceSessionMethods):
         Over the budget it does as `set_level`. Raises RequestError or BudgetTooSmallError and then
         changes nothing.
         """
-        with self._replanner.changing():
-            self._runs.check_open()
+        with self._changing():
             self._set_request(f"set_bits({bits})", "auto", checked_bits(bits))
 
     @property
     def on_switch(self) -> Callable[[Event], None] | None:
         """Called with every Event of kind "switch", on the thread that switched; assignable."""
         self._runs.check_open()
-        return self._replanner.on_switch
+        return self._listener
 
     @on_switch.setter
     def on_switch(self, listener: Callable[[Event], None] | None) -> None:
-        with self._replanner.lock:
+        self._runs.check_open()
+        self._listener = checked_listener(listener)
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        self._runs.check_open()  # first: after a fork the lock may be held for ever
+        with self._parts.replanner.changing():
             self._runs.check_open()
-            self._replanner.on_switch = checked_listener(listener)
+            yield
 
     def _set_request(self, reason: str, level: Level | Literal["auto"], bits: float | None) -> None:
-        if self._runner is not None:
+        if self._parts.runner is not None:
             raise RequestError(
                 "a policy decides about precision here: open a session without one, or write one"
             )
-        self._replanner.set_request(replace(self._request, level=level, bits=bits), reason)
+        self._parts.replanner.set_request(
+            replace(self._parts.request, level=level, bits=bits), reason
+        )
 
     # ---- what the session tells ----
 
     def stats(self) -> SessionStats:
         """Memory, precision and counts of this moment."""
-        with self._replanner.lock, self._lock:
+        self._runs.check_open()
+        with self._parts.replanner.lock, self._lock:
             self._runs.check_open()
-            store, plan, totals = self._store.stats(), self._replanner.plans.main_plan, self._totals
+            store, plan, totals = (
+                self._parts.store.stats(),
+                self._parts.replanner.plans.main_plan,
+                self._totals,
+            )
             return SessionStats(
                 level=plan.uniform_level,
                 planned_bits_per_weight=plan.bits_per_weight,
@@ -383,14 +316,14 @@ class Session(InferenceSessionMethods):
                 predicted_ms=plan.predicted_s * 1e3 or None,
                 plan=plan.reason,
                 resident_bytes=store.home_bytes + store.ring_bytes + store.row_cache_bytes,
-                peak_bytes=self._ledger.growth_bytes(),
+                peak_bytes=self._parts.ledger.growth_bytes(),
                 streamed_bytes=store.read_bytes,
                 read_wait_s=store.wait_ns / 1e9,
                 bits_per_weight=totals.last_bits,
                 mean_bits_per_weight=totals.bits / totals.runs if totals.runs else 0.0,
                 runs=totals.runs,
                 degraded=totals.degraded,
-                switches=self._log.count("switch"),
+                switches=self._parts.log.count("switch"),
                 escalated=totals.escalated,
                 late=totals.late,
                 region=totals.region,
@@ -401,23 +334,17 @@ class Session(InferenceSessionMethods):
 
         These are the last 10,000 events.
         """
-        return self._log.events()
+        return self._parts.log.events()
 
     @property
     def internals(self) -> Internals:
         """The parts inside, for the profiler, tests and benchmarks; see `bapq_edge.internals`."""
-        from .internals import Internals
-
         self._runs.check_open()
-        return Internals(
-            self._bank,
-            self._store,
-            self._graphs,
-            self._replanner,
-            self._passes,
-            self._log,
-            self._monitor,
-        )
+        return self._parts
+
+    @property
+    def _graphs(self) -> Graphs:
+        return self._parts.graphs
 
     # ---- closing ----
 
@@ -426,17 +353,22 @@ class Session(InferenceSessionMethods):
 
         Runs of `submit` that have not begun are cancelled. Whoever closes, on any thread, finds
         the session closed afterwards. Raises RequestError on a thread that is in a run, such as in
-        a policy or in a listener that the run calls: it would wait for itself.
+        a policy or in a listener that the run calls: it would wait for itself. In a process that
+        was forked from the one that opened the session, it does nothing.
         """
+        if self._runs.is_forked:
+            return
         self._runs.check_may_close()
-        if self._monitor is not None:
-            self._monitor.stop()
-        with self._replanner.lock, self._lock:
+        if self._parts.monitor is not None:
+            self._parts.monitor.stop()
+        with self._parts.replanner.lock, self._lock:
             self._runs.close()
         self._queue.close()
         self._runs.wait()
         with self._giving_back:
             self._parts.close()  # each part once, whoever comes first
+            self._dropped.detach()
+            self._listener = None
 
     def __enter__(self) -> Session:
         """Give the session itself."""
@@ -449,5 +381,17 @@ class Session(InferenceSessionMethods):
 
     def __repr__(self) -> str:
         """Tell the bank, and the plan or that it is closed."""
-        state = "closed" if self._runs.is_closed else self._replanner.plans.main_plan.reason
-        return f"<bapq_edge.Session {Path(self._bank.path).name}: {state}>"
+        state = "closed" if self._runs.is_closed else self._parts.replanner.plans.main_plan.reason
+        return f"<bapq_edge.Session {Path(self._parts.bank.path).name}: {state}>"
+
+
+def _weak_listener(session: Session) -> Callable[[Event], None]:
+    """What tells the session's listener, but does not keep a session that was dropped."""
+    reference = weakref.ref(session)
+
+    def tell(event: Event) -> None:
+        listener = None if (told := reference()) is None else told._listener
+        if listener is not None:
+            listener(event)
+
+    return tell

@@ -14,7 +14,7 @@ import warnings
 from collections import Counter, deque
 from dataclasses import dataclass
 
-from .errors import BapqWarning, IgnoredSettingWarning
+from .errors import BapqWarning, IgnoredSettingWarning, ResourceError
 from .units import format_size
 
 __all__ = [
@@ -193,10 +193,16 @@ def warn_ignored(setting: str, reason: str) -> None:
 
 
 def _status_bytes(field: str) -> int:
-    with open("/proc/self/status", encoding="utf-8") as status:
-        for line in status:
-            if line.startswith(field):
-                return int(line.split()[1]) * 1024
+    try:
+        with open("/proc/self/status", encoding="utf-8") as status:
+            for line in status:
+                if line.startswith(field):
+                    return int(line.split()[1]) * 1024
+    except OSError as error:
+        raise ResourceError(
+            f"the memory of this process cannot be read: {error.strerror}: "
+            f"{ResourceError.more_handles}"
+        ) from error
     return 0
 
 

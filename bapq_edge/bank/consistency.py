@@ -6,8 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ..errors import BankFormatError, BankVersionError
+from ..errors import BankFormatError, BankIntegrityError, BankVersionError
 from .boundary import MAX_PRECISIONS, MAX_VALUES, Boundary, array_file
+from .files import REPAIR
 from .layout import LEVELS, planes_for, scaled_levels, tiles_of
 from .manifest import (
     BODY_FILE,
@@ -21,6 +22,7 @@ from .manifest import (
     SENSITIVITY_FILE,
     Manifest,
     chunks_file,
+    digest_in,
     digests_file,
     plane_file,
 )
@@ -41,6 +43,9 @@ MAX_TABLE_ROWS = 1 << 22
 """Most rows of a bank in layers that reorder or drop some: their tables stay under 17 MB each, and
 a small file cannot ask for a huge output."""
 
+MAX_GRAPH_BYTES = (1 << 31) - 1
+"""Most bytes of a graph: what protobuf can hold."""
+
 Check = Callable[[bool, str, Any, Any], None]
 """`check(good, key, found, expected)` raises unless `good`."""
 
@@ -48,10 +53,12 @@ Check = Callable[[bool, str, Any, Any], None]
 def parse_manifest(data: bytes, where: str = MANIFEST_FILE) -> Manifest:
     """Parse and check the bytes of a manifest; `where` begins every message.
 
-    Raises BankFormatError, BankVersionError or BankPathError.
+    Raises BankFormatError, BankVersionError, BankPathError, or BankIntegrityError where the bytes
+    have not the digest that they state.
     """
     document = parse_json(data, where, MAX_MANIFEST_BYTES)
     _check_version(document, where)
+    _check_digest(data, document, where)
     manifest: Manifest = decode(Manifest, document, Place(where, ""))
     _check_consistency(manifest, where)
     return manifest
@@ -103,6 +110,20 @@ def _check_version(document: Any, where: str) -> None:
             f"{where}: format_version is {shown(version)}, this program reads {FORMAT_VERSION}: "
             "rebuild the bank, or use the program version that wrote it"
         )
+
+
+def _check_digest(data: bytes, document: dict[str, Any], where: str) -> None:
+    if "digest" not in document:
+        return  # which is refused with the other keys
+    digests = digest_in(data)
+    if digests is None:
+        raise BankFormatError(
+            f"{where}: digest is {shown(document['digest'])}, must be 64 lower-case hexadecimal "
+            "digits, and plainly written"
+        )
+    stated, found = digests
+    if stated != found:
+        raise BankIntegrityError(f"{where} has BLAKE2b {found}, expected {stated}: {REPAIR}")
 
 
 def _check_consistency(manifest: Manifest, where: str) -> None:
@@ -214,6 +235,8 @@ def _check_layers(manifest: Manifest, check: Check) -> None:
 
 
 def _check_files(manifest: Manifest, check: Check) -> None:
+    for graph in manifest.graphs:
+        check(graph.bytes <= MAX_GRAPH_BYTES, graph.file, graph.bytes, f"{MAX_GRAPH_BYTES} or less")
     chunk_count = manifest.chunk_count
     sensitivity = manifest.sensitivity
     sensitivity_bytes = sensitivity_table_bytes(chunk_count, len(manifest.levels))

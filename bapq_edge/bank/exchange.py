@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BankFormatError, BankIntegrityError, BankNotFoundError
+from ..errors import BankFormatError, BankIntegrityError, BankNotFoundError, RequestError
 from .boundary import BoundaryArrays
 from .codes import LayerCodes, check_values, join_rows
 from .files import digest_of, file_size, inside, read_at
@@ -45,6 +45,8 @@ def unpack(bank_path: str | os.PathLike[str], directory: str | os.PathLike[str])
     """
     check_parent(Path(directory))
     bank = Bank.open(bank_path)
+    if Path(os.path.realpath(directory)).is_relative_to(os.path.realpath(bank.path)):
+        raise RequestError(f"{directory} is in the bank {bank.path} itself: choose another place")
     for plane, entry in bank.manifest.planes.items():
         if plane not in bank.planes:
             raise BankNotFoundError(

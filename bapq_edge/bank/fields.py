@@ -13,6 +13,7 @@ from .layout import BLOCK_COLUMNS, TILE_ROWS
 from .strict_json import Rule
 
 __all__ = [
+    "BankDigest",
     "ChunkRows",
     "Columns",
     "Digest",
@@ -54,6 +55,7 @@ _TEXT = re.compile(f"[^{_UNPRINTABLE}]{{0,1024}}")
 _NAME = re.compile(r"(?!(\.|\.\.|manifest\.json)\Z)[A-Za-z0-9._-]{1,200}")
 _FILE = re.compile(r"(boundary|graph|planes|tables)/(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,200}")
 _HEX = re.compile("[0-9a-f]{32}")
+_LONG_HEX = re.compile("[0-9a-f]{64}")
 
 Text = Annotated[str, Rule("at most 1024 characters without control characters", _TEXT.fullmatch)]
 Name = Annotated[
@@ -72,6 +74,7 @@ File = Annotated[
     ),
 ]
 Digest = Annotated[str, Rule("32 lower-case hexadecimal digits", _HEX.fullmatch)]
+BankDigest = Annotated[str, Rule("64 lower-case hexadecimal digits", _LONG_HEX.fullmatch)]
 # 2^53 - 1: the largest integer that every JSON reader keeps exact.
 Size = Annotated[int, integer(0, (1 << 53) - 1)]
 # Rows and columns are bounded so that no 32-bit sum of them and no chunk size can overflow.

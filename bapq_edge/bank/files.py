@@ -6,7 +6,14 @@ import errno
 import os
 import stat
 
-from ..errors import BankFormatError, BankPathError, BankTruncatedError, StorageError
+from ..errors import (
+    BankFormatError,
+    BankPathError,
+    BankTruncatedError,
+    OutOfMemoryError,
+    ResourceError,
+    StorageError,
+)
 from .npy import DIGEST_BYTES
 
 try:
@@ -16,6 +23,7 @@ except ImportError:  # a Python other than CPython
 
 __all__ = [
     "REPAIR",
+    "blake2b",
     "digest_of",
     "digest_of_file",
     "exists",
@@ -100,6 +108,10 @@ def read_at(path: str, offset: int, size: int) -> bytes:
                 missing -= len(part)
         finally:
             os.close(descriptor)
+    except MemoryError:
+        raise OutOfMemoryError(
+            f"{path}: no memory for {size} bytes of it: stop other programs, or set a memory_budget"
+        ) from None
     except OSError as error:
         raise _unreadable(path, error) from error
     if missing:
@@ -109,6 +121,10 @@ def read_at(path: str, offset: int, size: int) -> bytes:
     return b"".join(parts)
 
 
-def _unreadable(path: str, error: OSError) -> StorageError:
+def _unreadable(path: str, error: OSError) -> StorageError | ResourceError:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return ResourceError(
+            f"{path} cannot be read: no file handle is free: {ResourceError.more_handles}"
+        )
     reason = error.strerror or type(error).__name__
     return StorageError(f"{path} cannot be read: {reason}: check the permissions and the disk")

@@ -28,6 +28,7 @@ from ..errors import (
 )
 from ..units import format_size
 from .files import REPAIR, digest_of, read_at
+from .graph_file import check_graph
 from .layout import PLANES_OF_LEVEL, Level, Plane
 from .manifest import MANIFEST_FILE, FileEntry
 from .reader import Bank
@@ -227,6 +228,8 @@ class _Copier:
         def check(data: bytes) -> None:
             if digest_of(data) != entry.blake2b:
                 raise BankIntegrityError(f"{entry.file} is not what the manifest says: {REPAIR}")
+            if entry in self._source.manifest.graphs:
+                check_graph(data, entry.file)
 
         read = partial(self._source.file_bytes, entry)
         return [_Part(0, entry.bytes, read, check, 0 if entry in self._old_files else None)]

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .boundary import Boundary
-from .fields import Digest, File, Fraction, Measure, Name, Share, Size, Text
+from .fields import BankDigest, Digest, File, Fraction, Measure, Name, Share, Size, Text
+from .files import blake2b
 from .layer import Layer
 from .layout import TILE_ROWS, Level, Plane, tiles_of
 from .npy import CHUNK_DTYPE
@@ -40,8 +42,10 @@ __all__ = [
     "SourceModel",
     "SplitGraph",
     "chunks_file",
+    "digest_in",
     "digests_file",
     "plane_file",
+    "seal",
 ]
 
 FORMAT_NAME = "bapq-bank"
@@ -55,6 +59,9 @@ SENSITIVITY_FILE = "tables/sensitivity.npy"
 MAX_MANIFEST_BYTES = 4 << 20
 """Most bytes of a manifest, about 8,000 layers: more would cost a small board its memory before
 anything is checked."""
+
+_UNSEALED = "0" * 64
+_DIGEST = re.compile(rb'"digest"\s*:\s*"([0-9a-f]{64})"')
 
 MAX_CHUNK_BYTES = (1 << 31) - 1
 """Most bytes of a chunk: they fit the table's u4 and any signed 32-bit index."""
@@ -200,13 +207,17 @@ class Manifest:
     kept_in_float: tuple[KeptNode, ...] = ()
     calibration: Calibration | None = None
     expected: Expected | None = None
+    digest: BankDigest = field(default=_UNSEALED, compare=False)
+    """BLAKE2b-256 of manifest.json with zeros in place of these digits; see `digest_in`. It names
+    the bank: the manifest vouches for every other byte."""
     format: str = field(default=FORMAT_NAME)
     format_version: int = field(default=FORMAT_VERSION)
 
     def to_json(self) -> bytes:
         """Canonical bytes: keys sorted, two spaces of indent, ASCII, a newline at the end."""
-        text = json.dumps(encode(self), sort_keys=True, indent=2, allow_nan=False)
-        return text.encode("ascii") + b"\n"
+        unsealed = replace(self, digest=_UNSEALED)
+        text = json.dumps(encode(unsealed), sort_keys=True, indent=2, allow_nan=False)
+        return seal(text.encode("ascii") + b"\n")
 
     @property
     def chunk_count(self) -> int:
@@ -258,6 +269,33 @@ class Manifest:
             end = start + tiles_of(layer.stored_rows) * record_bytes
             part["bytes"][-1] = end - int(part["offset"][-1])
         return layout
+
+
+def digest_in(data: bytes) -> tuple[str, str] | None:
+    """The digest that a manifest's bytes state, and the one that they have.
+
+    None unless they state one, and once. No text in them can look like it: there its quotes would
+    have backslashes.
+    """
+    places = list(_DIGEST.finditer(data))
+    if len(places) != 1:
+        return None
+    start, end = places[0].span(1)
+    found = blake2b(digest_size=32)
+    for part in (data[:start], _UNSEALED.encode(), data[end:]):
+        found.update(part)
+    return data[start:end].decode(), found.hexdigest()
+
+
+def seal(data: bytes) -> bytes:
+    """The bytes of a manifest with the digest that they have in place of the one that they state.
+
+    Raises ValueError where they state none.
+    """
+    digests = digest_in(data)
+    if digests is None:
+        raise ValueError("the manifest states no digest, or more than one")
+    return _DIGEST.sub(lambda place: place[0][:-65] + digests[1].encode() + b'"', data)
 
 
 def plane_file(plane: Plane) -> str:

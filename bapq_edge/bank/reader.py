@@ -19,6 +19,7 @@ from ..errors import (
     BankIntegrityError,
     BankNotFoundError,
     BankTruncatedError,
+    BudgetTooSmallError,
     InterruptedUpdateWarning,
     MissingPlaneWarning,
     RequestError,
@@ -27,6 +28,7 @@ from .boundary import Boundary, BoundaryArrays
 from .codes import LayerCodes, join_rows, unpack_chunk
 from .consistency import parse_manifest
 from .files import REPAIR, digest_of, exists, file_size, inside, raw_digest_of, read_at
+from .graph_file import check_graph
 from .layer import Layer
 from .layout import PLANES, PLANES_OF_LEVEL, Level, Plane, level_within
 from .manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Manifest
@@ -44,11 +46,22 @@ __all__ = ["Bank", "read_manifest"]
 T = TypeVar("T")
 
 
-def read_manifest(directory: Path) -> Manifest:
+_MANIFEST_MEMORY = 10
+"""Bytes that a manifest takes in memory while it is read, over its own: measured, rounded up."""
+
+
+def read_manifest(directory: Path, memory_bytes: int | None = None) -> Manifest:
     """Read and check the manifest of a bank, or of its exchange form."""
     target = inside(os.path.realpath(directory), MANIFEST_FILE)
+    size = file_size(target)
+    if memory_bytes is not None and size * _MANIFEST_MEMORY > memory_bytes:
+        raise BudgetTooSmallError(
+            f"{directory / MANIFEST_FILE} has {size} bytes, which take about "
+            f"{size * _MANIFEST_MEMORY} to read, memory_budget is {memory_bytes}: allow more, if "
+            "you trust this bank"
+        )
     # One byte more than allowed, so that a larger file is seen to be larger.
-    data = read_at(target, 0, min(file_size(target), MAX_MANIFEST_BYTES + 1))
+    data = read_at(target, 0, min(size, MAX_MANIFEST_BYTES + 1))
     return parse_manifest(data, str(directory / MANIFEST_FILE))
 
 
@@ -65,9 +78,10 @@ class Bank:
     levels: tuple[Level, ...]
     """Levels that can run, highest first: those built, less those that need an absent plane."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, memory_bytes: int | None = None) -> None:
         self.path = path
         self.manifest = manifest
+        self._check_memory(memory_bytes)
         self._root = os.path.realpath(path)
         self._first_chunks = [layer.first_chunk for layer in manifest.layers]
         self._layers = {layer.name: layer for layer in manifest.layers}
@@ -93,13 +107,14 @@ class Bank:
         self.levels = self._runnable(manifest.levels)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Bank:
-        """Open and check a bank.
+    def open(cls, path: str | os.PathLike[str], *, memory_bytes: int | None = None) -> Bank:
+        """Open and check a bank; a file that is read whole must fit into `memory_bytes`.
 
         Raises BankNotFoundError, BankFormatError, BankVersionError, BankPathError,
-        BankTruncatedError, BankIntegrityError (of a table), StorageError, or RequestError for what
-        is no path. Warns with MissingPlaneWarning when plane files are absent, with
-        InterruptedUpdateWarning when the old bank is opened where a cut-off update has left it.
+        BankTruncatedError, BankIntegrityError (of manifest or table), BudgetTooSmallError,
+        ResourceError, StorageError, or RequestError for what is no path. Warns with
+        MissingPlaneWarning when plane files are absent, with InterruptedUpdateWarning when the old
+        bank is opened where a cut-off update has left it.
         """
         if not isinstance(path, str | os.PathLike):
             raise RequestError(f"the bank is {path!r:.80}: give its path")
@@ -112,7 +127,7 @@ class Bank:
             raise BankNotFoundError(
                 f"{path} is not a bank, it holds no {MANIFEST_FILE}: check the name, or build it"
             )
-        bank = cls(path, read_manifest(path))
+        bank = cls(path, read_manifest(path, memory_bytes), memory_bytes)
         if bank.absent_files:
             files = ", ".join(bank.absent_files)
             for layer in bank.manifest.layers:
@@ -200,9 +215,15 @@ class Bank:
             raise BankFormatError(f"{where}: {error}: {REPAIR}") from None
         return arrays
 
-    def graph_bytes(self) -> bytes:
-        """The ONNX graph without the heavy weights, checked against its digest."""
-        return self.file_bytes(self.manifest.graph)
+    def graph_bytes(self, entry: FileEntry | None = None) -> bytes:
+        """The ONNX graph without the heavy weights, or another of `manifest.graphs`.
+
+        Checked against its digest, and that it asks for nothing outside of itself.
+        """
+        entry = self.manifest.graph if entry is None else entry
+        data = self.file_bytes(entry)
+        check_graph(data, str(self.path / entry.file))
+        return data
 
     def file_bytes(self, entry: FileEntry) -> bytes:
         """A whole file, checked against size and digest."""
@@ -277,6 +298,15 @@ class Bank:
     def bits_per_weight(self, level: Level) -> float:
         """Bits that a run at this level reads per weight: codes, scales, bias and padding."""
         return 8 * self.weight_bytes(level) / self.weights
+
+    def _check_memory(self, memory_bytes: int | None) -> None:
+        """Refuse files too large for memory before a byte of them is read."""
+        for entry in self.manifest.small_files:
+            if memory_bytes is not None and entry.bytes > memory_bytes:
+                raise BudgetTooSmallError(
+                    f"{self.path / entry.file} is read whole and has {entry.bytes} bytes, "
+                    f"memory_budget is {memory_bytes}: allow more, if you trust this bank"
+                )
 
     def _runnable(self, levels: tuple[Level, ...]) -> tuple[Level, ...]:
         """Those of the levels whose planes are there."""

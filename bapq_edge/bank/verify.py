@@ -34,6 +34,8 @@ class VerifyReport:
     files: tuple[FileReport, ...]
     absent: tuple[str, ...] = ()
     """Files of planes that are not there, which a bank may do without."""
+    digest: str = ""
+    """The bank's name by its content: `Manifest.digest`."""
 
     @property
     def ok(self) -> bool:
@@ -44,7 +46,8 @@ class VerifyReport:
         if self.ok:
             size = sum(file.bytes for file in self.files)
             text = f"{self.path}: {len(self.files)} files of {size} bytes in all are intact"
-            return text + (f"; absent: {', '.join(self.absent)}" if self.absent else "")
+            text += f"; absent: {', '.join(self.absent)}" if self.absent else ""
+            return f"{text}; digest {self.digest}"
         bad = [file for file in self.files if file.problems]
         return "; ".join(f"{file.file}: problems: {file.problems}: {file.first}" for file in bad)
 
@@ -61,7 +64,7 @@ def verify(path: str | os.PathLike[str]) -> VerifyReport:
     tables = (manifest.sensitivity, *manifest.row_tables.values(), *manifest.boundary_files)
     reports = [
         *(
-            _report(graph.file, graph.bytes, iter([partial(bank.file_bytes, graph)]))
+            _report(graph.file, graph.bytes, iter([partial(bank.graph_bytes, graph)]))
             for graph in manifest.graphs
         ),
         *(_report(table.file, table.bytes, iter(())) for table in tables),
@@ -70,7 +73,7 @@ def verify(path: str | os.PathLike[str]) -> VerifyReport:
         entry = bank.manifest.planes[plane]
         reports.append(_report(entry.file, entry.bytes, _plane_checks(bank, plane)))
         reports += (_report(table.file, table.bytes, iter(())) for table in entry.tables)
-    return VerifyReport(bank.path, tuple(reports), bank.absent_files)
+    return VerifyReport(bank.path, tuple(reports), bank.absent_files, manifest.digest)
 
 
 def _report(file: str, size: int, checks: Iterator[Callable[[], object]]) -> FileReport:

@@ -295,7 +295,7 @@ class BankWriter:
             manifest = dataclasses.replace(manifest, expected=expected)
             self._write(MANIFEST_FILE, manifest.to_json())
             # What was written is read back by the rules that every reader applies.
-            Bank.open(directory)
+            manifest = Bank.open(directory).manifest
             for folder in folders:
                 sync_directory(directory / folder)
             self._staging.commit()

@@ -42,7 +42,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     calibration = manifest.calibration
     seen = counted(calibration.samples, "calibration sample") if calibration else "no calibration"
     layers = counted(len(manifest.layers), "layer")
-    print(f"{counted(bank.weights, 'weight')} in {layers}, {seen}\n")
+    print(f"{counted(bank.weights, 'weight')} in {layers}, {seen}")
+    print(f"digest {manifest.digest}\n")
     print("level  bits/weight  bytes in memory")
     for level in bank.levels:
         size = format_size(bank.weight_bytes(level))

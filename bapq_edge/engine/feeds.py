@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 
-from ..errors import RunInputError
+from ..errors import RequestError, RunInputError
 
 __all__ = [
     "NUMPY_TYPES",
     "check_feed",
+    "check_max_shapes",
+    "check_shapes",
     "checked_names",
     "element_count",
     "has_open_axes",
     "in_native_order",
     "zeros",
+    "zeros_bytes",
 ]
 
 NUMPY_TYPES: dict[str, type[np.generic]] = {
@@ -85,18 +89,60 @@ def _is_open(size: int | str | None) -> bool:
     return not isinstance(size, int) or size <= 0
 
 
-def zeros(inputs: Sequence[Any]) -> dict[str, Any] | None:
-    """A feed of zeros for `onnxruntime.NodeArg` inputs; an open axis has length 1.
+def check_max_shapes(inputs: Sequence[Any], max_shapes: Mapping[str, Sequence[int]] | None) -> None:
+    """Raise RequestError where `onnxruntime.NodeArg` inputs cannot have these shapes."""
+    shapes = {value.name: value.shape for value in inputs}
+    for name, most in (max_shapes or {}).items():
+        if name not in shapes:
+            raise RequestError(f"max_shapes names {name!r}, the model's inputs are {[*shapes]}")
+        fits = len(shapes[name]) == len(most) and all(
+            _is_open(size) or size == length
+            for size, length in zip(shapes[name], most, strict=True)
+        )
+        if not fits:
+            raise RequestError(
+                f"max_shapes has {tuple(most)} for {name}, the model's is {tuple(shapes[name])}"
+            )
 
-    None where an input is no tensor of numbers.
+
+def check_shapes(max_shapes: Mapping[str, Sequence[int]] | None, feed: Mapping[str, Any]) -> None:
+    """Raise RunInputError for an array that is larger than allowed along any axis."""
+    for name, most in (max_shapes or {}).items():
+        shape = np.shape(feed[name])
+        if any(length > limit for length, limit in zip(shape, most, strict=False)):
+            raise RunInputError(
+                f"{name} has shape {shape}, max_shapes allows {tuple(most)}: open the session with "
+                "a larger one, or with allow_overrun=True"
+            )
+
+
+def _shape(value: Any, max_shapes: Mapping[str, Sequence[int]]) -> Sequence[int]:
+    """The largest that an input is told to have; an open axis has length 1."""
+    return max_shapes.get(value.name) or [1 if _is_open(size) else size for size in value.shape]
+
+
+def zeros_bytes(inputs: Sequence[Any], max_shapes: Mapping[str, Sequence[int]]) -> int:
+    """Bytes of what `zeros` makes."""
+    return sum(
+        math.prod(_shape(value, max_shapes)) * np.dtype(dtype).itemsize
+        for value in inputs
+        if (dtype := NUMPY_TYPES.get(value.type)) is not None
+    )
+
+
+def zeros(
+    inputs: Sequence[Any], max_shapes: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, Any] | None:
+    """A feed of zeros for `onnxruntime.NodeArg` inputs, in the largest shapes that are told.
+
+    An open axis of others has length 1. None where an input is no tensor of numbers.
     """
     feed: dict[str, Any] = {}
     for value in inputs:
         dtype = NUMPY_TYPES.get(value.type)
         if dtype is None:
             return None
-        shape = [1 if _is_open(size) else size for size in value.shape]
-        feed[value.name] = np.zeros(shape, dtype)
+        feed[value.name] = np.zeros(_shape(value, max_shapes or {}), dtype)
     return feed
 
 

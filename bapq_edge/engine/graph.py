@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType, ModuleType
 from typing import Any, Literal
@@ -20,6 +23,7 @@ from ..errors import (
 from .code_pages import release_code
 from .feeds import in_native_order
 from .library import library_path
+from .store import Store
 
 __all__ = [
     "RUN_INPUT",
@@ -60,6 +64,21 @@ def import_onnxruntime() -> ModuleType:
             "install it with 'pip install onnxruntime'"
         ) from _onnxruntime
     return _onnxruntime
+
+
+_open_sessions: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """In a forked process: never destroy an onnxruntime.InferenceSession of the one before.
+
+    It would wait for its threads, which are not here, as late as at the end of the process.
+    """
+    for session in _open_sessions:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 class Graph:
@@ -103,12 +122,15 @@ class Graphs:
     def __init__(
         self,
         bank: Bank,
+        store: Store,
         threads: int,
         *,
         split: bool,
         settings: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Open them; an operator runs on up to `threads` threads. `settings`: see `open_graph`.
+        """Open them on the weights of a store; an operator runs on up to `threads` threads.
+
+        `settings`: see `open_graph`.
 
         Raises RequestError when the bank has no halves, and what `open_graph` raises.
         """
@@ -122,7 +144,9 @@ class Graphs:
         if split and manifest.split is not None:
             files = {"head": manifest.split.head, "body": manifest.split.body}
         self._graphs = {
-            part: Graph(open_graph(bank.file_bytes(file), threads, settings), str(bank.path))
+            part: Graph(
+                open_graph(bank.graph_bytes(file), store, threads, settings), str(bank.path)
+            )
             for part, file in files.items()
         }
         self.parts: tuple[Part, ...] = tuple(files)
@@ -150,13 +174,14 @@ class Graphs:
 
 
 def open_graph(
-    model: bytes, threads: int, settings: Mapping[str, Any] = MappingProxyType({})
+    model: bytes, store: Store, threads: int, settings: Mapping[str, Any] = MappingProxyType({})
 ) -> Any:
     """Make the onnxruntime.InferenceSession of a bank's graph, which is all of `model`.
 
-    An operator runs on up to `threads` threads, and one operator runs at a time. `settings` are
-    attributes of onnxruntime.SessionOptions; names with a dot are configuration entries. Raises
-    BankFormatError when ONNX Runtime refuses the graph, PlatformError when it is not there.
+    Its operators read the weights of `store`, and of no other. An operator runs on up to `threads`
+    threads, and one operator runs at a time. `settings` are attributes of
+    onnxruntime.SessionOptions; names with a dot are configuration entries. Raises BankFormatError
+    when ONNX Runtime refuses the graph, PlatformError when it is not there.
     """
     onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
@@ -174,20 +199,35 @@ def open_graph(
             options.add_session_config_entry(name, value)
         else:
             setattr(options, name, value)
+    # Else four bytes inside would make it a file of another format, which nobody has checked.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     options.register_custom_ops_library(str(library_path()))
     library = onnxruntime.capi.onnxruntime_pybind11_state.__file__
     release_code(library)  # the importing of it is over
     try:
-        session = onnxruntime.InferenceSession(
-            model, sess_options=options, providers=["CPUExecutionProvider"]
-        )
+        with store.owning_operators():
+            session = _session_class(onnxruntime)(
+                model, sess_options=options, providers=["CPUExecutionProvider"]
+            )
     except Exception as error:  # ONNX Runtime raises classes of its own, without a common base
         raise BankFormatError(
             f"ONNX Runtime refuses the bank's graph: {_one_line(error)}"
         ) from error
     finally:
         release_code(library)  # the loading, too: a run touches a third of it
+    _open_sessions.add(session)
     return session
+
+
+@functools.cache
+def _session_class(onnxruntime: ModuleType) -> Any:
+    """The onnxruntime.InferenceSession without its second attempt.
+
+    That is for other processors, and it prints a banner of several lines.
+    """
+    attempts_once = property(lambda session: False, lambda session, value: None)
+    own = {"_enable_fallback": attempts_once}
+    return type("InferenceSession", (onnxruntime.InferenceSession,), own)
 
 
 def check_run_options(run_options: Any) -> None:

@@ -198,7 +198,10 @@ def _installed_library() -> Path | None:
 @cache
 def load_library() -> ctypes.CDLL:
     """libbapq, its functions typed; the same object at every call. Raises PlatformError."""
-    library = ctypes.CDLL(str(library_path()))
+    try:
+        library = ctypes.CDLL(str(library_path()))
+    except OSError as refused:
+        raise PlatformError(f"libbapq.so cannot be loaded: {refused}") from None
     error = ctypes.POINTER(ErrorStruct)
     store = ctypes.c_void_p
     number = ctypes.POINTER(ctypes.c_int64)
@@ -209,6 +212,7 @@ def load_library() -> ctypes.CDLL:
             ctypes.c_int32,
             [ctypes.POINTER(BankStruct), ctypes.POINTER(store), error],
         ),
+        "bapq_store_owns_operators": (None, [store]),
         "bapq_store_close": (ctypes.c_int32, [store, error]),
         "bapq_store_publish": (ctypes.c_int32, [store, ctypes.POINTER(PlanStruct), error]),
         "bapq_store_add_region": (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,7 +38,7 @@ _ROW_CACHE_SLOTS = 64
 _STORAGE_STATUSES = (Status.IO, Status.TRUNCATED, Status.CHECKSUM)
 _STATUS_ERRORS: dict[int, type[errors.BapqError]] = {
     Status.ARGUMENT: errors.RunInputError,
-    Status.NO_MEMORY: errors.StorageError,
+    Status.NO_MEMORY: errors.OutOfMemoryError,
     Status.IO: errors.StorageError,
     Status.TRUNCATED: errors.BankTruncatedError,
     Status.CHECKSUM: errors.BankIntegrityError,
@@ -240,6 +242,18 @@ class Store:
         self._check(error)
         return region.value
 
+    @contextlib.contextmanager
+    def owning_operators(self) -> Iterator[None]:
+        """Operators that ONNX Runtime makes on this thread meanwhile compute for this store only.
+
+        A ticket of another store's run is refused by them.
+        """
+        self._library.bapq_store_owns_operators(self._handle)
+        try:
+            yield
+        finally:
+            self._library.bapq_store_owns_operators(None)
+
     def begin_run(self, *, measured: bool = False) -> Run:
         """Begin a run on the published plan; `measured`: its report tells the process's memory."""
         try:
@@ -316,7 +330,14 @@ class Store:
             message = f"{self._bank.path}: layer {name}: {message}"
         if error.status in _STORAGE_STATUSES:
             message += "; check the bank with 'bapq verify', and the storage it is on"
-        exception = _STATUS_ERRORS[error.status](message)
+        if error.status == Status.NO_MEMORY:
+            message += "; stop other programs, or set a smaller memory_budget"
+        kind = _STATUS_ERRORS[error.status]
+        if error.os_errno in (errno.EMFILE, errno.ENFILE):
+            kind = errors.ResourceError
+            message = f"{error.message.decode()}: {kind.more_handles}"
+        exception = kind(message)
         if isinstance(exception, OSError):
-            exception.errno = error.os_errno or errno.EIO
+            fallback = errno.ENOMEM if error.status == Status.NO_MEMORY else errno.EIO
+            exception.errno = error.os_errno or fallback
         return exception

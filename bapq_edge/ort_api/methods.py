@@ -23,8 +23,12 @@ _CPU = "CPUExecutionProvider"
 class InferenceSessionMethods(ABC):
     """What programs for ONNX Runtime call, on top of `run` and `submit`."""
 
-    _graphs: Graphs
     _runs: RunsInFlight
+
+    @property
+    @abstractmethod
+    def _graphs(self) -> Graphs:
+        """The open graphs; none of the methods below asks for them but of an open session."""
 
     @abstractmethod
     def run(

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..bank.boundary import Precision
 from ..engine.executor import execute
-from ..engine.feeds import element_count, has_open_axes, zeros
+from ..engine.feeds import check_max_shapes, element_count, has_open_axes, zeros, zeros_bytes
 from ..engine.graph import Graphs, Part
 from ..engine.store import RunReport, Store
 from ..errors import DegradedWarning, ExecutionError, RunInputError
@@ -33,8 +33,15 @@ class Passes:
         publisher: Publisher,
         replanner: Replanner,
         ledger: MemoryLedger,
+        *,
+        max_shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
-        """Take the parts of an open session."""
+        """Take the parts of an open session; `max_shapes` are of the largest inputs to come.
+
+        Raises RequestError where the model has no such inputs.
+        """
+        check_max_shapes(graphs.inputs, max_shapes)
+        self._max_shapes = max_shapes or {}
         self._store, self._graphs = store, graphs
         self._publisher, self._replanner, self._ledger = publisher, replanner, ledger
 
@@ -65,9 +72,11 @@ class Passes:
     def warm_up(self) -> bool:
         """Run on zeros and measure what runs need besides weights.
 
-        False when that is impossible.
+        False when that is impossible. Raises BudgetTooSmallError where the inputs alone do not fit
+        into the budget.
         """
-        feed = zeros(self._graphs.inputs)
+        self._replanner.check_inputs(zeros_bytes(self._graphs.inputs, self._max_shapes))
+        feed = zeros(self._graphs.inputs, self._max_shapes)
         if feed is None:
             return False  # strings, sequences
         self._ledger.is_heavier(element_count(feed))
@@ -82,7 +91,8 @@ class Passes:
                         self._ledger.settle(report.rss_bytes, report.weight_bytes)
             except (RunInputError, ExecutionError):
                 return False  # a model that zeros of the smallest shape do not fit
-        self._ledger.is_measured = not has_open_axes(self._graphs.inputs)
+        open_inputs = [each for each in self._graphs.inputs if each.name not in self._max_shapes]
+        self._ledger.is_measured = not has_open_axes(open_inputs)
         return True
 
     def _pass(
@@ -95,7 +105,10 @@ class Passes:
     ) -> tuple[dict[str, Any], float, RunReport | None]:
         graph, run, bits = self._graphs[part], None, 0.0
         if graph.takes_ticket:
-            self._replanner.learn(precision)
-            run, bits = self._publisher.begin_run(part, precision)
+            begun = None
+            while begun is None:  # others may learn so many meanwhile that this one is forgotten
+                self._replanner.learn(precision)
+                begun = self._publisher.begin_run(part, precision)
+            run, bits = begun
         outputs, report = execute(self._store, graph, feed, names, run_options, run=run)
         return outputs, bits, report

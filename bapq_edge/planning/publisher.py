@@ -44,12 +44,17 @@ class Publisher:
             self._publish(plans.main_plan, plans.threads)
             self._plans = plans
 
-    def begin_run(self, part: Part, precision: Precision | None) -> tuple[Run, float]:
-        """Begin a run on the plan of a precision; it, and the bits per weight that it reads."""
+    def begin_run(self, part: Part, precision: Precision | None) -> tuple[Run, float] | None:
+        """Begin a run on the plan of a precision; it, and the bits per weight that it reads.
+
+        None: there is no such plan, or no more.
+        """
         with self._lock:
             plans = self._plans
             assert plans is not None, "a run came before the first plans"
-            made = plans.by_precision[precision]
+            made = plans.by_precision.get(precision)
+            if made is None:
+                return None
             if made is not self._published:
                 self._publish(made, plans.threads)
             return self._store.begin_run(measured=plans.measured), plans.bits(part, precision)

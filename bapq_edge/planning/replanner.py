@@ -34,6 +34,10 @@ __all__ = ["Replanner"]
 
 _MEASURED = "measured what a run needs besides weights"
 
+_MOST_LEARNT = 8
+"""Precisions that a policy asked for without announcing them: all plans are made together, and each
+more takes longer."""
+
 _ROUNDED_UP = 1 + 1e-9
 """A mean of bits is rounded; times this, it is a bound that does not fall short of the mean."""
 
@@ -71,7 +75,6 @@ class Replanner:
         threads: int,
         storage_bytes_s: float | None,
         weight_budget_bytes: int | None,
-        on_switch: Callable[[Event], None] | None,
     ) -> None:
         """Plan nothing yet: that is `open`.
 
@@ -86,12 +89,12 @@ class Replanner:
             threads: threads that one operator runs on, if no envelope says otherwise.
             storage_bytes_s: read speed to plan with until it is measured.
             weight_budget_bytes: most bytes of weights, whatever the budget leaves.
-            on_switch: called after every switch of levels, outside the lock.
         """
         self.lock = threading.RLock()
         """Held while plans change."""
-        self.on_switch = on_switch
-        """Called with every Event of kind "switch", on the thread that switched; assignable."""
+        self.on_switch: Callable[[Event], None] | None = None
+        """Called with every Event of kind "switch", outside the lock, on the thread that switched;
+        assignable. The switch has taken effect: what the listener raises is logged."""
         self._store, self._publisher, self._ledger, self._log = store, publisher, ledger, log
         skipped = None if shares is None else register_regions(bank, store)
         self._maker = PlanMaker(bank, shares, skipped)
@@ -131,11 +134,7 @@ class Replanner:
         self._tell_held_back()
 
     def close(self) -> None:
-        """Follow no controller from now on, and let go of the listener.
-
-        The listener may hold the session, which holds this: in a circle of references both would
-        keep their memory until the garbage collector runs.
-        """
+        """Follow no controller from now on, and tell nobody."""
         with self.lock:
             self._closed = True
             self.on_switch = None
@@ -190,8 +189,16 @@ class Replanner:
             if heavier and not self.plans.minimal:
                 self.adopt(self._make_minimal(self.plans))
 
+    def check_inputs(self, input_bytes: int) -> None:
+        """Refuse inputs that alone take more than the budget. Raises BudgetTooSmallError."""
+        budget_bytes = self._terms.budget_bytes
+        if budget_bytes is not None and input_bytes > budget_bytes:
+            raise too_small("memory_budget", budget_bytes, input_bytes, " for the inputs alone")
+
     def learn(self, precision: Precision | None) -> None:
         """Before a pass: plan for its precision, if no policy announced it.
+
+        Of such precisions the last few are kept: a policy may wish for ever new ones.
 
         Raises UnknownLevelError, RequestError or BudgetTooSmallError.
         """
@@ -200,10 +207,12 @@ class Replanner:
         with self.lock:
             if precision in self.plans.by_precision:
                 return
-            terms = replace(self._terms, precisions=(*self._terms.precisions, precision))
+            announced = self._maker.announced
+            learnt = self._terms.precisions[len(announced) :][1 - _MOST_LEARNT :]
+            terms = replace(self._terms, precisions=(*announced, *learnt, precision))
             now = self.plans
-            learnt = self._make(terms, minimal=now.minimal)
-            self.adopt(replace(learnt, over_budget=now.over_budget))
+            made = self._make(terms, minimal=now.minimal)
+            self.adopt(replace(made, over_budget=now.over_budget))
             self._terms = terms
 
     def settle(self, report: RunReport) -> None:
@@ -262,7 +271,10 @@ class Replanner:
                 warnings, self._warnings = self._warnings, []
         for event in switches:
             if (listener := self.on_switch) is not None:
-                listener(event)
+                try:
+                    listener(event)
+                except Exception:
+                    logger.exception("%s: on_switch raised at %s", self._log.source, event)
         for text in warnings:
             warn_caller(text, BudgetExceededWarning)
 

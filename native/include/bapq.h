@@ -135,6 +135,9 @@ BAPQ_API int32_t bapq_abi_version(void);
 /* Name of a plane in banks, NULL past the last: so Python checks that its order is this one. */
 BAPQ_API const char *bapq_plane_name(int32_t plane);
 BAPQ_API int32_t bapq_store_open(const bapq_bank *bank, bapq_store **out, bapq_error *error);
+/* The operators that ONNX Runtime makes on this thread from now on, with a session, compute for
+ * runs of this store and no other; NULL: for none. */
+BAPQ_API void bapq_store_owns_operators(const bapq_store *store);
 /* Closes the store and gives its memory back. BAPQ_ARGUMENT while a run is open. */
 BAPQ_API int32_t bapq_store_close(bapq_store *store, bapq_error *error);
 /* Makes this the plan of every run that begins from now on. Reads nothing: the reader thread brings
@@ -158,7 +161,8 @@ BAPQ_API int32_t bapq_store_trace(bapq_store *store, int64_t capacity, bapq_erro
  * how many. `lost`: events since the recording began that found the buffer full. */
 BAPQ_API int64_t bapq_store_trace_read(bapq_store *store, bapq_trace_event *out, int64_t capacity,
                                        int64_t *lost);
-/* Begins a run on the published plan. The ticket is the value of the graph input "bapq.run".
+/* Begins a run on the published plan. The ticket, the value of the graph input "bapq.run", is a
+ * random number, so that no graph can guess that of another run.
  * `measured`: the run's report tells memory, for which the system is asked. */
 BAPQ_API int32_t bapq_run_begin(bapq_store *store, int32_t measured, int64_t *ticket,
                                 bapq_error *error);

@@ -16,43 +16,6 @@ enum {
         256 << 10 /* of int8: fits the second-level cache, of 512 KiB on the smallest boards */
 };
 
-int32_t bapq_conv_shape(const bapq_layer *layer, const bapq_conv_params *params, int64_t batch,
-                        int64_t channels, int64_t height, int64_t width, bapq_conv *out,
-                        bapq_error *error) {
-    bapq_conv_params p = *params;
-    int sound = p.group > 0 && p.kernel_h > 0 && p.kernel_w > 0 && p.stride_h > 0 &&
-                p.stride_w > 0 && p.dilation_h > 0 && p.dilation_w > 0 && p.pad_top >= 0 &&
-                p.pad_left >= 0 && p.pad_bottom >= 0 && p.pad_right >= 0;
-    if (!sound || layer->rows % p.group != 0)
-        return bapq_fail(error, BAPQ_ARGUMENT, "the convolution's attributes are malformed");
-    if (channels % p.group != 0 || channels / p.group * p.kernel_h * p.kernel_w != layer->columns)
-        return bapq_fail(
-            error, BAPQ_ARGUMENT, "the convolution's input has %lld channels, its weights fit %lld",
-            (long long)channels, (long long)(layer->columns / (p.kernel_h * p.kernel_w) * p.group));
-    int64_t span_h = (p.kernel_h - 1) * p.dilation_h + 1;
-    int64_t span_w = (p.kernel_w - 1) * p.dilation_w + 1;
-    if (p.auto_pad != BAPQ_PAD_EXPLICIT) {
-        int64_t h = ((height + p.stride_h - 1) / p.stride_h - 1) * p.stride_h + span_h - height;
-        int64_t w = ((width + p.stride_w - 1) / p.stride_w - 1) * p.stride_w + span_w - width;
-        int64_t odd = p.auto_pad == BAPQ_PAD_SAME_LOWER; /* the odd pixel goes before, not after */
-        h = h > 0 ? h : 0;
-        w = w > 0 ? w : 0;
-        p.pad_top = (h + odd) / 2;
-        p.pad_left = (w + odd) / 2;
-        p.pad_bottom = h - p.pad_top;
-        p.pad_right = w - p.pad_left;
-    }
-    int64_t room_h = height + p.pad_top + p.pad_bottom - span_h;
-    int64_t room_w = width + p.pad_left + p.pad_right - span_w;
-    if (room_h < 0 || room_w < 0)
-        return bapq_fail(error, BAPQ_ARGUMENT,
-                         "the convolution's input of %lld x %lld is smaller than its window",
-                         (long long)height, (long long)width);
-    *out = (bapq_conv){
-        p, batch, channels, height, width, room_h / p.stride_h + 1, room_w / p.stride_w + 1};
-    return BAPQ_OK;
-}
-
 /* Buffers of one worker. */
 typedef struct {
     int8_t *q;  /* (panel_rows, blocks*32) */

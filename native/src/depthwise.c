@@ -11,29 +11,7 @@
 #include "error.h"
 #include "work.h"
 
-enum {
-    BAND_BYTES = 16 << 10,      /* half of the smallest first-level cache */
-    LARGEST_ATTRIBUTE = 1 << 20 /* so that no product of two overflows */
-};
-
-int32_t bapq_depthwise_shape(const bapq_layer *layer, const bapq_conv_params *params, int64_t batch,
-                             int64_t channels, int64_t height, int64_t width, bapq_conv *out,
-                             bapq_error *error) {
-    const bapq_conv_params *p = params;
-    const int64_t values[] = {p->kernel_h,   p->kernel_w, p->stride_h, p->stride_w,   p->dilation_h,
-                              p->dilation_w, p->pad_top,  p->pad_left, p->pad_bottom, p->pad_right};
-    for (size_t i = 0; i < sizeof values / sizeof *values; i++)
-        if (values[i] < 0 || values[i] > LARGEST_ATTRIBUTE)
-            return bapq_fail(
-                error, BAPQ_ARGUMENT,
-                "an attribute of the depthwise convolution is %lld, allowed is 0 to %d",
-                (long long)values[i], LARGEST_ATTRIBUTE);
-    if (p->group != channels)
-        return bapq_fail(error, BAPQ_ARGUMENT,
-                         "the depthwise convolution has %lld groups, its input %lld channels",
-                         (long long)p->group, (long long)channels);
-    return bapq_conv_shape(layer, params, batch, channels, height, width, out, error);
-}
+enum { BAND_BYTES = 16 << 10 }; /* half of the smallest first-level cache */
 
 /* Buffers of one worker. */
 typedef struct {
@@ -182,11 +160,13 @@ static void fill_band(const depthwise_job *j, worker_buffers *buffers, const flo
     int64_t end = y + (rows - 1) * conv->p.stride_h + j->span_h;
     int64_t height = conv->height, width = conv->width, stride = conv->p.stride_w;
     int64_t row_floats = j->phases * j->phase_floats;
-    const float *x = channel + y * width;
-    for (float *to = buffers->band; y < end; y++, x += width, to += row_floats) {
-        if (y < 0 || y >= height)
+    for (float *to = buffers->band; y < end; y++, to += row_floats) {
+        if (y < 0 || y >= height) {
             memset(to, 0, (size_t)row_floats * sizeof *to);
-        else if (stride == 1)
+            continue;
+        }
+        const float *x = channel + y * width;
+        if (stride == 1)
             fill_values(x + own.column, own.count, to + own.first);
         else
             fill_phases(j, x, stride, to);
@@ -309,6 +289,7 @@ int32_t bapq_depthwise_run(bapq_run *run, int32_t layer, const bapq_conv *conv,
                        .x = x,
                        .y = y,
                        .row_weights = (l->columns + 3) / 4 * 4};
+    if (conv->batch == 0) return BAPQ_OK;
     plan_bands(&j);
     int32_t threads = bapq_run_threads(run);
     bapq_carver count = {0};

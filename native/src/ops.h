@@ -50,10 +50,6 @@ typedef struct {
     int64_t out_h, out_w;
 } bapq_conv;
 
-/* Checks the input's shape against the layer and works out the output's. */
-int32_t bapq_conv_shape(const bapq_layer *layer, const bapq_conv_params *params, int64_t batch,
-                        int64_t channels, int64_t height, int64_t width, bapq_conv *out,
-                        bapq_error *error);
 int32_t bapq_conv_run(bapq_run *run, int32_t layer, const bapq_conv *conv,
                       const bapq_epilogue *epilogue, const bapq_parallel *parallel, const float *x,
                       float *y, bapq_error *error);

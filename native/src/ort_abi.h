@@ -59,6 +59,8 @@ struct OrtAllocator {
 #define ORT_AddCustomOpDomain(api) \
     ORT_FUNCTION(api, 28, OrtStatus *, OrtSessionOptions *, OrtCustomOpDomain *)
 #define ORT_GetTensorMutableData(api) ORT_FUNCTION(api, 51, OrtStatus *, OrtValue *, void **)
+#define ORT_GetTensorElementType(api) \
+    ORT_FUNCTION(api, 60, OrtStatus *, const OrtShapeInfo *, int *)
 #define ORT_GetDimensionsCount(api) \
     ORT_FUNCTION(api, 61, OrtStatus *, const OrtShapeInfo *, size_t *)
 #define ORT_GetDimensions(api) \

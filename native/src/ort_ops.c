@@ -1,8 +1,9 @@
 /* The operators of domain "bapq" for ONNX Runtime: MatMul, Gemm, Conv, DepthwiseConv and Gather.
  *
- * An operator holds no weights and knows no store. Its second input, "bapq.run", is the ticket of
- * the run it computes for; everything else follows from that and from its attribute `layer`. So one
- * session serves concurrent runs on different plans, and swapping a plan touches no session. */
+ * An operator holds no weights. Its second input, "bapq.run", is the ticket of the run it computes
+ * for; everything else follows from that and from its attribute `layer`. So one session serves
+ * concurrent runs on different plans, and swapping a plan touches no session. Of its store it knows
+ * the number only: a graph is untrusted input, and a ticket of another store's run is refused. */
 #include "ort_abi.h"
 
 #include <float.h>
@@ -17,6 +18,7 @@
 #include "depthwise.h"
 #include "error.h"
 #include "ops.h"
+#include "shapes.h"
 
 typedef enum { MATMUL, GEMM, CONV, DEPTHWISE_CONV, GATHER, KINDS } op_kind;
 
@@ -30,17 +32,16 @@ typedef struct {
 typedef struct {
     const OrtApi *api;
     op_kind kind;
+    int64_t store_id; /* whose runs it computes for */
     int64_t layer;
     bapq_epilogue epilogue;
     bapq_conv_params conv;
 } op_kernel;
 
-enum { MAX_RANK = 16 };
-
 typedef struct {
-    int64_t dims[MAX_RANK];
-    size_t rank;
+    bapq_shape shape;
     void *data;
+    bool there;
 } tensor;
 
 #define TRY(call)                            \
@@ -96,6 +97,7 @@ static OrtStatus *create_kernel(const OrtCustomOp *op, const OrtApi *api, const 
     if (!kernel) return ORT_CreateStatus(api)(ORT_FAIL, "bapq: no memory for an operator");
     kernel->api = api;
     kernel->kind = ((const custom_op *)op)->kind;
+    kernel->store_id = bapq_operators_store_id();
     OrtStatus *status = read_attributes(kernel, info);
     if (status != NULL) {
         free(kernel);
@@ -109,35 +111,51 @@ static void destroy_kernel(void *kernel) { free(kernel); }
 
 /* ---- tensors ---- */
 
-/* data is NULL where there is no such input. */
+/* Takes a dense tensor of this element type, or none, where the graph gives none; anything else
+ * that a graph may hand over is refused. */
 static OrtStatus *get_input(const op_kernel *kernel, OrtKernelContext *context, size_t index,
-                            tensor *out) {
+                            int type, tensor *out) {
     const OrtApi *api = kernel->api;
     const OrtValue *value = NULL;
-    OrtShapeInfo *shape = NULL;
-    out->data = NULL;
+    OrtShapeInfo *info = NULL;
+    int found = 0;
+    *out = (tensor){.there = false};
     TRY(ORT_KernelContext_GetInput(api)(context, index, &value));
     if (value == NULL) return NULL;
-    TRY(ORT_GetTensorTypeAndShape(api)(value, &shape));
-    OrtStatus *status = ORT_GetDimensionsCount(api)(shape, &out->rank);
-    if (status == NULL && out->rank > MAX_RANK)
+    out->there = true;
+    TRY(ORT_GetTensorTypeAndShape(api)(value, &info));
+    bapq_shape *shape = &out->shape;
+    OrtStatus *status = ORT_GetTensorElementType(api)(info, &found);
+    if (status == NULL && found != type)
+        status = ORT_CreateStatus(api)(ORT_INVALID_ARGUMENT, "bapq: an input of another type");
+    if (status == NULL) status = ORT_GetDimensionsCount(api)(info, &shape->rank);
+    if (status == NULL && shape->rank > BAPQ_MAX_RANK)
         status = ORT_CreateStatus(api)(ORT_INVALID_ARGUMENT, "bapq: more than 16 dimensions");
-    if (status == NULL) status = ORT_GetDimensions(api)(shape, out->dims, out->rank);
-    ORT_ReleaseShapeInfo(api)(shape);
+    if (status == NULL) status = ORT_GetDimensions(api)(info, shape->dims, shape->rank);
+    ORT_ReleaseShapeInfo(api)(info);
     if (status != NULL) return status;
     return ORT_GetTensorMutableData(api)((OrtValue *)value, &out->data);
 }
 
-static OrtStatus *make_output(const op_kernel *kernel, OrtKernelContext *context, tensor *out) {
-    OrtValue *value = NULL;
-    TRY(ORT_KernelContext_GetOutput(kernel->api)(context, 0, out->dims, out->rank, &value));
-    return ORT_GetTensorMutableData(kernel->api)(value, &out->data);
+/* The run that the ticket names: an open one of the store that the operator was made for. */
+static OrtStatus *get_run(const op_kernel *kernel, OrtKernelContext *context, bapq_run **run) {
+    tensor ticket;
+    TRY(get_input(kernel, context, 1, ORT_INT64, &ticket));
+    *run = NULL;
+    if (ticket.shape.rank == 0 && ticket.data != NULL)
+        *run = bapq_run_of(*(const int64_t *)ticket.data);
+    if (*run == NULL || bapq_run_store_id(*run) != kernel->store_id || kernel->layer < 0 ||
+        kernel->layer >= bapq_run_layer_count(*run))
+        return ORT_CreateStatus(kernel->api)(ORT_INVALID_ARGUMENT,
+                                             "bapq.run is no open run of this bank");
+    return NULL;
 }
 
-static int64_t product(const int64_t *dims, size_t count) {
-    int64_t n = 1;
-    for (size_t i = 0; i < count; i++) n *= dims[i];
-    return n;
+static OrtStatus *make_output(const op_kernel *kernel, OrtKernelContext *context,
+                              const bapq_shape *shape, float **data) {
+    OrtValue *value = NULL;
+    TRY(ORT_KernelContext_GetOutput(kernel->api)(context, 0, shape->dims, shape->rank, &value));
+    return ORT_GetTensorMutableData(kernel->api)(value, (void **)data);
 }
 
 /* ---- compute ---- */
@@ -168,84 +186,72 @@ typedef struct {
     bapq_error failure; /* unless status is BAPQ_OK */
 } call;
 
-static OrtStatus *refuse(call *c, const char *what) {
-    c->status = bapq_fail(&c->failure, BAPQ_ARGUMENT, "%s", what);
-    return NULL;
-}
-
 /* Makes the output, and checks what is added to it. */
-static OrtStatus *begin(call *c, tensor *y) {
-    const tensor *r = &c->residual;
-    if (r->data && (r->rank != y->rank || memcmp(r->dims, y->dims, r->rank * sizeof *r->dims) != 0))
-        return refuse(c, "the residual has not the shape of the operator's output");
+static OrtStatus *begin(call *c, const bapq_shape *y_shape, float **y) {
     c->epilogue = c->kernel->epilogue;
-    c->epilogue.residual = r->data;
-    return make_output(c->kernel, c->context, y);
+    if (c->residual.there) {
+        c->status = bapq_residual_shape(&c->residual.shape, y_shape, &c->failure);
+        if (c->status != BAPQ_OK) return NULL;
+        c->epilogue.residual = c->residual.data;
+    }
+    return make_output(c->kernel, c->context, y_shape, y);
 }
 
 static OrtStatus *compute_matmul(call *c, const bapq_parallel *parallel) {
-    tensor y = c->x;
-    if (c->x.rank == 0 || c->x.dims[c->x.rank - 1] != c->layer->columns) {
-        c->status = bapq_fail(
-            &c->failure, BAPQ_ARGUMENT, "the input's last axis is %lld, the weights fit %d",
-            c->x.rank ? (long long)c->x.dims[c->x.rank - 1] : 0LL, c->layer->columns);
-        return NULL;
-    }
-    if (c->kernel->kind == GEMM && c->x.rank != 2) return refuse(c, "Gemm's input is not a matrix");
-    y.dims[y.rank - 1] = c->layer->rows;
-    TRY(begin(c, &y));
+    bapq_shape y_shape;
+    int64_t m;
+    float *y;
+    c->status = bapq_matmul_shape(c->layer, c->kernel->kind == GEMM, &c->x.shape, &m, &y_shape,
+                                  &c->failure);
     if (c->status != BAPQ_OK) return NULL;
-    c->status = bapq_matmul(c->run, (int32_t)c->kernel->layer, &c->epilogue, parallel,
-                            product(c->x.dims, c->x.rank - 1), c->x.data, y.data, &c->failure);
+    TRY(begin(c, &y_shape, &y));
+    if (c->status != BAPQ_OK) return NULL;
+    c->status = bapq_matmul(c->run, (int32_t)c->kernel->layer, &c->epilogue, parallel, m, c->x.data,
+                            y, &c->failure);
     return NULL;
 }
 
 static OrtStatus *compute_conv(call *c, const bapq_parallel *parallel) {
-    const int64_t *d = c->x.dims;
-    int flat = c->x.rank == 3; /* (batch, channels, length) is an image of height 1 */
-    if (!flat && c->x.rank != 4) return refuse(c, "Conv's input has neither 3 nor 4 axes");
     int depthwise = c->kernel->kind == DEPTHWISE_CONV;
+    bapq_shape y_shape;
     bapq_conv conv;
-    c->status = (depthwise ? bapq_depthwise_shape : bapq_conv_shape)(
-        c->layer, &c->kernel->conv, d[0], d[1], flat ? 1 : d[2], flat ? d[2] : d[3], &conv,
-        &c->failure);
+    float *y;
+    c->status =
+        bapq_conv_shape(c->layer, &c->kernel->conv, &c->x.shape, &conv, &y_shape, &c->failure);
     if (c->status != BAPQ_OK) return NULL;
-    tensor y = {.rank = c->x.rank, .dims = {d[0], c->layer->rows, conv.out_h, conv.out_w}};
-    if (flat) y.dims[2] = conv.out_w;
-    TRY(begin(c, &y));
+    TRY(begin(c, &y_shape, &y));
     if (c->status != BAPQ_OK) return NULL;
     c->status = (depthwise ? bapq_depthwise_run : bapq_conv_run)(c->run, (int32_t)c->kernel->layer,
                                                                  &conv, &c->epilogue, parallel,
-                                                                 c->x.data, y.data, &c->failure);
+                                                                 c->x.data, y, &c->failure);
     return NULL;
 }
 
 static OrtStatus *compute_gather(call *c) {
-    tensor y = c->x;
-    if (y.rank == MAX_RANK) return refuse(c, "Gather's indices have 16 axes");
-    y.dims[y.rank++] = c->layer->columns;
-    TRY(make_output(c->kernel, c->context, &y));
-    c->status = bapq_gather(c->run, (int32_t)c->kernel->layer, product(c->x.dims, c->x.rank),
-                            c->x.data, y.data, &c->failure);
+    bapq_shape y_shape;
+    int64_t count;
+    float *y;
+    c->status = bapq_gather_shape(c->layer, &c->x.shape, &count, &y_shape, &c->failure);
+    if (c->status != BAPQ_OK) return NULL;
+    TRY(make_output(c->kernel, c->context, &y_shape, &y));
+    c->status = bapq_gather(c->run, (int32_t)c->kernel->layer, count, c->x.data, y, &c->failure);
     return NULL;
 }
 
 static OrtStatus *compute(void *state, OrtKernelContext *context) {
     const op_kernel *kernel = state;
     call c = {.kernel = kernel, .context = context};
-    tensor ticket;
-    TRY(get_input(kernel, context, 0, &c.x));
-    TRY(get_input(kernel, context, 1, &ticket));
-    if (takes_residual(kernel->kind)) TRY(get_input(kernel, context, 2, &c.residual));
-    c.run = bapq_run_of(*(const int64_t *)ticket.data);
-    if (c.run == NULL || kernel->layer < 0 || kernel->layer >= bapq_run_layer_count(c.run))
-        return ORT_CreateStatus(kernel->api)(ORT_INVALID_ARGUMENT,
-                                             "bapq.run is no open run of this bank");
+    TRY(get_run(kernel, context, &c.run));
+    TRY(get_input(kernel, context, 0, kernel->kind == GATHER ? ORT_INT64 : ORT_FLOAT, &c.x));
+    if (!c.x.there)
+        return ORT_CreateStatus(kernel->api)(ORT_INVALID_ARGUMENT, "bapq: an input is missing");
+    if (takes_residual(kernel->kind)) TRY(get_input(kernel, context, 2, ORT_FLOAT, &c.residual));
     c.layer = bapq_run_layer(c.run, (int32_t)kernel->layer);
     ort_parallel pool = {kernel->api, context};
     bapq_parallel parallel = {ort_for_each, &pool};
     if (c.layer->depthwise != (kernel->kind == DEPTHWISE_CONV))
-        TRY(refuse(&c, "only DepthwiseConv reads a depthwise layer, and it reads no other"));
+        c.status = bapq_fail(&c.failure, BAPQ_ARGUMENT, "%s",
+                             "only DepthwiseConv reads a depthwise layer, and it reads no other");
     else if (kernel->kind == CONV || kernel->kind == DEPTHWISE_CONV)
         TRY(compute_conv(&c, &parallel));
     else if (kernel->kind == GATHER)

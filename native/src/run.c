@@ -2,11 +2,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 
 #include "error.h"
 #include "store_internal.h"
 
-/* Runs of all stores. A ticket is generation << 32 | slot + 1, so a stale one is recognised. */
+/* Runs of all stores. A ticket is random, but for its lowest byte, which is the slot: a graph can
+ * guess none, and a stale one is recognised. */
 enum { MAX_RUNS = 256 };
 static bapq_run runs[MAX_RUNS];
 static pthread_mutex_t runs_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -17,6 +19,16 @@ static void free_slot(bapq_run *run) {
     pthread_mutex_unlock(&runs_lock);
 }
 
+/* A ticket for the slot: never 0, never negative. Called with runs_lock held. */
+static int64_t make_ticket(int32_t slot) {
+    static uint64_t count;
+    uint64_t number = 0;
+    /* Where the system has no randomness yet, the store's number must do to keep runs apart. */
+    if (getrandom(&number, sizeof number, GRND_NONBLOCK) != sizeof number) number = ++count << 8;
+    number = (number & (uint64_t)INT64_MAX & ~(uint64_t)(MAX_RUNS - 1)) | (uint64_t)slot;
+    return number == 0 ? MAX_RUNS : (int64_t)number;
+}
+
 int32_t bapq_run_begin(bapq_store *store, int32_t measured, int64_t *ticket, bapq_error *error) {
     *ticket = 0;
     pthread_mutex_lock(&runs_lock);
@@ -25,12 +37,8 @@ int32_t bapq_run_begin(bapq_store *store, int32_t measured, int64_t *ticket, bap
     bapq_run *run = NULL;
     if (slot < MAX_RUNS) { /* filled under the lock: others look for a slot whose store is NULL */
         run = &runs[slot];
-        uint32_t generation = (run->generation + 1) & 0x7FFFFFFF;
-        *run = (bapq_run){.store = store,
-                          .ticket = (int64_t)generation << 32 | (slot + 1),
-                          .generation = generation,
-                          .measured = measured != 0,
-                          .layer = -1};
+        *run = (bapq_run){
+            .store = store, .ticket = make_ticket(slot), .measured = measured != 0, .layer = -1};
     }
     pthread_mutex_unlock(&runs_lock);
     if (!run)
@@ -59,9 +67,7 @@ int32_t bapq_run_begin(bapq_store *store, int32_t measured, int64_t *ticket, bap
 }
 
 bapq_run *bapq_run_of(int64_t ticket) {
-    int64_t slot = (ticket & 0xFFFFFFFF) - 1;
-    if (slot < 0 || slot >= MAX_RUNS) return NULL;
-    bapq_run *run = &runs[slot];
+    bapq_run *run = &runs[ticket & (MAX_RUNS - 1)];
     pthread_mutex_lock(&runs_lock); /* the slot of an old ticket may be about to serve another */
     bool open = run->store != NULL && run->ticket == ticket;
     pthread_mutex_unlock(&runs_lock);
@@ -115,6 +121,7 @@ int32_t bapq_run_end(int64_t ticket, bapq_run_report *report, bapq_error *error)
     return status;
 }
 
+int64_t bapq_run_store_id(const bapq_run *run) { return run->store->id; }
 const bapq_kernels *bapq_run_kernels(const bapq_run *run) { return run->store->kernels; }
 int32_t bapq_run_threads(const bapq_run *run) { return run->plan->threads; }
 int32_t bapq_run_layer_count(const bapq_run *run) { return run->store->layer_count; }

@@ -226,6 +226,16 @@ static void free_store(bapq_store *store) {
     free(store);
 }
 
+static atomic_llong stores_opened;
+
+static _Thread_local int64_t operators_store_id;
+
+void bapq_store_owns_operators(const bapq_store *store) {
+    operators_store_id = store ? store->id : 0;
+}
+
+int64_t bapq_operators_store_id(void) { return operators_store_id; }
+
 int32_t bapq_store_open(const bapq_bank *bank, bapq_store **out, bapq_error *error) {
     *out = NULL;
     int32_t status = check_bank(bank, error);
@@ -240,6 +250,7 @@ int32_t bapq_store_open(const bapq_bank *bank, bapq_store **out, bapq_error *err
     pthread_mutex_init(&store->rows.lock, NULL);
     pthread_cond_init(&store->changed, NULL);
     for (int32_t p = 0; p < BAPQ_PLANES; p++) store->plane[p].fd = -1;
+    store->id = atomic_fetch_add(&stores_opened, 1) + 1;
     store->kernels = kernels;
     store->layer_count = bank->layer_count;
     store->chunk_count = bank->chunk_count;

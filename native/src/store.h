@@ -40,6 +40,10 @@ typedef struct bapq_run bapq_run;
 
 /* The open run with this ticket, NULL if there is none. */
 bapq_run *bapq_run_of(int64_t ticket);
+/* Number of the run's store, which no other store of the process ever has. */
+int64_t bapq_run_store_id(const bapq_run *run);
+/* Number of the store that owns the operators made on this thread, 0: none does. */
+int64_t bapq_operators_store_id(void);
 
 const bapq_kernels *bapq_run_kernels(const bapq_run *run);
 int32_t bapq_run_threads(const bapq_run *run);

@@ -117,6 +117,7 @@ typedef struct {
 enum { ROW_NONE = -1, ROW_NEVER = -2 /* never was any */ };
 
 struct bapq_store {
+    int64_t id; /* of all stores ever opened, from 1 on */
     plane_store plane[BAPQ_PLANES];
     bapq_layer *layer;
     int32_t *row_order;   /* what the layers' row_order point into */
@@ -158,7 +159,6 @@ struct bapq_run {
     bapq_store *store;
     plan *plan;
     int64_t ticket;
-    uint32_t generation;
     bool measured;  /* its report tells memory */
     int32_t *asked; /* layers in the order in which the run asked for them; NULL: not noted */
     int32_t asked_layers;

@@ -35,13 +35,13 @@ static void serve(bapq_store *store, plan *p, int32_t position) {
     s->next = position;
     s->idle_for = 0;
     s->misled = false;
-    if (s->plan != p) {
-        plan *old = s->plan;
+    plan *old = s->plan;
+    if (old != p) {
         s->plan = p;
         p->holders++;
-        resize_ring(s, p->ring_bytes);
-        if (old) bapq_plan_release(store, old);
     }
+    resize_ring(s, p->ring_bytes); /* for a plan of before, too: it may have had no memory then */
+    if (old != p && old) bapq_plan_release(store, old);
     pthread_cond_broadcast(&store->changed);
 }
 

@@ -29,7 +29,8 @@ from bapq_edge.errors import (
     UnknownLevelError,
 )
 from support.banks import NO_CLIP, graph_bytes, node, random_codes, write_bank
-from support.internals import bank_of, graphs_of, store_of
+from support.internals import bank_of, graphs_of
+from support.streaming import settled
 
 SCALE_COLUMNS = {4: 32, 2: 64, 1: 128}
 
@@ -125,11 +126,11 @@ def test_runs_in_flight_finish_on_the_level_they_began(bank, x):
         stop.set()
         for worker in workers:
             worker.join()
-        stats = session.stats()
-        assert store_of(session).stats().live_plans == 1
-        assert stats.runs > 0
+        assert settled(session).live_plans == 1
+        assert session.stats().runs > 0
         session.set_level(1)
         session.run(None, {"x": x})
+        settled(session)
         assert session.stats().resident_bytes == bank_of(session).weight_bytes(1)
     assert not wrong
 

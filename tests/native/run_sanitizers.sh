@@ -1,6 +1,6 @@
 #!/bin/sh
 # Run the stress tests of store and arena under the thread sanitizer, and under the address and undefined
-# behaviour sanitizers. Usage: run_sanitizers.sh [SECONDS_EACH] [SEED]
+# behaviour sanitizers; under these the operators on hostile graphs, too. Usage: run_sanitizers.sh [SECONDS_EACH] [SEED]
 set -eu
 build=$(dirname "$0")/build.sh
 work=$(mktemp -d)
@@ -19,3 +19,4 @@ for preset in thread address; do
     # shellcheck disable=SC2086
     TSAN_OPTIONS=halt_on_error=1 $fixed "$stress" "${1:-10}" "${2:-1}"
 done
+"$("$build" address operators_fuzz)" "$work" "${1:-10}000" "${2:-1}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -15,12 +16,26 @@ def test_store_and_arena_are_sound_under_the_sanitizers():
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert result.stdout.count(" passed, 0 failed") == 2
     assert result.stdout.count("arena_stress: passed") == 2
+    assert result.stdout.count("refused, 0 failed") == 1
+
+
+def sanitized(target: str, *arguments: str) -> str:
+    """What a test program prints that is built with the address sanitizer."""
+    build = str(Path(__file__).with_name("build.sh"))
+    program = subprocess.run(
+        [build, "address", target], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    result = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    return result.stdout
 
 
 def test_the_arena_keeps_blocks_apart():
-    build = str(Path(__file__).with_name("build.sh"))
-    program = subprocess.run(
-        [build, "address", "arena_stress"], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    result = subprocess.run([program, "1", "3"], capture_output=True, text=True, timeout=100)
-    assert (result.returncode, result.stdout) == (0, "arena_stress: passed\n"), result.stderr
+    assert sanitized("arena_stress", "1", "3") == "arena_stress: passed\n"
+
+
+def test_operators_answer_or_refuse_whatever_the_graph_says(tmp_path):
+    """5,000 cases: hostile attributes, shapes, types and tickets, each tensor in its own memory."""
+    told = sanitized("operators_fuzz", str(tmp_path), "5000", "7")
+    answered, refused = map(int, re.findall(r"(\d+) (?:answered|refused)", told))
+    assert answered > 500 and answered + refused == 5000 and told.endswith("0 failed\n")

@@ -15,6 +15,8 @@ from bapq_edge.bank.manifest import SourceModel
 from bapq_edge.bank.verify import verify
 from bapq_edge.bank.writer import BankWriter
 
+GRAPH = b"\x12\x05graph"
+"""As far as a reader looks a graph: a model with nothing but the name of its producer."""
 SOURCE = SourceModel("sample", 1234, "ab" * 16, "bapq test")
 
 
@@ -126,7 +128,7 @@ def add(writer: BankWriter, name: str, shape: Shape, codes: LayerCodes, levels=L
     return writer.add_layer(replace(describe(name, shape, levels), **fields), codes, **tables)
 
 
-def write_bank(path, shapes=RAGGED, levels=LEVELS, seed=0, graph=b"graph"):
+def write_bank(path, shapes=RAGGED, levels=LEVELS, seed=0, graph=GRAPH):
     """Write a bank of random layers `layer0`, `layer1`, ...; returns their codes."""
     layers = [random_codes(shape, levels, seed) for shape in shapes]
     with BankWriter(path, levels=levels, source=SOURCE) as writer:

@@ -16,7 +16,8 @@ from bapq_edge.bank.manifest import Calibration, KeptNode, SourceModel
 from bapq_edge.bank.writer import BankWriter
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bank_v1"
-GRAPH = b"not a graph, but its digest is checked all the same\n"
+GRAPH = b"\x122no graph, only a producer: its digest is checked.\n"
+assert len(GRAPH) == 2 + 50
 
 # Ragged in rows, columns and scale groups; two chunks; shared by two operators; with and without
 # bias; rows reordered and dropped, and all as they are; all levels, and some; both at once; in the

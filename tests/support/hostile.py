@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from bapq_edge.bank.manifest import digest_in, seal
 from bapq_edge.errors import BankError
 
 
@@ -16,6 +17,12 @@ def snapshot(directory):
         str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
         for path in directory.rglob("*")
     }
+
+
+def sealed(document) -> bytes:
+    """A manifest of these values, whose digest is right."""
+    data = json.dumps(document).encode() + b"\n"
+    return data if digest_in(data) is None else seal(data)
 
 
 class Victim:
@@ -30,7 +37,7 @@ class Victim:
     def edit_manifest(self, edit):
         document = json.loads(self.file("manifest.json").read_bytes())
         edit(document)
-        self.file("manifest.json").write_bytes(json.dumps(document).encode() + b"\n")
+        self.file("manifest.json").write_bytes(sealed(document))
 
     def flip(self, name, position):
         """Flip the lowest bit of a byte and leave every digest as it was."""

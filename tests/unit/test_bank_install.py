@@ -12,6 +12,7 @@ import pytest
 from bapq_edge.bank import staging, writer
 from bapq_edge.bank.install import install
 from bapq_edge.bank.layout import PLANES
+from bapq_edge.bank.manifest import seal
 from bapq_edge.bank.reader import Bank
 from bapq_edge.bank.verify import verify
 from bapq_edge.errors import (
@@ -150,14 +151,13 @@ def refuse(error, new, bank, match=None, **options):
 
 def test_damage_in_the_new_bank_is_refused_file_by_file(bank, tmp_path):
     source = tmp_path / "stick/new.bank"
-    write_bank(source, PRUNED, seed=3, graph=b"another graph")
+    write_bank(source, PRUNED, seed=3, graph=b"\x12\x07another")
     names = sorted(files_of(source))
     assert len(names) == 20
     for name in names:
         data = (source / name).read_bytes()
         damages = [data[:-1], data + b"\0", b""]
-        if name != "manifest.json":
-            damages += [data[:-1] + bytes([data[-1] ^ 1]), bytes([data[0] ^ 1]) + data[1:]]
+        damages += [data[:-1] + bytes([data[-1] ^ 1]), bytes([data[0] ^ 1]) + data[1:]]
         for damaged in damages:
             (source / name).write_bytes(damaged)
             refuse(BankError, source, bank, "new.bank")
@@ -197,7 +197,7 @@ def test_links_that_lead_out_are_refused_and_others_become_files(new, bank, tmp_
 
 def test_a_name_that_leads_out_is_refused(new, bank):
     manifest = new / "manifest.json"
-    manifest.write_bytes(manifest.read_bytes().replace(b"planes/p4.bin", b"../../p4.bin"))
+    manifest.write_bytes(seal(manifest.read_bytes().replace(b"planes/p4.bin", b"../../p4.bin")))
     refuse(BankPathError, new, bank)
 
 
@@ -329,7 +329,7 @@ def set_of_synced(monkeypatch):
 @pytest.mark.parametrize("fresh", [True, False])
 def test_everything_is_synced_before_it_is_put_in_place(new, board, fresh, monkeypatch):
     if not fresh:
-        write_bank(board / "m.bank", NEW, graph=b"old")
+        write_bank(board / "m.bank", NEW, graph=b"\x12\x03old")
     synced = set_of_synced(monkeypatch)
     real_exchange, real_rename, moved = staging._exchange, os.rename, []
 

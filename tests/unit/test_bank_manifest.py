@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 
 import numpy as np
@@ -10,8 +11,16 @@ import pytest
 
 from bapq_edge.bank.consistency import parse_manifest
 from bapq_edge.bank.fields import printable, safe_name
-from bapq_edge.errors import BankFormatError, BankPathError, BankVersionError
+from bapq_edge.bank.manifest import digest_in, seal
+from bapq_edge.errors import (
+    BankError,
+    BankFormatError,
+    BankIntegrityError,
+    BankPathError,
+    BankVersionError,
+)
 from support.bank_samples import PRUNED, write_bank
+from support.hostile import sealed
 
 HUGE = 1 << 60
 
@@ -21,10 +30,6 @@ def document(tmp_path_factory):
     path = tmp_path_factory.mktemp("manifest") / "sample.bank"
     write_bank(path)
     return json.loads((path / "manifest.json").read_bytes())
-
-
-def encoded(document) -> bytes:
-    return json.dumps(document).encode() + b"\n"
 
 
 def changed(document, path, value):
@@ -44,16 +49,16 @@ def changed(document, path, value):
 
 
 def test_any_key_order_is_read_and_the_canonical_one_is_written(document):
-    manifest = parse_manifest(encoded(document))
+    manifest = parse_manifest(sealed(document))
     data = manifest.to_json()
     assert data == json.dumps(document, sort_keys=True, indent=2).encode() + b"\n"
     assert parse_manifest(data) == manifest
 
 
 def test_calibration_is_optional_and_kept(document):
-    assert parse_manifest(encoded(document)).calibration is None
+    assert parse_manifest(sealed(document)).calibration is None
     calibration = {"samples": 3, "blake2b": "0" * 32}
-    manifest = parse_manifest(encoded(document | {"calibration": calibration}))
+    manifest = parse_manifest(sealed(document | {"calibration": calibration}))
     assert manifest.calibration.samples == 3
     assert json.loads(manifest.to_json())["calibration"] == calibration
 
@@ -148,7 +153,7 @@ def test_calibration_is_optional_and_kept(document):
 )
 def test_every_deviation_is_named(document, path, value, message):
     with pytest.raises(BankFormatError) as caught:
-        parse_manifest(encoded(changed(document, path, value)), "m.bank/manifest.json")
+        parse_manifest(sealed(changed(document, path, value)), "m.bank/manifest.json")
     assert str(caught.value).startswith("m.bank/manifest.json")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -191,7 +196,7 @@ def test_every_deviation_of_rows_is_named(tmp_path, changes, message):
     for path, value in changes.items():
         document = changed(document, path, value)
     with pytest.raises(BankFormatError) as caught:
-        parse_manifest(encoded(document))
+        parse_manifest(sealed(document))
     assert message in str(caught.value)
     assert len(str(caught.value)) < 400
 
@@ -200,7 +205,7 @@ def test_every_deviation_of_rows_is_named(tmp_path, changes, message):
 def test_more_chunks_than_a_table_may_have_are_refused(document, rows):
     big = changed(changed(document, "layers/0/rows", rows), "layers/0/stored_rows", rows)
     with pytest.raises(BankFormatError, match=f"is {rows}, must be within 1048576 chunks"):
-        parse_manifest(encoded(big))
+        parse_manifest(sealed(big))
 
 
 @pytest.mark.parametrize(
@@ -220,7 +225,7 @@ def test_more_chunks_than_a_table_may_have_are_refused(document, rows):
 )
 def test_paths_that_can_leave_the_bank(document, file):
     with pytest.raises(BankPathError) as caught:
-        parse_manifest(encoded(changed(document, "planes/p4/file", file)))
+        parse_manifest(sealed(changed(document, "planes/p4/file", file)))
     assert f"planes.p4.file is {json.dumps(file)}" in str(caught.value)
 
 
@@ -228,7 +233,7 @@ def test_paths_that_can_leave_the_bank(document, file):
 def test_other_versions(document, version):
     other = document | {"format_version": version, "new_in_that_version": 1}
     with pytest.raises(BankVersionError, match=r"this program reads 1: rebuild"):
-        parse_manifest(encoded(other))
+        parse_manifest(sealed(other))
 
 
 @pytest.mark.parametrize(
@@ -258,9 +263,39 @@ def test_what_is_not_a_json_document(data, message):
 
 
 def test_a_number_beyond_float_is_refused(document):
-    data = encoded(changed(document, "layers/0/relative_error/8", 12345.5))
+    data = sealed(changed(document, "layers/0/relative_error/8", 12345.5))
     with pytest.raises(BankFormatError, match="must be a finite number"):
-        parse_manifest(data.replace(b"12345.5", b"1e999"))
+        parse_manifest(seal(data.replace(b"12345.5", b"1e999")))
+
+
+def test_the_digest_is_over_every_byte(document):
+    data = parse_manifest(sealed(document)).to_json()
+    assert parse_manifest(data).digest == json.loads(data)["digest"] == digest_in(data)[1]
+    places = [(at, bit) for at in range(len(data)) for bit in range(8)]
+    for at, bit in random.Random(1).sample(places, 1500):
+        damaged = bytearray(data)
+        damaged[at] ^= 1 << bit
+        with pytest.raises(BankError):
+            parse_manifest(bytes(damaged))
+    words = "has BLAKE2b [0-9a-f]{64}, expected [0-9a-f]{64}: copy or build the bank again"
+    with pytest.raises(BankIntegrityError, match=words):
+        parse_manifest(data.replace(b'"residual_steps": 13', b'"residual_steps": 12'))
+    with pytest.raises(BankIntegrityError):
+        parse_manifest(data.replace(b'  "', b'   "', 1))
+
+
+@pytest.mark.parametrize("digest", ["", "0" * 63, "A" * 64, 7, None, "\\u0030" + "0" * 63])
+def test_a_digest_that_is_none(document, digest):
+    data = sealed(document)
+    written = json.dumps(digest).replace("\\\\", "\\").encode()
+    stated = json.dumps(digest_in(data)[0]).encode()
+    with pytest.raises(BankFormatError, match="digest is"):
+        parse_manifest(data.replace(stated, written))
+
+
+def test_a_digest_is_there(document):
+    with pytest.raises(BankFormatError, match="key digest is missing"):
+        parse_manifest(sealed(changed(document, "digest", ...)))
 
 
 def test_chunks_larger_than_the_table_can_say_are_refused(document):
@@ -269,11 +304,11 @@ def test_chunks_larger_than_the_table_can_say_are_refused(document):
     big = changed(big, "layers/0/columns", 1 << 24)
     big = changed(big, "layers/0/chunk_rows", 1 << 20)
     with pytest.raises(BankFormatError, match="a chunk would have 70368748371968 bytes"):
-        parse_manifest(encoded(big))
+        parse_manifest(sealed(big))
 
 
 def test_layout_is_aligned_contiguous_and_in_order(document):
-    manifest = parse_manifest(encoded(document))
+    manifest = parse_manifest(sealed(document))
     for plane in manifest.planes:
         layout = manifest.chunk_layout(plane).astype([("offset", int), ("bytes", int), ("c", int)])
         assert len(layout) == manifest.chunk_count

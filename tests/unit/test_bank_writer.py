@@ -18,6 +18,7 @@ from bapq_edge.bank.writer import BankWriter
 from bapq_edge.errors import BankFormatError, StorageError
 from support import bank_samples
 from support.bank_samples import (
+    GRAPH,
     PRUNED,
     SOURCE,
     Shape,
@@ -47,7 +48,7 @@ def test_round_trip_of_every_set_of_levels(tmp_path, levels):
     bank = Bank.open(tmp_path / "m.bank")
     assert bank.levels == levels
     assert bank.planes == planes_for(levels)
-    assert bank.graph_bytes() == b"graph"
+    assert bank.graph_bytes() == GRAPH
     for layer, codes in zip(bank.manifest.layers, layers, strict=True):
         assert_same_codes(bank.layer_codes(layer), codes)
     assert verify(bank.path).ok
@@ -139,9 +140,9 @@ def test_a_model_name_becomes_safe(tmp_path):
 
 
 def test_an_existing_bank_is_replaced(tmp_path, rename):
-    write_bank(tmp_path / "m.bank", seed=1, graph=b"old")
-    write_bank(tmp_path / "m.bank", SMALL, graph=b"new")
-    assert Bank.open(tmp_path / "m.bank").graph_bytes() == b"new"
+    write_bank(tmp_path / "m.bank", seed=1, graph=b"\x12\x03old")
+    write_bank(tmp_path / "m.bank", SMALL, graph=b"\x12\x03new")
+    assert Bank.open(tmp_path / "m.bank").graph_bytes() == b"\x12\x03new"
     assert os.listdir(tmp_path) == ["m.bank"]
 
 

@@ -15,6 +15,7 @@ from bapq_edge.bank.boundary import Boundary, Precision, array_file
 from bapq_edge.bank.consistency import check_boundary
 from bapq_edge.bank.exchange import pack, unpack
 from bapq_edge.bank.files import digest_of
+from bapq_edge.bank.manifest import seal
 from bapq_edge.bank.npy import to_npy
 from bapq_edge.bank.reader import Bank
 from bapq_edge.bank.verify import verify
@@ -227,6 +228,7 @@ def test_damage_and_disagreement_in_the_bank_are_found(bank, tmp_path):
     wrong = to_npy(np.full((2, 2), 7, np.uint8))
     file.write_bytes(wrong)
     manifest = fitted / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(digest_of(whole), digest_of(wrong)))
+    changed = manifest.read_text().replace(digest_of(whole), digest_of(wrong))
+    manifest.write_bytes(seal(changed.encode()))
     with pytest.raises(BankFormatError, match="assignment has values from 7 to 7, allowed are 0"):
         Bank.open(fitted)

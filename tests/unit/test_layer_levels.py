@@ -17,6 +17,7 @@ from bapq_edge.bank.writer import BankWriter
 from bapq_edge.errors import BankFormatError, MissingPlaneWarning, RequestError
 from bapq_edge.planning.planner import Request, chunk_costs, plan
 from support.bank_samples import (
+    GRAPH,
     SOURCE,
     Shape,
     add,
@@ -25,6 +26,7 @@ from support.bank_samples import (
     random_codes,
     write_bank,
 )
+from support.hostile import sealed
 
 LOW = (8, 4, 2, 1)
 SHAPES = (
@@ -104,7 +106,7 @@ def test_a_level_that_no_layer_has_is_no_level_of_the_bank(tmp_path):
     ):
         shape = Shape(20, 40, own_levels=(4,))
         add(writer, "only", shape, random_codes(shape, (8, 4)), (8, 4))
-        writer.finish(b"graph")
+        writer.finish(GRAPH)
 
 
 def test_a_sensitivity_at_a_level_that_the_layer_lacks_is_refused(bank):
@@ -115,7 +117,7 @@ def test_a_sensitivity_at_a_level_that_the_layer_lacks_is_refused(bank):
     manifest = bank.path / "manifest.json"
     document = json.loads(manifest.read_text())
     document["sensitivity"]["blake2b"] = hashlib.blake2b(data, digest_size=16).hexdigest()
-    manifest.write_text(json.dumps(document) + "\n")
+    manifest.write_bytes(sealed(document))
     with pytest.raises(BankFormatError, match=r"sensitivity 0\.5 at level 2, must be 0"):
         Bank.open(bank.path)
 

@@ -20,6 +20,7 @@ from bapq_edge.errors import (
 )
 from bapq_tools.boundary.rewrite import output_rows, rewrite
 from support.bank_samples import (
+    GRAPH,
     PRUNED,
     RAGGED,
     SOURCE,
@@ -104,7 +105,7 @@ def test_sensitivity_is_shared_out_by_rows(tmp_path):
         shape = Shape(52, 8, chunk_rows=48)
         table = np.array([[0, 3, 6, 9, 12], [0, 4, 8, 16, 32]], np.float32)
         add(writer, "fc", shape, random_codes(shape), sensitivity=table)
-        writer.finish(b"graph")
+        writer.finish(GRAPH)
     order = np.concatenate([np.arange(48, 52), np.arange(48)])
     new = rewrite(
         tmp_path / "m.bank", tmp_path / "n.bank", row_order={"fc": order}, chunk_rows={"fc": 16}
@@ -188,7 +189,7 @@ def test_a_gathered_layer_keeps_its_order(tmp_path):
     shape = Shape(40, 8)
     with BankWriter(tmp_path / "m.bank", levels=LEVELS, source=SOURCE) as writer:
         add(writer, "table", shape, random_codes(shape), operators=("Gather",))
-        writer.finish(b"graph")
+        writer.finish(GRAPH)
     same = rewrite(tmp_path / "m.bank", tmp_path / "n.bank", row_order={"table": np.arange(40)})
     assert files_of(same) == files_of(tmp_path / "m.bank")
     with pytest.raises(RequestError, match="layer table is gathered"):

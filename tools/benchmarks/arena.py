@@ -64,9 +64,10 @@ def measure(bank_path: str, arena: str) -> dict[str, Any]:
         options.add_session_config_entry("session.use_env_allocators", "1")
     if arena == "off_mapped":
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 64 << 10)
-    session = onnxruntime.InferenceSession(
-        bank.graph_bytes(), options, providers=["CPUExecutionProvider"]
-    )
+    with store.owning_operators():
+        session = onnxruntime.InferenceSession(
+            bank.graph_bytes(), options, providers=["CPUExecutionProvider"]
+        )
     graph = Graph(session, bank_path)
     costs, request = chunk_costs(bank), Request(level=8)
     limit = smallest_limit(costs, request)

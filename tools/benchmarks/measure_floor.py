@@ -73,7 +73,7 @@ def steps(bank_path: str) -> dict[str, int]:
     made = plan(costs, Request(level=8, weight_bytes_limit=limit))
     store.publish(made.levels, made.pinned, made.ring_bytes, 0, 1)
     opened = _memory()
-    graphs = Graphs(bank, 1, split=False)
+    graphs = Graphs(bank, store, 1, split=False)
     loading_peak_bytes = peak_rss_bytes() - start["VmRSS"]
     loaded = _memory()
     feed = _feed(graphs.inputs)
@@ -115,7 +115,7 @@ def activations(bank_path: str) -> int:
     costs = chunk_costs(bank)
     full = plan(costs, Request(level=8))
     store.publish(full.levels, full.pinned, full.ring_bytes, None, 1)
-    graph = Graph(open_graph(model.SerializeToString(), 1), bank_path)
+    graph = Graph(open_graph(model.SerializeToString(), store, 1), bank_path)
     values, _ = execute(store, graph, _feed(graph.inputs))
 
     memory_of: dict[str, str] = {}  # a view's is that of the tensor that it shows

@@ -239,7 +239,7 @@ class Engine:
         """`values` (regions, rows) stand in for skipped rows."""
         bank = Bank.open(path)
         self._store = Store(bank)
-        self._graph = Graph(open_graph(bank.graph_bytes(), 1), str(path))
+        self._graph = Graph(open_graph(bank.graph_bytes(), self._store, 1), str(path))
         sizes = bank.chunks("p4")["bytes"] + bank.chunks("r8")["bytes"]
         self.chunks, self._ring_bytes = len(sizes), 3 * int(sizes.max())
         rows = sum(layer.stored_rows for layer in bank.manifest.layers)

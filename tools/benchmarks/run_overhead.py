@@ -109,7 +109,7 @@ def _layers(session: Session, feed: dict[str, np.ndarray]) -> Iterator[dict[str,
     parts = session.internals
     names = [value.name for value in session.get_outputs()]
     graph, store, precision = parts.graphs["whole"], parts.store, parts.replanner.main
-    reference = open_graph(parts.bank.file_bytes(parts.bank.manifest.graph), threads=1)
+    reference = open_graph(parts.bank.graph_bytes(), store, threads=1)
     run = store.begin_run()
     own_feed = {**feed, RUN_INPUT: run.ticket}
     runs = (

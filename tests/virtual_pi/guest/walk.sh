@@ -19,8 +19,9 @@ printf '[Service]\nWatchdogSec=20\n' >/run/systemd/system/bapq-serve.service.d/i
 systemctl daemon-reload
 systemctl restart bapq-serve
 systemctl kill --signal=STOP bapq-serve
-for second in $(seq 100); do
+for second in $(seq 900); do
     if tell | grep -q '"active".*"NRestarts": "1"\|"NRestarts": "1".*"active"'; then break; fi
+    echo "waiting for $second s"
     sleep 1
 done
 tell

@@ -99,7 +99,8 @@ class Runner:
         weights cannot be read.
         """
         if graph not in self._graphs:
-            self._graphs[graph] = Graph(open_graph(graph, threads=1), str(self._bank.path))
+            opened = open_graph(graph, self._store, threads=1)
+            self._graphs[graph] = Graph(opened, str(self._bank.path))
         opened = self._graphs[graph]
         chosen = self.plan(precision)
         levels, region = chosen.levels, None

@@ -9,8 +9,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from bapq_edge.bank.graph_file import check_graph
 from bapq_edge.engine.graph import RUN_INPUT
-from bapq_edge.errors import UnsupportedModelError
+from bapq_edge.errors import BankFormatError, UnsupportedModelError
 
 from . import graphs
 from .ir import Function, HeavyLayer, LayerPlan, LayerUse
@@ -36,7 +37,7 @@ def assemble(model: onnx.ModelProto, plan: LayerPlan) -> bytes:
 
     Raises:
         UnsupportedModelError: what stays in float is too large for one file, or the model uses the
-            name of our own input.
+            name of our own input, or operators of a domain that banks do not admit.
     """
     taken = graphs.names(model.graph)
     if RUN_INPUT in taken:
@@ -58,12 +59,16 @@ def assemble(model: onnx.ModelProto, plan: LayerPlan) -> bytes:
     _add_initializers(model.graph, result.graph)
     try:
         found: bytes = result.SerializeToString(deterministic=True)
-        return found
     except ValueError as error:
         left = sum(len(tensor.raw_data) for tensor in graphs.tensors(result.graph))
         raise UnsupportedModelError(
             f"{left // _MIB} MiB of weights stay in float; one graph file holds at most 2048 MiB"
         ) from error
+    try:
+        check_graph(found, "the graph without its layers")
+    except BankFormatError as error:
+        raise UnsupportedModelError(f"no device would open the bank: {error}") from None
+    return found
 
 
 def split_residuals(graph: onnx.GraphProto) -> None:

@@ -104,10 +104,10 @@ def measure_plans(
     wanted = [{name: tensors[name] for name in names} for tensors in answers.tensors]
     judge = Judge(wanted)
     costs = chunk_costs(bank)
-    opened = Graph(open_graph(graph, threads=1), str(bank.path))
     store = Store(bank)
     points: list[ExpectedPoint] = []
     try:
+        opened = Graph(open_graph(graph, store, threads=1), str(bank.path))
         for level, made in _plans(costs):
             store.publish(made.levels, made.pinned, made.ring_bytes, None, threads=1)
 

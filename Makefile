@@ -27,7 +27,7 @@ demo: $(VENV)/.ready $(MINILM)  ## show memory, time and answers of MiniLM under
 	PYTHONPATH=tools $(BIN)/python examples/demo.py
 
 test: $(VENV)/.ready $(OLDEST)/.ready $(MINILM) lint  ## run the tests
-	BAPQ_OLDEST_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest -m "not slow and not arm and not pi"
+	BAPQ_OLDEST_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest -m "not slow and not arm and not pi" --numprocesses logical --dist worksteal
 
 test-arm: $(VENV)/.ready dist/.x86_64 $(ARM64)/.ready  ## test the wheels, on emulated boards too
 	$(BIN)/python -m pytest -m "arm and not slow" --numprocesses logical --dist worksteal

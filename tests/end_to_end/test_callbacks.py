@@ -50,7 +50,7 @@ def test_a_listener_that_raises_is_logged_and_the_switch_stands(bank, caplog):
 
 METHODS = {
     "run": lambda session: run(session, X),
-    "run_async": lambda session: session.run_async(None, {"x": X}),
+    "submit": lambda session: session.submit(None, {"x": X}),
     "set_memory_budget": lambda session: session.set_memory_budget("1GiB"),
     "set_level": lambda session: session.set_level(session.stats().level or 8),
     "set_bits": lambda session: session.set_bits(4),
@@ -136,6 +136,6 @@ def test_every_method_from_a_future(bank, method):
             failures.append(error)
         done.set()
 
-    session.run_async(None, {"x": X}).add_done_callback(act)
+    session.submit(None, {"x": X}).add_done_callback(act)
     assert done.wait(PATIENCE_S) and failures == []
     within(session.close)

@@ -109,7 +109,7 @@ with session.internals.replanner.lock:
 if child == 0:
     told = 0
     for call in (lambda: session.run(None, {{"x": x}}), lambda: session.set_level(4),
-                 lambda: session.run_async(None, {{"x": x}}), session.stats,
+                 lambda: session.submit(None, {{"x": x}}), session.stats,
                  lambda: session.set_memory_budget("1GiB"), session.get_inputs):
         try:
             call()

@@ -103,6 +103,7 @@ def test_cuts_of_every_graph_answer_as_the_whole_does(tmp_path, kind):
         "tied": [],  # its table is read on both sides
         "branches": [("h", 4), ("sum", 6)],  # two tensors pass every other cut
         "choice": [("h", 2)],  # both branches are before it
+        "mobile": [("h", 1), ("d", 2)],
     }[kind]
 
 

@@ -289,5 +289,5 @@ print(meter.windows[0].peak_growth_bytes // 1024, peak - before)
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     window, kernel = map(int, ended.stdout.split())
-    assert kernel >= (48 << 10) - 64
+    assert kernel >= (48 << 10) - 512  # less what the process gave back
     assert abs(window - kernel) <= 64  # what reading the two files took between

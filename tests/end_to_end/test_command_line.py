@@ -21,7 +21,7 @@ from support.boundaries import model as boundary_model
 from support.boundaries import with_boundary
 
 COMMANDS = [
-    *("build", "fit", "report", "run", "bench", "profile", "doctor"),
+    *("build", "eval", "fit", "report", "run", "bench", "profile", "doctor"),
     *("inspect", "verify", "install", "unpack", "pack"),
 ]
 

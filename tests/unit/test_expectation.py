@@ -21,6 +21,7 @@ from bapq_edge.errors import BankFormatError, CalibrationWarning
 from bapq_edge.planning.planner import Request, chunk_costs, plan
 from bapq_tools import build_bank
 from bapq_tools.calibration.samples import load_calibration
+from support.hostile import sealed
 from support.onnx_models import FLOAT, model
 
 SAMPLES = 64
@@ -233,7 +234,7 @@ def test_what_is_wrong_is_refused(bank, tmp_path, key, value, message):
     copy = shutil.copytree(bank, tmp_path / "m.bank")
     document = json.loads((copy / "manifest.json").read_text())
     document["expected"][key] = value
-    (copy / "manifest.json").write_text(json.dumps(document) + "\n")
+    (copy / "manifest.json").write_bytes(sealed(document))
     with pytest.raises(BankFormatError, match=message):
         Bank.open(copy)
 
@@ -244,6 +245,6 @@ def test_points_stand_in_order_and_a_level_once(bank, tmp_path):
     points = document["expected"]["points"]
     for wrong in (points[::-1], [*points, points[-1]], [{**points[0], "level": 3}]):
         document["expected"]["points"] = wrong
-        (copy / "manifest.json").write_text(json.dumps(document) + "\n")
+        (copy / "manifest.json").write_bytes(sealed(document))
         with pytest.raises(BankFormatError, match="expected"):
             Bank.open(copy)

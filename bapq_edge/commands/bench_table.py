@@ -21,7 +21,6 @@ FIELDS = (
     "reference_ms",
     "ratio",
     "agreement",
-    "agreement_measure",
     "input_shapes",
     "zeros",
     "peak_growth_bytes",
@@ -56,10 +55,11 @@ def _markdown(results: list[dict[str, Any]]) -> str:
         notes.append(
             f"ratio: run ms over reference ms, the runs of {reference} between those of the row"
         )
-    notes += [
-        f"agreement: {_MEASURES[measure]} {reference}; bapq eval tells it for many samples"
-        for measure in sorted({each["agreement_measure"] for each in results} - {None})
-    ]
+    if _agreeing(results):
+        notes.append(
+            f"agreement: mean cosine between the outputs and those of {reference} on this one "
+            "input; bapq eval takes many"
+        )
     if measured:
         notes.append(f"energy of a run: {_energy_facts(measured[0])}")
     return text + "".join(f"\n{note}\n" for note in notes)
@@ -67,6 +67,10 @@ def _markdown(results: list[dict[str, Any]]) -> str:
 
 def _compared(results: list[dict[str, Any]]) -> bool:
     return any(result["ratio"] is not None for result in results)
+
+
+def _agreeing(results: list[dict[str, Any]]) -> bool:
+    return any(result["agreement"] is not None for result in results)
 
 
 def _input_facts(result: dict[str, Any]) -> str:
@@ -105,11 +109,6 @@ def _time(result: dict[str, Any]) -> str:
     return f"{result['run_ms']:.2f} ± {result['run_sd_ms']:.2f}"
 
 
-_MEASURES = {
-    "agreement": "share of the input's rows that get the same class as from",
-    "cosine": "cosine between the outputs and those of",
-}
-
 _COLUMNS: tuple[tuple[str, Callable[..., bool], Callable[[dict[str, Any]], str]], ...] = (
     ("", bool, lambda result: str(result["name"])),
     ("load ms", bool, lambda result: _number(result["load_ms"], 1)),
@@ -118,7 +117,7 @@ _COLUMNS: tuple[tuple[str, Callable[..., bool], Callable[[dict[str, Any]], str]]
     ("ratio", _compared, lambda result: _number(result["ratio"], 2)),
     (
         "agreement",
-        lambda results: any(result["agreement"] is not None for result in results),
+        _agreeing,
         lambda result: _number(result["agreement"], 4),
     ),
     ("peak growth", bool, lambda result: _size(result["peak_growth_bytes"])),

@@ -54,9 +54,7 @@ def test_bench_measures_every_level_beside_the_models(place):
     assert [row["bits_per_weight"] for row in levels] == [8, 4]
     rest = os.path.getsize(place / "digits.bank/graph/main.onnx")
     assert levels[0]["weight_bytes"] > levels[1]["weight_bytes"] > rest
-    assert [(row["agreement"], row["agreement_measure"]) for row in levels] == [
-        (1, "agreement")
-    ] * 2
+    assert 0.99 < levels[1]["agreement"] < levels[0]["agreement"] < 1
     assert all(row["input_shapes"] == {"image": [1, 1, 8, 8]} and not row["zeros"] for row in rows)
     for row in levels:
         assert row["ratio"] == pytest.approx(row["run_ms"] / row["reference_ms"])
@@ -75,7 +73,7 @@ def test_the_ratio_says_what_it_is_over(place):
     )
     run = heads.index("run ms")
     assert heads[run : run + 4] == ["run ms", "reference ms", "ratio", "agreement"]
-    assert model[run + 2] == "1.00" and model[run + 3] == "" and level[run + 3] == "1.0000"
+    assert model[run + 2] == "1.00" and model[run + 3] == "" and float(level[run + 3]) > 0.99
     assert float(level[run + 2]) == pytest.approx(
         float(level[run].split()[0]) / float(level[run + 1]), abs=0.2
     )
@@ -146,7 +144,7 @@ def test_an_image_of_no_size_is_not_guessed_and_external_weights_count(tmp_path)
     out, _ = bapq(*bench, "--shape", "x=1,3,16,8", "--json")
     float_model, level = json.loads(out)
     assert float_model["weight_bytes"] > weight.nbytes
-    assert level["agreement_measure"] == "cosine" and level["zeros"]
+    assert 0.99 < level["agreement"] <= 1 and level["zeros"]
     assert level["input_shapes"] == {"x": [1, 3, 16, 8]}
 
 

@@ -61,7 +61,7 @@ def test_python_m_bapq_edge_is_the_command():
     ("arguments", "answer"),
     [
         (["isntall", "a", "b"], "there is no command 'isntall'; did you mean install?"),
-        (["xyz"], "there is no command 'xyz'; there are build, fit, report, run, bench"),
+        (["xyz"], "there is no command 'xyz'; there are build, eval, fit, report, run"),
         (["run", "a.bank", "--inptu", "a"], "there is no option --inptu; did you mean --input?"),
         (["run", "a.bank", "--memory-bugdet=1GiB"], "did you mean --memory-budget?"),
         (["bench", "a.bank", "--frmat", "md"], "did you mean --format?"),

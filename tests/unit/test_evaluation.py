@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bapq_edge.answers import AnswerJudge, cosine, holds_scores, same_class
+from bapq_edge.array_files import map_arrays
 from bapq_edge.errors import InputFileError, LabelError, MetricError
 from bapq_tools.evaluation.intervals import score_of
 from bapq_tools.evaluation.metrics import FLOAT, LABELS, find_metric, read_metric
@@ -18,6 +19,47 @@ def scores_of_classes(*classes, count=4):
 def score_map(classes):
     """(1, 3, height, width) scores of a map of classes."""
     return np.moveaxis(np.eye(3, dtype=np.float32)[np.asarray(classes)], -1, 0)[None]
+
+
+# ---- arrays that stay in their file ----
+
+
+def test_mapped_arrays_are_those_that_are_read(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "a": rng.standard_normal((3, 5, 2)).astype(np.float32),
+        "by column": np.asfortranarray(rng.integers(0, 9, (4, 6))),
+        "empty": np.zeros((0, 3), np.float32),
+        "one": np.float64(7),
+        "words": np.array(["x", "yz"]),
+    }
+    np.savez(tmp_path / "plain.npz", **arrays)
+    np.savez_compressed(tmp_path / "packed.npz", **arrays)
+    for name in ("plain", "packed"):
+        found = map_arrays(tmp_path / f"{name}.npz")
+        assert list(found) == list(arrays)
+        for key, array in arrays.items():
+            np.testing.assert_array_equal(found[key], array)
+            assert found[key].dtype == np.asarray(array).dtype
+        assert isinstance(found["a"], np.memmap) == (name == "plain")
+    np.save(tmp_path / "a.npy", arrays["a"])
+    np.testing.assert_array_equal(map_arrays(tmp_path / "a.npy"), arrays["a"])
+
+
+def test_damage_of_a_mapped_array_is_found(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, a=np.full(1000, 3.0))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.npz is not an \.npz file of plain arrays"):
+        map_arrays(path)
+    path.write_bytes(data[:50])
+    with pytest.raises(ValueError, match="write it with numpy"):
+        map_arrays(path)
+    np.savez(path, a=np.array([{}], object))
+    with pytest.raises(ValueError, match="plain arrays"):
+        map_arrays(path)
 
 
 # ---- how near answers are ----

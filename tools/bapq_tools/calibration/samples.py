@@ -30,6 +30,9 @@ _HELD_OUT_SHARE = 8
 _MOST_HELD_OUT = 64
 """More would tell errors hardly better, and codes need them."""
 
+_CHECKED_VALUES = 1 << 20
+"""So many are looked at in one go: arrays may be larger than the memory that is free."""
+
 CalibrationPart = str | os.PathLike[str] | Mapping[str, Any]
 """An .npz file, an .npy where the model has one input, or the arrays themselves: one per model
 input, samples on the first axis."""
@@ -338,7 +341,9 @@ def _shape_error(name: str, array: np.ndarray, wanted: str, step: str) -> Calibr
 
 def _check_finite(name: str, array: np.ndarray, rows: int, sample: int = 0) -> None:
     """Refuse what is not finite; `sample` is the number of the first sample in the array."""
-    if array.dtype.kind != "f" or np.isfinite(array).all():
+    step = max(_CHECKED_VALUES * len(array) // max(array.size, 1), 1)
+    blocks = (array[first : first + step] for first in range(0, len(array), step))
+    if array.dtype.kind != "f" or all(np.isfinite(block).all() for block in blocks):
         return
     bad = ~np.isfinite(array)
     first = sample + int(np.argmax(bad.reshape(len(array), -1).any(axis=1))) // rows

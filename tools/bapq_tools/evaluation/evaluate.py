@@ -1,7 +1,7 @@
 """Runs samples through a bank at several precisions, and keeps scores alone.
 
 One pass over the data: a sample is answered by the float model and by every session, scored, and
-let go; of several files one is in memory at a time.
+let go. Arrays stay in their files, of which one is open at a time.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from bapq_edge.array_files import read_arrays
+from bapq_edge.array_files import map_arrays
 from bapq_edge.bank.reader import Bank
 from bapq_edge.engine.graph import RUN_INPUT
 from bapq_edge.errors import (
+    CalibrationArrayError,
     CalibrationError,
     CalibrationWarning,
     LabelError,
@@ -227,8 +228,8 @@ class _Labels:
     def load(self, part: CalibrationPart, inputs: Sequence[onnx.ValueInfoProto]) -> CalibrationData:
         """The samples of a part, and with it its labels."""
         where = "the data" if isinstance(part, Mapping) else os.fspath(part)
+        arrays = part if isinstance(part, Mapping) else _read(part)
         if self._name is not None:
-            arrays = part if isinstance(part, Mapping) else _read(part)
             if not isinstance(arrays, Mapping) or self._name not in arrays:
                 held = (
                     ", ".join(arrays) if isinstance(arrays, Mapping) else "one array without name"
@@ -239,9 +240,16 @@ class _Labels:
                 )
             self._first += 0 if self._labels is None else len(self._labels)
             self._labels = _checked_labels(self._name, arrays[self._name])
-            part = {name: array for name, array in arrays.items() if name != self._name}
+            arrays = {name: array for name, array in arrays.items() if name != self._name}
+        if isinstance(arrays, np.ndarray):
+            if len(inputs) != 1:
+                raise CalibrationArrayError(
+                    f"{where} holds one array, the model has {len(inputs)} inputs: write an .npz "
+                    "with an array for each"
+                )
+            arrays = {inputs[0].name: arrays}
         try:
-            return load_calibration(part, inputs)
+            return load_calibration(arrays, inputs)
         except CalibrationError as error:
             raise type(error)(f"{where}: {error}") from error
 
@@ -262,7 +270,7 @@ class _Labels:
 
 def _read(path: str | os.PathLike[str]) -> Any:
     try:
-        return read_arrays(path)
+        return map_arrays(path)
     except ValueError as error:
         raise CalibrationError(str(error)) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -142,6 +143,14 @@ def test_samples_that_the_bank_knows_are_warned_of(place):
     command = ("eval", place / "small.bank", "--data", place / "calibration.npz", "--quiet")
     _, err = bapq(*command, "--model", place / "digits.onnx", "--levels", 1)
     assert "was built with these very samples" in err and err.count("\n") == 1
+
+
+def test_an_absent_plane_is_told_once(place, tmp_path):
+    bank = shutil.copytree(place / "whole.bank", tmp_path / "a.bank")
+    (bank / "planes/r8.bin").unlink()
+    command = ("eval", bank, "--data", place / "images.npz", "--levels", "4,1", "--quiet")
+    _, err = bapq(*command)
+    assert "without planes/r8.bin" in err and err.count("\n") == 1
 
 
 def test_slips_are_one_line_each(place, tmp_path):

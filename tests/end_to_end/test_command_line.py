@@ -228,10 +228,11 @@ def test_a_rebuild_says_which_boundary_models_are_discarded(made, bapq, tmp_path
     )
     build = ("build", made / "one.onnx", "-o", fitted, "--workers", 1, "--quiet")
     _, err = bapq(*build, "--calibration", made / "one.npz")
-    assert err.startswith("bapq: warning: ") and err.count("\n") == 1
-    assert "boundary models model" in err and "discarded" in err
+    (line,) = [line for line in err.splitlines() if "boundary" in line]
+    assert line.startswith("bapq: warning: ")
+    assert "boundary models model" in line and "discarded" in line
     assert not Bank.open(fitted).manifest.boundary
-    assert bapq(*build, "--calibration", made / "one.npz")[1] == ""
+    assert "boundary" not in bapq(*build, "--calibration", made / "one.npz")[1]
     with_boundary(made / "one.bank", fitted, boundary_model(made / "one.bank"))
     with pytest.warns(errors.BoundaryDroppedWarning):
         build_bank(

@@ -26,6 +26,7 @@ from bapq_edge.errors import (
     CalibrationError,
     CalibrationWarning,
     LabelError,
+    MissingPlaneWarning,
     NoReferenceError,
 )
 from bapq_edge.session import Session
@@ -124,13 +125,16 @@ def evaluate(
         )
     source = _Labels(labels)
     with contextlib.ExitStack() as stack:
-        sessions = [
-            (subject, stack.enter_context(Session(bank, **subject.options))) for subject in subjects
-        ]
         graph = onnx.load_model_from_string(opened.graph_bytes()).graph
         inputs = [item for item in graph.input if item.name != RUN_INPUT]
         names = [item.name for item in graph.output]
-        reference = _reference(stack, opened, model, inputs, names, threads)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MissingPlaneWarning)  # it is told already
+            sessions = [
+                (subject, stack.enter_context(Session(bank, **subject.options)))
+                for subject in subjects
+            ]
+            reference = _reference(stack, opened, model, inputs, names, threads)
         parts = list(parts_of(data))
         judging = _Judging(asked, judged)
         samples = 0

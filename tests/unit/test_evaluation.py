@@ -7,7 +7,7 @@ import pytest
 
 from bapq_edge.answers import AnswerJudge, cosine, holds_scores, same_class
 from bapq_edge.array_files import map_arrays
-from bapq_edge.errors import InputFileError, LabelError, MetricError
+from bapq_edge.errors import EvaluationError, InputFileError, LabelError, MetricError
 from bapq_tools.evaluation.intervals import score_of
 from bapq_tools.evaluation.metrics import FLOAT, LABELS, find_metric, read_metric
 
@@ -124,6 +124,13 @@ def test_top1_against_model_and_label():
     assert metric.scores(outputs, {"y": scores_of_classes(1)}, 2) == {FLOAT: 0, LABELS: 1}
     rows = {"y": scores_of_classes(2, 1)}
     assert metric.scores(rows, rows, np.array([2, 3])) == {FLOAT: 1, LABELS: 0.5}
+
+
+def test_outputs_must_be_of_one_shape():
+    outputs, other = {"y": scores_of_classes(2)}, {"y": scores_of_classes(2, count=5)}
+    for name in ("top1", "cosine"):
+        with pytest.raises(EvaluationError, match=r"\(1, 4\) in the bank and \(1, 5\)"):
+            find_metric(name, None, outputs).scores(outputs, other, None)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bapq_edge.answers import AnswerJudge, cosine, holds_scores, same_class
-from bapq_edge.errors import LabelError, MetricError
+from bapq_edge.errors import EvaluationError, LabelError, MetricError
 from bapq_edge.input_files import check_input_file
 
 __all__ = ["BUILT_IN", "FLOAT", "LABELS", "Metric", "find_metric", "read_metric"]
@@ -50,7 +50,8 @@ class Metric(ABC):
     def scores(self, found: Outputs, wanted: Outputs | None, label: Any) -> dict[str, float]:
         """The scores of one sample; `wanted` and `label` are None where there is none.
 
-        Raises LabelError for a label that does not fit the output, MetricError.
+        Raises EvaluationError for outputs of another shape than the wanted ones, LabelError for a
+        label that does not fit the output, MetricError.
         """
 
 
@@ -68,6 +69,13 @@ class _BuiltIn(Metric):
     def scores(self, found: Outputs, wanted: Outputs | None, label: Any) -> dict[str, float]:
         scores = {}
         if wanted is not None:
+            for name in self.outputs:
+                if found[name].shape != wanted[name].shape:
+                    raise EvaluationError(
+                        f"output {name!r} has shape {found[name].shape} in the bank and "
+                        f"{wanted[name].shape} in the float model: give the model that the bank "
+                        "was built from"
+                    )
             each = [_LIKE[self.name](found[name], wanted[name]) for name in self.outputs]
             scores[FLOAT] = float(np.mean(each))
         if label is not None:

@@ -6,7 +6,7 @@
     │   ├── NoHeavyLayerError           nothing in it is worth a bank
     │   ├── CoverageError               more of it would stay in float than was allowed
     │   └── UnsupportedModelError       uses what the host pipeline cannot carry
-    ├── CalibrationError                the calibration data
+    ├── CalibrationError                samples: calibration data, or what is evaluated on
     │   ├── CalibrationArrayError       an array is missing, or one too many
     │   ├── CalibrationShapeError       an array's shape or type does not fit the model
     │   └── CalibrationValueError       NaN or infinity
@@ -30,6 +30,10 @@
     │   ├── SingleClassError            every sample has the same answer
     │   ├── NoTapError                  no tensor to find regions from, or not the one named
     │   └── TargetNotMetError           the message says which agreement can be met
+    ├── EvaluationError                 answers cannot be judged
+    │   ├── LabelError                  labels are absent, of another number, or of no class
+    │   ├── MetricError                 a metric that is unknown, does not fit or fails
+    │   └── NoReferenceError            there is nothing to compare answers with
     ├── SessionClosedError              the session was closed before
     ├── ForkedSessionError              the session was opened before this process was forked
     ├── ExecutionError                  the graph engine failed during a run
@@ -85,17 +89,21 @@ __all__ = [
     "CoverageError",
     "DegradedWarning",
     "EnergyWarning",
+    "EvaluationError",
     "ExecutionError",
     "ForkedSessionError",
     "FrozenInputWarning",
     "IgnoredSettingWarning",
     "InputFileError",
     "InterruptedUpdateWarning",
+    "LabelError",
+    "MetricError",
     "MissingExtraError",
     "MissingPlaneWarning",
     "ModelError",
     "ModelFormatError",
     "NoHeavyLayerError",
+    "NoReferenceError",
     "NoTapError",
     "OutOfMemoryError",
     "PlatformError",
@@ -155,7 +163,7 @@ class UnsupportedModelError(ModelError):
 
 
 class CalibrationError(BapqError, ValueError):
-    """The calibration data cannot be used."""
+    """The samples, for calibration or evaluation, cannot be used."""
 
     exit_code = 20
 
@@ -296,6 +304,30 @@ class TargetNotMetError(BoundaryError):
     """Held-out samples do not show the wished agreement; the message says what they show."""
 
     exit_code = 74
+
+
+class EvaluationError(BapqError, ValueError):
+    """Answers cannot be judged."""
+
+    exit_code = 80
+
+
+class LabelError(EvaluationError):
+    """Labels are absent, of another number than the samples, or not what the output could give."""
+
+    exit_code = 81
+
+
+class MetricError(EvaluationError):
+    """A metric is unknown, does not fit the outputs, or failed."""
+
+    exit_code = 82
+
+
+class NoReferenceError(EvaluationError):
+    """There is neither a float model nor labels to compare answers with."""
+
+    exit_code = 83
 
 
 class SessionClosedError(BapqError, RuntimeError):

@@ -9,12 +9,15 @@ what is not on the list is refused. Nothing is copied, and bytes of tensors are 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import BankFormatError
 from .strict_json import shown
 
-__all__ = ["DOMAINS", "check_graph"]
+if TYPE_CHECKING:
+    from mmap import mmap
+
+__all__ = ["DOMAINS", "check_graph", "external_files"]
 
 DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "bapq")
 """Domains of operators that a graph may hold: ONNX's, ONNX Runtime's, and our own."""
@@ -96,6 +99,26 @@ def check_graph(data: bytes, where: str) -> None:
         _check(memoryview(data), _MESSAGES["model"], where, 0)
     except _Malformed as error:
         raise BankFormatError(f"{where} is no ONNX model: {error}: {_REPAIR}") from None
+
+
+def external_files(data: bytes | mmap) -> set[str]:
+    """The files that a model keeps tensors in, by their paths relative to it.
+
+    For a model that ONNX Runtime has opened: raises ValueError for bytes that are none.
+    """
+    return set(_locations(memoryview(data), _MESSAGES["model"]))
+
+
+def _locations(data: memoryview, kind: _Message) -> Iterator[str]:
+    for number, value in _fields(data):
+        if isinstance(value, int):
+            continue
+        if number in kind.nested:
+            yield from _locations(value, _MESSAGES[kind.nested[number]])
+        elif kind.refused.get(number) == "external data":
+            texts = {key: bytes(text) for key, text in _fields(value) if not isinstance(text, int)}
+            if texts.get(1) == b"location":
+                yield texts[2].decode()
 
 
 class _Malformed(ValueError):

@@ -10,27 +10,31 @@ import argparse
 import statistics
 import time
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..bank.reader import Bank
-from ..errors import BapqError, BapqWarning, RequestError, StorageError, UnknownLevelError
+import numpy as np
+
+from ..answers import AnswerJudge
+from ..errors import BapqError, RequestError
 from ..input_files import check_input_file
 from ..profiling import EnergyPerRun, Meter
 from .bench_row import Row, Subject
 from .bench_table import FIELDS, FORMATS, to_text
 from .energy import add_energy, chosen_profile, energy_of, estimate_of
 from .feeds import add_feed, parse_shapes
-from .options import add_bank, add_session, session_options
-from .paths import check_output
+from .options import add_bank, add_session, chosen_levels, session_options
+from .paths import check_output, put_text
 
 __all__ = ["add_bench"]
 
 _COLUMNS = (
     "load is the time of one opening, run the median of the runs with their standard deviation, "
     "peak growth that of the row's process. The first model of --against runs between a row's "
-    "runs, too, and the ratio is to these: so it is not the quotient of two rows."
+    "runs, too: reference ms is the median of these, ratio is run over reference, and agreement "
+    "compares the outputs of one run. weights are those in memory, with what stays in float."
 )
 
 _WARM_UP_RUNS = 2
@@ -105,7 +109,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     for result in results:
         if result["energy_j"] is None and result["run_ms"] is not None:
             _put_energy(result, estimate_of(profile, arguments.threads, result["run_ms"]))
-    _put(to_text(results, style), arguments.output)
+    put_text(to_text(results, style), arguments.output)
     if failures:
         raise failures[0]
 
@@ -123,16 +127,6 @@ def _format(arguments: argparse.Namespace) -> str:
     return suffix
 
 
-def _put(text: str, path: Path | None) -> None:
-    if path is None:
-        print(text, end="")
-        return
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error}") from error
-
-
 def _rows_of_bank(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """What the session of each row is opened with."""
     options = session_options(arguments)
@@ -143,24 +137,9 @@ def _rows_of_bank(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     bits = options.pop("bits")
     rows = [] if bits is None else [{**options, "bits": bits}]
     if bits is None or arguments.levels is not None:
-        levels = _levels(arguments.bank, arguments.levels)
+        levels = chosen_levels(arguments.bank, arguments.levels)
         rows = [*({**options, "level": level} for level in levels), *rows]
     return rows
-
-
-def _levels(path: Path, wanted: str | None) -> list[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", BapqWarning)  # the rows will tell
-        held = [str(level) for level in Bank.open(path).levels]
-    if wanted is None:
-        return [level for level in held if level != "32"] or held
-    levels = [level.strip() for level in wanted.split(",")]
-    for level in levels:
-        if level not in held and level != "auto":
-            raise UnknownLevelError(
-                f"level {level!r} is not in the bank, which holds {', '.join(held)}"
-            )
-    return levels
 
 
 def _put_energy(result: dict[str, Any], energy: EnergyPerRun | None) -> None:
@@ -172,12 +151,31 @@ def _put_energy(result: dict[str, Any], energy: EnergyPerRun | None) -> None:
             result[name] = getattr(energy, name)
 
 
+def _put_agreement(
+    result: dict[str, Any], found: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
+    """Compare outputs of floats, where it is sure which of them belong together."""
+    if len(found) == len(wanted) == 1:
+        found = dict(zip(wanted, found.values(), strict=True))  # whatever each calls it
+    floats = {
+        name: value
+        for name, value in wanted.items()
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f"
+    }
+    if not floats or not set(floats) <= set(found):
+        return
+    if all(np.shape(found[name]) == value.shape for name, value in floats.items()):
+        # Not by class: of one input, most often zeros, that would tell next to nothing.
+        result["agreement"] = AnswerJudge(scores=None).answer(found, floats)
+
+
 def _measure(
     subjects: list[Subject], runs: int, failures: list[BapqError], meter: Meter
 ) -> list[dict[str, Any]]:
     """One result per subject; the first model also runs between the others' runs."""
     results: list[dict[str, Any]] = []
     reference: Row | None = None
+    wanted: dict[str, Any] = {}
     told: set[object] = set()
     for subject in subjects:
         times_ms: list[float] = []
@@ -202,6 +200,10 @@ def _measure(
                 with meter.window(subject.name):
                     again = row.run_on()
                 _put_energy(result, energy_of(meter.windows[-1], again))
+            if reference is not None:
+                _put_agreement(result, row.answers(), wanted)
+            elif subject.session is None and len(results) == 1:
+                wanted = row.answers()
         except BapqError as error:
             failures.append(error)
             result["error"] = str(error)
@@ -211,10 +213,11 @@ def _measure(
         result["run_sd_ms"] = statistics.stdev(times_ms) if runs > 1 else 0.0
         if subject.session is None and len(results) == 1:
             reference = row
-            result["ratio"] = 1.0
+            result["reference_ms"], result["ratio"] = result["run_ms"], 1.0
             continue
         if reference is not None:
-            result["ratio"] = result["run_ms"] / statistics.median(reference_ms)
+            result["reference_ms"] = statistics.median(reference_ms)
+            result["ratio"] = result["run_ms"] / result["reference_ms"]
         row.close()
     if reference is not None:
         reference.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import mmap
 import multiprocessing
 import signal
 import time
@@ -15,6 +16,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ..bank.graph_file import external_files
+from ..bank.reader import Bank
 from ..errors import BapqError, BapqWarning, ExecutionError, ModelFormatError, PlatformError
 from ..telemetry import peak_rss_bytes, rss_bytes
 from .feeds import FeedSource
@@ -94,9 +99,14 @@ class Row:
         self._ask("forget_reads")
 
     def report(self) -> dict[str, Any]:
-        """Memory and precision after the runs so far."""
+        """Inputs, memory and precision after the runs so far."""
         report: dict[str, Any] = self._ask("report")
         return report
+
+    def answers(self) -> dict[str, Any]:
+        """Run it once more; the outputs by name. It comes last, as they count as memory."""
+        outputs: dict[str, Any] = self._ask("answers")
+        return outputs
 
     def _ask(self, question: str) -> Any:
         try:
@@ -167,16 +177,24 @@ class _Runner:
 
     def run(self) -> float:
         started_s = time.perf_counter()
+        self._run()
+        self._runs += 1
+        return (time.perf_counter() - started_s) * 1e3
+
+    def _run(self) -> list[Any]:
         with self._explained(self._inputs):
             try:
-                self._session.run(None, self._feed)
+                outputs: list[Any] = self._session.run(None, self._feed)
             except BapqError:
                 raise
             except Exception as error:  # ONNX Runtime raises classes without a common base
                 reason = str(error).splitlines()[0]
                 raise ExecutionError(f"{self._subject.name}: ONNX Runtime: {reason}") from None
-        self._runs += 1
-        return (time.perf_counter() - started_s) * 1e3
+        return outputs
+
+    def answers(self) -> dict[str, Any]:
+        names = [value.name for value in self._session.get_outputs()]
+        return dict(zip(names, self._run(), strict=True))
 
     def run_on(self) -> int:
         runs, end_s = 0, time.perf_counter() + _RUN_ON_S
@@ -192,18 +210,30 @@ class _Runner:
 
     def report(self) -> dict[str, Any]:
         growth_bytes = peak_rss_bytes() - self._before_bytes
-        if self._subject.session is None:
-            return {
-                "peak_growth_bytes": growth_bytes,
-                "weight_bytes": self._subject.path.stat().st_size,
-            }
-        stats = self._session.stats()
-        return {
+        report = {
+            "input_shapes": {name: list(np.shape(value)) for name, value in self._feed.items()},
+            "zeros": self._subject.input_path is None,
             "peak_growth_bytes": growth_bytes,
-            "weight_bytes": stats.resident_bytes,
+        }
+        if self._subject.session is None:
+            return {**report, "weight_bytes": _model_bytes(self._subject.path)}
+        stats = self._session.stats()
+        graph_bytes = Bank.open(self._subject.path).manifest.graph.bytes
+        return {
+            **report,
+            "weight_bytes": stats.resident_bytes + graph_bytes,
             "streamed_bytes_per_run": (stats.streamed_bytes - self._read_before_bytes) / self._runs,
             "bits_per_weight": stats.bits_per_weight,
         }
+
+
+def _model_bytes(path: Path) -> int:
+    """Bytes of a model's file, and of those that it keeps tensors in."""
+    if path.suffix == ".tflite":
+        return path.stat().st_size
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
+        others = external_files(data)
+    return sum(each.stat().st_size for each in (path, *(path.parent / name for name in others)))
 
 
 def _open_bank(subject: Subject) -> Any:

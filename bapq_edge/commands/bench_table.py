@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..units import format_size
+from .tables import markdown_table
 
 __all__ = ["FIELDS", "FORMATS", "to_text"]
 
@@ -17,7 +18,11 @@ FIELDS = (
     "load_ms",
     "run_ms",
     "run_sd_ms",
+    "reference_ms",
     "ratio",
+    "agreement",
+    "input_shapes",
+    "zeros",
     "peak_growth_bytes",
     "weight_bytes",
     "streamed_bytes_per_run",
@@ -34,48 +39,43 @@ FIELDS = (
 """Keys of a result."""
 
 
-_HEADS = ("", "load ms", "run ms", "ratio", "peak growth", "weights", "read per run", "bits")
-
-
 def to_text(results: Iterable[dict[str, Any]], style: str) -> str:
     """The results in one of FORMATS; ends with a newline."""
     return FORMATS[style](list(results))
 
 
 def _markdown(results: list[dict[str, Any]]) -> str:
+    columns = [(head, cell) for head, shown, cell in _COLUMNS if shown(results)]
+    rows = [[cell(result) for _, cell in columns] for result in results]
+    text = markdown_table([head for head, _ in columns], rows)
     measured = [result for result in results if result["energy_j"] is not None]
-    heads = [*_HEADS, *(["energy mJ"] if measured else [])]
-    rows = [
-        (
-            result["name"],
-            _number(result["load_ms"], 1),
-            _time(result),
-            _number(result["ratio"], 2),
-            _size(result["peak_growth_bytes"]),
-            _size(result["weight_bytes"]),
-            _size(result["streamed_bytes_per_run"]),
-            _number(result["bits_per_weight"], 2),
-            *([_energy(result)] if measured else []),
+    notes = [_input_facts(result) for result in results if result["input_shapes"]][:1]
+    reference = results[0]["name"]
+    if _compared(results):
+        notes.append(
+            f"ratio: run ms over reference ms, the runs of {reference} between those of the row"
         )
-        for result in results
-    ]
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    marks = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    text = ""
-    for row in (heads, marks, *rows):
-        cells = [
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        text += f"| {' | '.join(cells)} |\n"
-    if any(result["ratio"] is not None for result in results):
-        text += (
-            f"\nratio: run ms over those of {results[0]['name']} between the same runs, so not the "
-            "quotient of two rows\n"
+    if _agreeing(results):
+        notes.append(
+            f"agreement: mean cosine between the outputs and those of {reference} on this one "
+            "input; bapq eval takes many"
         )
     if measured:
-        text += f"\nenergy of a run: {_energy_facts(measured[0])}\n"
-    return text
+        notes.append(f"energy of a run: {_energy_facts(measured[0])}")
+    return text + "".join(f"\n{note}\n" for note in notes)
+
+
+def _compared(results: list[dict[str, Any]]) -> bool:
+    return any(result["ratio"] is not None for result in results)
+
+
+def _agreeing(results: list[dict[str, Any]]) -> bool:
+    return any(result["agreement"] is not None for result in results)
+
+
+def _input_facts(result: dict[str, Any]) -> str:
+    shapes = ", ".join(f"{name} {shape}" for name, shape in result["input_shapes"].items())
+    return f"input: {shapes}" + (", zeros" if result["zeros"] else "")
 
 
 def _energy(result: dict[str, Any]) -> str:
@@ -109,11 +109,36 @@ def _time(result: dict[str, Any]) -> str:
     return f"{result['run_ms']:.2f} ± {result['run_sd_ms']:.2f}"
 
 
+_COLUMNS: tuple[tuple[str, Callable[..., bool], Callable[[dict[str, Any]], str]], ...] = (
+    ("", bool, lambda result: str(result["name"])),
+    ("load ms", bool, lambda result: _number(result["load_ms"], 1)),
+    ("run ms", bool, _time),
+    ("reference ms", _compared, lambda result: _number(result["reference_ms"], 2)),
+    ("ratio", _compared, lambda result: _number(result["ratio"], 2)),
+    (
+        "agreement",
+        _agreeing,
+        lambda result: _number(result["agreement"], 4),
+    ),
+    ("peak growth", bool, lambda result: _size(result["peak_growth_bytes"])),
+    ("weights", bool, lambda result: _size(result["weight_bytes"])),
+    ("read per run", bool, lambda result: _size(result["streamed_bytes_per_run"])),
+    ("bits", bool, lambda result: _number(result["bits_per_weight"], 2)),
+    (
+        "energy mJ",
+        lambda results: any(result["energy_j"] is not None for result in results),
+        lambda result: _energy(result),
+    ),
+)
+"""Head, whether results show it, and the cell of a result."""
+
+
 def _csv(results: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(results)
+    for result in results:
+        writer.writerow({**result, "input_shapes": json.dumps(result["input_shapes"])})
     return text.getvalue()
 
 

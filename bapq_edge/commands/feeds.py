@@ -38,7 +38,7 @@ def add_feed(command: Any) -> None:
         default=[],
         metavar="NAME=1,64",
         help="shape of an input of zeros (default: as the model says, 1 on an axis that it leaves "
-        "open)",
+        "open; of an image with an open size it must be given)",
     )
 
 
@@ -65,8 +65,7 @@ class FeedSource:
             guessed = [
                 value.name
                 for value in inputs
-                if value.name not in self._shapes
-                and not all(isinstance(size, int) and size > 0 for size in value.shape)
+                if value.name not in self._shapes and not all(map(_is_length, value.shape))
             ]
             if self._path is not None or not guessed:
                 raise
@@ -103,6 +102,13 @@ def _zero_feed(inputs: Sequence[Any], shapes: Mapping[str, Sequence[int]]) -> di
     if feed is None:
         types = ", ".join(f"{value.name} ({value.type})" for value in inputs)
         raise RunInputError(f"zeros mean nothing to every input of {types}: give --input")
+    for value in inputs:
+        if value.name not in shapes and _is_open_image(value.shape):
+            axes = ", ".join(str(size) if _is_length(size) else "?" for size in value.shape)
+            raise RunInputError(
+                f"input {value.name} is ({axes}), and zeros of one pixel would tell nothing: give "
+                f"--shape {value.name}={','.join(_example(value.shape))}, or --input"
+            )
     for name, shape in shapes.items():
         if name not in feed:
             raise RunInputError(f"the model has no input {name!r}; it has {', '.join(feed)}")
@@ -111,6 +117,22 @@ def _zero_feed(inputs: Sequence[Any], shapes: Mapping[str, Sequence[int]]) -> di
         except (MemoryError, ValueError) as error:  # more than there is, or than can be counted
             raise RunInputError(f"input {name} cannot have shape {[*shape]}: {error}") from error
     return feed
+
+
+def _is_length(size: Any) -> bool:
+    return isinstance(size, int) and size > 0
+
+
+def _is_open_image(shape: Sequence[Any]) -> bool:
+    """Whether two axes of four or more are open, besides the first, which counts samples."""
+    return len(shape) >= 4 and sum(not _is_length(size) for size in shape[1:]) >= 2
+
+
+def _example(shape: Sequence[Any]) -> list[str]:
+    """Such a shape with its open axes filled in."""
+    return [
+        str(size) if _is_length(size) else "224" if axis else "1" for axis, size in enumerate(shape)
+    ]
 
 
 def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:

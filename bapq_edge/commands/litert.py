@@ -21,7 +21,7 @@ _PACKAGES = ("ai_edge_litert", "tflite_runtime")
 
 
 @dataclass(frozen=True)
-class _Input:
+class _Tensor:
     """In the shape of `onnxruntime.NodeArg`."""
 
     name: str
@@ -31,7 +31,7 @@ class _Input:
 
 
 class LiteRTModel:
-    """The model in the shape of a session: `get_inputs` and `run`."""
+    """The model in the shape of a session: `get_inputs`, `get_outputs` and `run`."""
 
     def __init__(self, path: Path, threads: int | None) -> None:
         """Open the file; None is one thread per core, as for a bank.
@@ -47,19 +47,15 @@ class LiteRTModel:
             raise ModelFormatError(f"{path}: LiteRT refuses it: {reason}") from None
         self._path = path
         self._details = self._interpreter.get_input_details()
-        self._outputs = [each["index"] for each in self._interpreter.get_output_details()]
+        self._output_details = self._interpreter.get_output_details()
 
-    def get_inputs(self) -> list[_Input]:
+    def get_inputs(self) -> list[_Tensor]:
         """The inputs, by their names in the file."""
-        types = {np.dtype(dtype): name for name, dtype in NUMPY_TYPES.items()}
-        return [
-            _Input(
-                each["name"],
-                [int(size) for size in each["shape_signature"]],
-                types.get(np.dtype(each["dtype"]), "none"),
-            )
-            for each in self._details
-        ]
+        return [_tensor(each) for each in self._details]
+
+    def get_outputs(self) -> list[_Tensor]:
+        """The outputs, by their names in the file."""
+        return [_tensor(each) for each in self._output_details]
 
     def run(self, output_names: None, input_feed: Mapping[str, Any]) -> list[Any]:
         """Run on an array for each input. Raises RunInputError or ExecutionError."""
@@ -81,7 +77,16 @@ class LiteRTModel:
         except (ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise ExecutionError(f"{self._path.name}: LiteRT: {reason}") from None
-        return [interpreter.get_tensor(index) for index in self._outputs]
+        return [interpreter.get_tensor(each["index"]) for each in self._output_details]
+
+
+def _tensor(details: Mapping[str, Any]) -> _Tensor:
+    types = {np.dtype(dtype): name for name, dtype in NUMPY_TYPES.items()}
+    return _Tensor(
+        details["name"],
+        [int(size) for size in details["shape_signature"]],
+        types.get(np.dtype(details["dtype"]), "none"),
+    )
 
 
 def _interpreter_class() -> Any:

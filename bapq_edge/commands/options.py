@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any
 
+from ..bank.reader import Bank
 from ..control.device_profile import load_profile
-from ..errors import UnknownLevelError
+from ..errors import BapqWarning, UnknownLevelError
 from ..units import parse_size
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "add_json",
     "add_precision",
     "add_session",
+    "chosen_levels",
     "parse_levels",
     "session_options",
 ]
@@ -131,3 +134,22 @@ def parse_levels(text: str, example: str) -> list[int]:
         raise UnknownLevelError(
             f"--levels {text!r} is not a list of levels; write it as {example}"
         ) from None
+
+
+def chosen_levels(bank: Path, wanted: str | None) -> list[str]:
+    """Levels of a bank, and "auto", written as `8,auto`; by default all that are held but 32.
+
+    Raises UnknownLevelError, BankError.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BapqWarning)  # the sessions will tell
+        held = [str(level) for level in Bank.open(bank).levels]
+    if wanted is None:
+        return [level for level in held if level != "32"] or held
+    levels = [level.strip() for level in wanted.split(",")]
+    for level in levels:
+        if level not in held and level != "auto":
+            raise UnknownLevelError(
+                f"level {level!r} is not in the bank, which holds {', '.join(held)}"
+            )
+    return levels

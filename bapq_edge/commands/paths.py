@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import RequestError, StorageError
 
-__all__ = ["check_output", "check_outside"]
+__all__ = ["check_output", "check_outside", "put_text"]
 
 
 def check_outside(source: Path, target: Path) -> None:
@@ -45,3 +45,14 @@ def check_output(file: Path, *sources: Path | None) -> None:
     else:
         return
     raise StorageError(f"{file} cannot be written: {reason}")
+
+
+def put_text(text: str, file: Path | None) -> None:
+    """Write a text to the file, or print it where there is none. Raises StorageError."""
+    if file is None:
+        print(text, end="")
+        return
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{file} cannot be written: {error.strerror or error}") from error

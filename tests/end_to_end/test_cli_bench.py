@@ -52,7 +52,12 @@ def test_bench_measures_every_level_beside_the_models(place):
     assert model["ratio"] == 1 and model["weight_bytes"] == os.path.getsize(place / "digits.onnx")
     assert model["streamed_bytes_per_run"] is model["bits_per_weight"] is None
     assert [row["bits_per_weight"] for row in levels] == [8, 4]
-    assert levels[0]["weight_bytes"] > levels[1]["weight_bytes"] > 0
+    rest = os.path.getsize(place / "digits.bank/graph/main.onnx")
+    assert levels[0]["weight_bytes"] > levels[1]["weight_bytes"] > rest
+    assert 0.99 < levels[1]["agreement"] < levels[0]["agreement"] < 1
+    assert all(row["input_shapes"] == {"image": [1, 1, 8, 8]} and not row["zeros"] for row in rows)
+    for row in levels:
+        assert row["ratio"] == pytest.approx(row["run_ms"] / row["reference_ms"])
     for row in rows:
         assert row["error"] is None and row["peak_growth_bytes"] > 1 << 20
         assert row["load_ms"] > 0 and row["run_ms"] > 0 and row["run_sd_ms"] >= 0
@@ -63,9 +68,19 @@ def test_bench_measures_every_level_beside_the_models(place):
 def test_the_ratio_says_what_it_is_over(place):
     bench = ("bench", place / "digits.bank", "-r", 2, "--levels", 8)
     table, _ = bapq(*bench, "--against", place / "digits.onnx")
-    *rows, blank, note = table.splitlines()
-    assert len(rows) == 4 and blank == ""
-    assert note.startswith("ratio: run ms over those of digits.onnx")
+    heads, _, model, level = (
+        [c.strip() for c in line.split("|")] for line in table.splitlines()[:4]
+    )
+    run = heads.index("run ms")
+    assert heads[run : run + 4] == ["run ms", "reference ms", "ratio", "agreement"]
+    assert model[run + 2] == "1.00" and model[run + 3] == "" and float(level[run + 3]) > 0.99
+    assert float(level[run + 2]) == pytest.approx(
+        float(level[run].split()[0]) / float(level[run + 1]), abs=0.2
+    )
+    assert "input: image [1, 1, 8, 8], zeros" in table
+    assert "ratio: run ms over reference ms, the runs of digits.onnx" in table
+    alone, _ = bapq(*bench)
+    assert "ratio" not in alone and "agreement" not in alone
 
 
 def test_the_rows_warn_once_of_what_concerns_them_all(place, tmp_path):
@@ -106,6 +121,33 @@ def test_zeros_that_a_model_cannot_take_point_to_the_input(tmp_path):
     bapq(*bench, "--shape", "x=3,64")
 
 
+def test_an_image_of_no_size_is_not_guessed_and_external_weights_count(tmp_path):
+    """Convolutions would run on one pixel, and give times that mean nothing."""
+    weight = np.random.default_rng(0).standard_normal((64, 3, 3, 3)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])],
+        "open",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, "h", "w"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 64, "h", "w"])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
+    onnx.save(model, tmp_path / "a.onnx", save_as_external_data=True, location="a.data")
+    with pytest.warns(errors.UncalibratedWarning):
+        bank = build_bank(
+            tmp_path / "a.onnx", tmp_path / "a.bank", levels=(8,), progress=False
+        ).bank
+    bench = ("bench", bank, "--against", tmp_path / "a.onnx", "-r", 2)
+    _, err = bapq(*bench, code=errors.RunInputError.exit_code)
+    assert "input x is (?, 3, ?, ?)" in err and "give --shape x=1,3,224,224, or --input" in err
+    assert err.count("\n") == 1
+    out, _ = bapq(*bench, "--shape", "x=1,3,16,8", "--json")
+    float_model, level = json.loads(out)
+    assert float_model["weight_bytes"] > weight.nbytes
+    assert 0.99 < level["agreement"] <= 1 and level["zeros"]
+    assert level["input_shapes"] == {"x": [1, 3, 16, 8]}
+
+
 def test_an_interrupted_bench_says_one_line(place):
     command = [BAPQ, "bench", place / "digits.bank", "-r", "100000"]
     with subprocess.Popen(
@@ -127,7 +169,8 @@ def test_bench_tables(place):
     bench = ("bench", place / "digits.bank", "-r", 2, "--levels", "32,auto", "--shape")
     markdown, _ = bapq(*bench, "image=2,1,8,8", "--format", "md")
     lines = markdown.splitlines()
-    assert len(lines) == 4 and len({len(line) for line in lines}) == 1
+    assert len({len(line) for line in lines[:4]}) == 1
+    assert lines[4:] == ["", "input: image [2, 1, 8, 8], zeros"]
     assert "level 32" in lines[2] and "auto" in lines[3]
     table, _ = bapq(*bench, "image=2,1,8,8", "--format", "csv")
     assert [row["name"] for row in csv.DictReader(table.splitlines())] == ["level 32", "auto"]

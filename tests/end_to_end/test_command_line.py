@@ -21,7 +21,7 @@ from support.boundaries import model as boundary_model
 from support.boundaries import with_boundary
 
 COMMANDS = [
-    *("build", "fit", "report", "run", "bench", "profile", "doctor"),
+    *("build", "eval", "fit", "report", "run", "bench", "profile", "doctor"),
     *("inspect", "verify", "install", "unpack", "pack"),
 ]
 
@@ -61,7 +61,7 @@ def test_python_m_bapq_edge_is_the_command():
     ("arguments", "answer"),
     [
         (["isntall", "a", "b"], "there is no command 'isntall'; did you mean install?"),
-        (["xyz"], "there is no command 'xyz'; there are build, fit, report, run, bench"),
+        (["xyz"], "there is no command 'xyz'; there are build, eval, fit, report, run"),
         (["run", "a.bank", "--inptu", "a"], "there is no option --inptu; did you mean --input?"),
         (["run", "a.bank", "--memory-bugdet=1GiB"], "did you mean --memory-budget?"),
         (["bench", "a.bank", "--frmat", "md"], "did you mean --format?"),
@@ -228,12 +228,11 @@ def test_a_rebuild_says_which_boundary_models_are_discarded(made, bapq, tmp_path
     )
     build = ("build", made / "one.onnx", "-o", fitted, "--workers", 1, "--quiet")
     _, err = bapq(*build, "--calibration", made / "one.npz")
-    first, few = err.splitlines()
-    assert first.startswith("bapq: warning: ")
-    assert "boundary models model" in first and "discarded" in first
-    assert "too few" in few
+    (line,) = [line for line in err.splitlines() if "boundary" in line]
+    assert line.startswith("bapq: warning: ")
+    assert "boundary models model" in line and "discarded" in line
     assert not Bank.open(fitted).manifest.boundary
-    assert bapq(*build, "--calibration", made / "one.npz")[1].splitlines() == [few]
+    assert "boundary" not in bapq(*build, "--calibration", made / "one.npz")[1]
     with_boundary(made / "one.bank", fitted, boundary_model(made / "one.bank"))
     with pytest.warns(errors.BoundaryDroppedWarning):
         build_bank(

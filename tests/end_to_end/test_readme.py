@@ -32,6 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copyfile(digits_cnn_path(), folder / "model.onnx")
     images = split_of("cnn").x_test
     np.savez(folder / "samples.npz", image=images)
+    np.savez(folder / "test.npz", image=split_of("cnn").x_calibration)
     np.savez(folder / "input.npz", image=images[:1])
     demo = folder / "build" / "demo"
     demo.mkdir(parents=True)

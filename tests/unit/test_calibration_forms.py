@@ -98,7 +98,7 @@ def test_a_part_that_does_not_fit_is_named(tmp_path):
     model = convolution(["n", 4, "h", "w"])
     np.savez(tmp_path / "good.npz", x=weights(2, 4, 5, 5))
     np.savez(tmp_path / "wrong.npz", x=weights(2, 3, 5, 5))
-    with pytest.raises(CalibrationShapeError, match=r"wrong\.npz: calibration array x has shape"):
+    with pytest.raises(CalibrationShapeError, match=r"wrong\.npz: array x has shape"):
         built(model, [tmp_path / "good.npz", tmp_path / "wrong.npz"], tmp_path)
     with pytest.raises(InputFileError, match=r"absent\.npz"):
         built(model, [tmp_path / "good.npz", tmp_path / "absent.npz"], tmp_path)

@@ -30,7 +30,7 @@ PACKAGES = {
 ROOMS: dict[str, list[str]] = {
     "bapq_edge": [
         "errors",
-        "units input_files runs_in_flight",
+        "units input_files runs_in_flight answers",
         "array_files",
         "sensors telemetry",
         "bank",
@@ -54,7 +54,7 @@ ROOMS: dict[str, list[str]] = {
         "recipe build_report",
         "build analyze report",
         "boundary",
-        "row_skipping",
+        "row_skipping evaluation",
         "commands",
         "__init__",
     ],

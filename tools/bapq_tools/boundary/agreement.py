@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bapq_edge.answers import cosine
 from bapq_edge.bank.boundary import Agreement, Scores
 from bapq_edge.errors import BoundaryError, RequestError
 
@@ -50,7 +51,7 @@ class Judge:
             return np.array(self.classes(found) == self.classes(wanted), np.float64)
         pairs = zip(found, wanted, strict=True)
         if self.kind == "cosine":
-            return np.array([_cosine(a, b) for a, b in pairs])
+            return np.array([max(cosine(a, b), 0.0) for a, b in pairs])
         return np.array([float(np.abs(a - b).max(initial=0) <= self.tolerance) for a, b in pairs])
 
 
@@ -138,13 +139,3 @@ def _scores_of(found: Outputs) -> Scores:
     if rows.min() >= 0 and np.allclose(rows.sum(1), 1, atol=1e-3):
         return "probabilities"
     return "none" if np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-3) else "logits"
-
-
-def _cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
-    a, b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    if norms == 0:
-        return float(not a.any() and not b.any())
-    cosine = float(a @ b) / norms
-    # A low level may overflow where the reference does not: such an answer agrees in nothing.
-    return min(max(cosine, 0.0), 1.0) if math.isfinite(cosine) else 0.0

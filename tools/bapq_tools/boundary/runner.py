@@ -17,10 +17,9 @@ from bapq_edge.bank.reader import Bank
 from bapq_edge.engine.executor import execute
 from bapq_edge.engine.graph import Graph, open_graph
 from bapq_edge.engine.store import Store
-from bapq_edge.errors import ExecutionError
 from bapq_edge.planning.planner import Plan, Request, chunk_costs, plan
 
-__all__ = ["Feed", "Runner", "Skip", "map_feeds", "run_graph"]
+__all__ = ["Feed", "Runner", "Skip", "map_feeds"]
 
 Feed = Mapping[str, NDArray[Any]]
 T = TypeVar("T")
@@ -119,12 +118,3 @@ class Runner:
             return keep([found[name] for name in outputs])
 
         return map_feeds(once, feeds, advance)
-
-
-def run_graph(session: Any, outputs: Sequence[str], feed: Feed, where: str) -> list[NDArray[Any]]:
-    """One run of an ONNX Runtime session; raises ExecutionError."""
-    try:
-        return list(session.run(outputs, dict(feed)))
-    except Exception as error:  # ONNX Runtime raises classes of its own, without a common base
-        reason = " ".join(str(error).split())
-        raise ExecutionError(f"{where}: ONNX Runtime: {reason}") from error

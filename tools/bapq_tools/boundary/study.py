@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import ArrayLike, NDArray
 
 from bapq_edge.adaptive.boundary_model import pooled
@@ -25,13 +24,13 @@ from bapq_edge.engine.graph import RUN_INPUT
 from bapq_edge.errors import (
     BoundaryError,
     BoundaryWarning,
-    ModelFormatError,
     NoTapError,
     RequestError,
 )
 from bapq_edge.units import format_size
 
 from ..build_support.progress import Progress
+from ..calibration.float_model import name_of, open_float_model, run_graph
 from ..calibration.samples import (
     CalibrationSource,
     check_calibration_source,
@@ -40,7 +39,7 @@ from ..calibration.samples import (
 from ..onnx_graph.importers.onnx_file import check_model_source
 from .agreement import Judge, find_judge, parse_agreement
 from .features import pool_of
-from .runner import Feed, Runner, map_feeds, run_graph
+from .runner import Feed, Runner, map_feeds
 from .taps import BankGraph, Cut
 
 __all__ = ["Study", "Tap"]
@@ -221,7 +220,7 @@ class Study:
         names, feeds = self._outputs, self.feeds
         with self._stages.stage("reference", len(feeds)) as advance:
             if model is not None:
-                session, where = self._open_reference(model), _name_of(model)
+                session, where = self._open_reference(model), name_of(model)
                 rows = map_feeds(lambda f: run_graph(session, names, f, where), feeds, advance)
             elif 32 in self.bank.levels:
                 graph = self.bank.graph_bytes()
@@ -237,30 +236,9 @@ class Study:
         return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
     def _open_reference(self, model: str | os.PathLike[str] | onnx.ModelProto) -> Any:
-        where = _name_of(model)
-        if isinstance(model, onnx.ModelProto):
-            source: str | bytes = model.SerializeToString()
-        else:
-            source = os.fspath(model)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = 1, 4
-        try:
-            session = onnxruntime.InferenceSession(source, options, ["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime raises classes of its own
-            reason = str(error).splitlines()[0]
-            raise ModelFormatError(f"{where}: ONNX Runtime refuses it: {reason}") from error
-        for kind, own, wanted in (
-            ("inputs", session.get_inputs(), sorted(self.feeds[0])),
-            ("outputs", session.get_outputs(), sorted(self._outputs)),
-        ):
-            found = sorted(item.name for item in own)
-            if found != wanted:
-                raise RequestError(
-                    f"{where} has the {kind} {', '.join(found)}, the bank {', '.join(wanted)}: "
-                    "give the model that the bank was built from"
-                )
-        if isinstance(source, str):
-            self._check_is_source(Path(source))
+        session = open_float_model(model, self.feeds[0], self._outputs)
+        if not isinstance(model, onnx.ModelProto):
+            self._check_is_source(Path(model))
         return session
 
     def _check_is_source(self, path: Path) -> None:
@@ -299,10 +277,6 @@ def _tap(name: str, values: SampleArrays) -> Tap:
         if not np.isfinite(value).all():
             raise NoTapError(f"tap {name!r} holds NaN or infinity for a sample: name another one")
     return Tap(name, values, pool_of([value.shape for value in values]))
-
-
-def _name_of(model: str | os.PathLike[str] | onnx.ModelProto) -> str:
-    return "the reference model" if isinstance(model, onnx.ModelProto) else os.fspath(model)
 
 
 def _checked_groups(groups: ArrayLike | None, samples: int) -> NDArray[np.intp]:

@@ -1,4 +1,4 @@
-"""Reads and checks calibration data: samples of the model's inputs."""
+"""Reads and checks samples of the model's inputs: calibration data, or what is evaluated on."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ _MASK = "attention_mask"
 _HELD_OUT_SHARE = 8
 _MOST_HELD_OUT = 64
 """More would tell errors hardly better, and codes need them."""
+
+_CHECKED_VALUES = 1 << 20
+"""So many are looked at in one go: arrays may be larger than the memory that is free."""
 
 CalibrationPart = str | os.PathLike[str] | Mapping[str, Any]
 """An .npz file, an .npy where the model has one input, or the arrays themselves: one per model
@@ -115,21 +118,21 @@ def check_calibration_source(source: object) -> None:
     Raises CalibrationError for an object of another type, InputFileError for a file that cannot be
     read.
     """
-    for part in _parts(source):
+    for part in parts_of(source):
         if isinstance(part, str | os.PathLike):
             check_input_file(part)
         elif not isinstance(part, Mapping):
             raise CalibrationError(
-                f"the calibration data is of type {type(part).__name__}: give an .npz file, a "
+                f"the data is of type {type(part).__name__}: give an .npz file, a "
                 "folder of them, a mapping of the model's inputs to arrays, or a list of these"
             )
 
 
-def _parts(source: object) -> Iterator[Any]:
-    """The parts of a list or folder, in order; others are one part."""
+def parts_of(source: object) -> Iterator[Any]:
+    """The files and mappings of a list or folder, in order; another source is one part."""
     if isinstance(source, list | tuple):
         for item in source:
-            yield from _parts(item)
+            yield from parts_of(item)
     elif isinstance(source, str | os.PathLike) and os.path.isdir(source):
         files = sorted(file for file in Path(source).iterdir() if file.suffix in (".npz", ".npy"))
         if not files:
@@ -159,7 +162,7 @@ def load_calibration(
     """
     check_calibration_source(source)
     inputs = {item.name: item.type for item in model_inputs}
-    sources = list(_parts(source))
+    sources = list(parts_of(source))
     digest = hashlib.blake2b(digest_size=16)
     parts, counts = [], []
     for number, part in enumerate(sources):
@@ -176,7 +179,7 @@ def load_calibration(
             _add_to_digest(digest, columns, samples)
     if not parts:
         raise CalibrationError(
-            "the calibration data has 0 samples, at least 1 is needed; 100 or more are better"
+            "the data has 0 samples, at least 1 is needed; 100 or more are better"
         )
     padded = _padded_arrays(inputs, parts)
     ends = tuple(itertools.accumulate(counts))
@@ -197,7 +200,7 @@ def _columns(
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name} has {count}" for name, count in counts.items())
         raise CalibrationShapeError(
-            f"calibration arrays differ in samples: {listed}; give each the same number"
+            f"arrays differ in samples: {listed}; give each the same number"
         )
     return columns, next(iter(counts.values()), 0)
 
@@ -215,7 +218,7 @@ def _column(name: str, values: Any, kind: onnx.TypeProto) -> _Column:
         return _Column(len(lists), lists.__getitem__)
     if not kind.HasField("tensor_type"):
         raise CalibrationError(
-            f"input {name} is of a type that calibration cannot give, "
+            f"input {name} is of a type that samples cannot give, "
             f"{kind.WhichOneof('value')}; build without calibration"
         )
     array = _cast(name, np.asarray(values), kind.tensor_type)
@@ -275,7 +278,7 @@ def _check_names(given: Iterable[str], needed: Iterable[str], optional: set[str]
     there, wanted = sorted(given), sorted(needed)
     if {*there, *optional} != set(wanted):
         raise CalibrationArrayError(
-            f"the calibration data has the arrays {', '.join(there) or 'none'}, the model needs "
+            f"the data has the arrays {', '.join(there) or 'none'}, the model needs "
             f"{', '.join(wanted)}; give one array per model input under its name"
         )
 
@@ -290,14 +293,14 @@ def _cast(name: str, array: np.ndarray, kind: onnx.TypeProto.Tensor) -> np.ndarr
     same_kind = array.dtype.kind == wanted.kind or (array.dtype.kind + wanted.kind) in ("iu", "ui")
     if array.dtype.kind not in "iuf" or not same_kind:
         raise CalibrationShapeError(
-            f"calibration array {name} has type {array.dtype}, the model needs {wanted}; "
+            f"array {name} has type {array.dtype}, the model needs {wanted}; "
             "convert it the way the application will"
         )
     if wanted.kind in "iu" and array.size:
         low, high, limits = array.min(), array.max(), np.iinfo(wanted)
         if int(low) < limits.min or int(high) > limits.max:
             raise CalibrationShapeError(
-                f"calibration array {name} holds {low} to {high}, the model's {wanted} reaches "
+                f"array {name} holds {low} to {high}, the model's {wanted} reaches "
                 f"from {limits.min} to {limits.max}; check the data"
             )
     with np.errstate(over="ignore"):  # an overflow is found as infinity
@@ -332,18 +335,20 @@ def _rows_per_sample(name: str, array: np.ndarray, kind: onnx.TypeProto.Tensor) 
 
 def _shape_error(name: str, array: np.ndarray, wanted: str, step: str) -> CalibrationShapeError:
     return CalibrationShapeError(
-        f"calibration array {name} has shape {array.shape}, the model's input is {wanted}; {step}"
+        f"array {name} has shape {array.shape}, the model's input is {wanted}; {step}"
     )
 
 
 def _check_finite(name: str, array: np.ndarray, rows: int, sample: int = 0) -> None:
     """Refuse what is not finite; `sample` is the number of the first sample in the array."""
-    if array.dtype.kind != "f" or np.isfinite(array).all():
+    step = max(_CHECKED_VALUES * len(array) // max(array.size, 1), 1)
+    blocks = (array[first : first + step] for first in range(0, len(array), step))
+    if array.dtype.kind != "f" or all(np.isfinite(block).all() for block in blocks):
         return
     bad = ~np.isfinite(array)
     first = sample + int(np.argmax(bad.reshape(len(array), -1).any(axis=1))) // rows
     raise CalibrationValueError(
-        f"calibration array {name} holds {int(bad.sum())} values that are NaN or infinity, the "
+        f"array {name} holds {int(bad.sum())} values that are NaN or infinity, the "
         f"first in sample {first}; remove those samples"
     )
 

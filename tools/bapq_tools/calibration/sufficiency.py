@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .float_answers import Judge
+from bapq_edge.answers import AnswerJudge
+
 from .forward_passes import Tensors
 from .samples import CalibrationData
 
@@ -53,10 +54,11 @@ def doubts_of_answers(answers: Sequence[Tensors]) -> list[str]:
             f"{spread:.2%} of their norm: the samples are too much alike; {ENOUGH_SAMPLES} of all "
             "kinds that the application will meet would do"
         ]
-    classes = Judge(answers).classes()
-    if classes is None or len(set(classes[0])) > 1:
+    scores = AnswerJudge.of(answers[0]).scores
+    classes = {int(each[scores][0].argmax()) for each in answers} if scores else set()
+    if scores is None or len(classes) > 1:
         return []
-    own, count = classes[0][0], classes[1]
+    own, count = classes.pop(), answers[0][scores].shape[1]
     return [
         f"to the float model {len(answers)} of {len(answers)} samples are of class {own}, of "
         f"{count} that it knows: {max(ENOUGH_SAMPLES, 8 * count)} samples of all classes would do"

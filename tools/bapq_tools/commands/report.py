@@ -8,8 +8,8 @@ from typing import Any
 
 from bapq_edge.bank.reader import Bank
 from bapq_edge.commands.options import add_bank
-from bapq_edge.commands.paths import check_output
-from bapq_edge.errors import RequestError, StorageError
+from bapq_edge.commands.paths import check_output, put_text
+from bapq_edge.errors import RequestError
 
 __all__ = ["add_report_command"]
 
@@ -41,8 +41,5 @@ def _report(arguments: argparse.Namespace) -> None:
     bank = Bank.open(arguments.bank)
     title = f"{bank.manifest.model.name}: {Path(bank.path).name}"
     text = page(title, [*trace_sections(events), *bank_sections(bank)])
-    try:
-        output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{output} cannot be written: {error.strerror}") from error
+    put_text(text, output)
     print(f"{output}: {len(text) / 1e3:.0f} kB, open it in a browser")

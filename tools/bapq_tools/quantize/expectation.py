@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
+from bapq_edge.answers import AnswerJudge
 from bapq_edge.bank.layout import Level
 from bapq_edge.bank.manifest import Expected, ExpectedPoint
 from bapq_edge.bank.reader import Bank
@@ -23,7 +24,7 @@ from bapq_edge.engine.graph import Graph, open_graph
 from bapq_edge.engine.store import Store
 from bapq_edge.planning.planner import ChunkCosts, Plan, Request, chunk_costs, plan
 
-from ..calibration.float_answers import FloatAnswers, Judge
+from ..calibration.float_answers import FloatAnswers
 from ..calibration.forward_passes import FLOAT, Tensors
 from ..calibration.samples import CalibrationData
 from .sensitivity import relative_square_error
@@ -102,7 +103,7 @@ def measure_plans(
     if not names:
         return None
     wanted = [{name: tensors[name] for name in names} for tensors in answers.tensors]
-    judge = Judge(wanted)
+    judge = AnswerJudge.of(wanted[0])
     costs = chunk_costs(bank)
     store = Store(bank)
     points: list[ExpectedPoint] = []
@@ -114,7 +115,7 @@ def measure_plans(
             def once(sample: int) -> tuple[float, float]:
                 found, _ = execute(store, opened, data.feed(sample), names)
                 error = relative_square_error(found, wanted[sample], answers.free_to_shift)
-                return error, judge.answer(found, sample)
+                return error, judge.answer(found, wanted[sample])
 
             with ThreadPoolExecutor(workers) as pool:
                 judged = np.array(list(pool.map(once, range(data.samples))))

@@ -1,0 +1,1 @@
+"""How well a bank answers: beside the float model, and beside labels."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,8 +15,8 @@ from bapq_edge.bank.layout import Level, planes_for, scaled_levels
 from ..calibration.matrix_stats import MatrixStats
 from ..onnx_graph.ir import HeavyLayer
 from .family import FamilyResult, families_of, quantize_family
-from .grid import residual_steps
-from .options import LayerOptions, scale_columns_of
+from .grid import can_compensate, residual_steps
+from .options import COMPENSATED_CONV_COLUMNS, LayerOptions, scale_columns_of
 from .quantized_layer import QuantizedLayer
 from .row_runs import TASK_WEIGHTS, row_runs
 
@@ -37,6 +37,7 @@ def layer_tasks(
     layer: HeavyLayer, stats: list[MatrixStats] | None, options: LayerOptions
 ) -> list[tuple[np.ndarray, MatrixStats | None, tuple[Level, ...], LayerOptions]]:
     """Arguments of the calls of `quantize_family` whose results `join_layer` takes."""
+    options = _with_scales(layer, stats, options)
     return [
         (layer.weight[part.rows, part.columns], part.stats, family, options)
         for part, family in itertools.product(_parts(layer, stats), families_of(options))
@@ -57,6 +58,7 @@ def join_layer(
     The bias of every level makes up for the shift of the mean; where the layer has none, one is
     added if that pays.
     """
+    options = _with_scales(layer, stats, options)
     levels = options.levels
     rows, columns = layer.weight.shape
     codes = LayerCodes(weight=layer.weight if 32 in levels else None)
@@ -101,11 +103,25 @@ def join_layer(
             codes.bias[level] = (bias + shifts[level]).astype(np.float32)
     return QuantizedLayer(
         codes,
-        residual_steps(levels, stats is not None and all(each.correlated for each in stats)),
+        residual_steps(levels, _correlated(stats)),
         {level: scale_columns_of(options)[level] for level in codes.scales},
         {level: errors[level] / norm if norm else 0 * errors[level] for level in levels},
         {level: _most(found) for level, found in methods.items() if found},
     )
+
+
+def _with_scales(
+    layer: HeavyLayer, stats: list[MatrixStats] | None, options: LayerOptions
+) -> LayerOptions:
+    """The options with what convolutions have instead of the defaults; not depthwise ones."""
+    convolution = not layer.depthwise and all(use.operator == "Conv" for use in layer.uses)
+    if not convolution or not can_compensate(options.levels, _correlated(stats)):
+        return options
+    return replace(options, scale_columns={4: COMPENSATED_CONV_COLUMNS, **options.scale_columns})
+
+
+def _correlated(stats: list[MatrixStats] | None) -> bool:
+    return stats is not None and all(each.correlated for each in stats)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from .checkpoint import Checkpoint
 from .eta import Eta, codes_s, forward_s, statistics_s
 from .family import quantize_family
 from .layer_tasks import join_layer, layer_tasks
-from .options import LayerOptions, scale_columns_of
+from .options import COMPENSATED_CONV_COLUMNS, LayerOptions, scale_columns_of
 from .quantized_layer import QuantizedLayer
 from .sensitivity import (
     OutputErrors,
@@ -191,7 +191,7 @@ def _calibrated(
     for group in same_input.values():
         sizes = {n for layer in group for n in scale_columns_of(options[layer.name]).values()}
         # No scale group is cut in two.
-        unit = math.lcm(PANEL_COLUMNS, *sizes)
+        unit = math.lcm(PANEL_COLUMNS, COMPENSATED_CONV_COLUMNS, *sizes)
         stats = statistics.diagonals(group) if fast else statistics.of(group, unit)
         for layer in group:
             own = stats[layer.name]

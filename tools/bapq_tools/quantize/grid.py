@@ -34,7 +34,8 @@ def can_compensate(levels: tuple[Level, ...], correlated: bool) -> bool:
 
 def residual_steps(levels: tuple[Level, ...], correlated: bool) -> int:
     """Residual steps of a layer, by what `can_compensate` is told."""
-    return COMPENSATED_RESIDUAL_STEPS if can_compensate(levels, correlated) else NEAREST_RESIDUAL_STEPS
+    compensated = can_compensate(levels, correlated)
+    return COMPENSATED_RESIDUAL_STEPS if compensated else NEAREST_RESIDUAL_STEPS
 
 
 @dataclass(frozen=True)

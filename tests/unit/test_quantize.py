@@ -150,6 +150,29 @@ def test_any_set_of_levels_fills_exactly_its_planes(levels):
             np.testing.assert_array_equal(codes.codes[plane], whole.codes[plane])
 
 
+@pytest.mark.parametrize(
+    ("operator", "power", "calibrated", "options", "columns"),
+    [
+        ("Conv", 1, True, LayerOptions(LOW), 128),
+        ("Conv", 3, True, LayerOptions(LOW), 32),  # outliers, whose scales few weights may share
+        ("Conv", 1, True, LayerOptions((8, 2)), 32),  # nearest: there is no level 4 to compensate
+        ("Conv", 3, True, LayerOptions(LOW, {4: 64}), 64),
+        ("Conv", 1, False, LayerOptions(LOW), 32),
+        ("MatMul", 1, True, LayerOptions(LOW), 32),
+    ],
+)
+def test_scales_of_a_convolution_reach_further_where_that_costs_little(
+    operator, power, calibrated, options, columns
+):
+    w, x = normal(16, 200) ** power, normal(1000, 200)
+    codes, info = quantize(
+        layer(w, operators=(operator,)), stats_of(x) if calibrated else None, options
+    )
+    assert info.scale_columns[4] == columns
+    assert codes.scales[4].shape == (16, -(-200 // columns))
+    assert relative(weights_at(codes, info, 8), w) < 0.015
+
+
 @pytest.mark.parametrize("columns", [1, 31, 33, 65, 129])
 def test_columns_past_the_last_do_not_matter(columns):
     """A ragged layer equals the head of one whose rest is smaller and weighs nothing."""

@@ -10,7 +10,6 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +64,7 @@ from .onnx_graph.layers import find_layers, nothing_found
 from .quantize.carried import uncarried
 from .quantize.checkpoint import Checkpoint
 from .quantize.expectation import measure_plans, plan_count
-from .quantize.options import CONV_SCALE_COLUMNS, LayerOptions, scale_columns_of
+from .quantize.options import LayerOptions, scale_columns_of
 from .quantize.prune import prune_layers
 from .quantize.sequential import quantize_layers
 from .quantize.write import tile_bytes, write_layer
@@ -179,7 +178,6 @@ def build_bank(
             f"only {coverage}; at least {min_coverage:.1%} was asked for: lower min_coverage "
             "(--min-coverage), or change the model where it says why"
         )
-    options = {layer.name: _for_operators(layer, options[layer.name]) for layer in plan.layers}
     _check_space(out, folded, plan, options)
     if data is not None and wanted != (32,):
         _warn_of_samples(doubts_of_samples(data))
@@ -294,13 +292,6 @@ def _reason_for_float(layer: HeavyLayer, options: LayerOptions | None) -> str:
     if options is None:
         return "the recipe keeps it in float"
     return "" if options.levels == (32,) else uncarried(layer) or ""
-
-
-def _for_operators(layer: HeavyLayer, options: LayerOptions) -> LayerOptions:
-    """The options with what convolutions have instead of the defaults; not depthwise ones."""
-    if layer.depthwise or any(use.operator != "Conv" for use in layer.uses):
-        return options
-    return replace(options, scale_columns={**CONV_SCALE_COLUMNS, **options.scale_columns})
 
 
 def _warn_of_discarded(out: Path) -> None:

@@ -96,7 +96,8 @@ def _answers(session: Any, case: Case) -> list[np.ndarray]:
 def _bank_bytes(model: Path, folder: Path, levels: tuple[Level, ...]) -> dict[str, int]:
     """Size of a bank of some levels: of all its files, its planes, and what each level reads.
 
-    Codes do not matter for that, so it is built without calibration data.
+    Codes do not matter for that, so it is built without calibration data: convolutions have a few
+    more scales then.
     """
     path = folder / "size.bank"
     with warnings.catch_warnings():

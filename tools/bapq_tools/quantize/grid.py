@@ -23,12 +23,18 @@ levels 8 and 4 with float activations are 0.9996 and 0.9922 at 8 steps, 0.9997 a
 0.9998 and 0.9908 at 12, 0.9999 and 0.9812 at 16."""
 
 
-def residual_steps(levels: tuple[Level, ...], correlated: bool) -> int:
-    """Residual steps of a layer, by whether correlations of its inputs are known.
+def can_compensate(levels: tuple[Level, ...], correlated: bool) -> bool:
+    """Whether a layer's codes of levels 8 and 4 can make up for each other's errors.
 
-    A bank without level 4 has no use for compensated codes.
+    `correlated` tells whether correlations of its inputs are known. A bank without level 4 has no
+    use for such codes.
     """
-    compensated = correlated and 4 in levels
+    return correlated and 4 in levels
+
+
+def residual_steps(levels: tuple[Level, ...], correlated: bool) -> int:
+    """Residual steps of a layer, by what `can_compensate` is told."""
+    compensated = can_compensate(levels, correlated)
     return COMPENSATED_RESIDUAL_STEPS if compensated else NEAREST_RESIDUAL_STEPS
 
 

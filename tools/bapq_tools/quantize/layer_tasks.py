@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,22 +15,42 @@ from bapq_edge.bank.layout import Level, planes_for, scaled_levels
 from ..calibration.matrix_stats import MatrixStats
 from ..onnx_graph.ir import HeavyLayer
 from .family import FamilyResult, families_of, quantize_family
-from .grid import residual_steps
-from .options import LayerOptions, scale_columns_of
+from .grid import can_compensate, residual_steps
+from .options import COMPENSATED_CONV_COLUMNS, SCALE_COLUMNS, LayerOptions, scale_columns_of
 from .quantized_layer import QuantizedLayer
 from .row_runs import TASK_WEIGHTS, row_runs
+from .scales import coarseness
 
 _BIAS_GAIN = 0.01
 """A new bias must be worth this share of the squared output error at some level: it costs 4 bytes
 per row and plane."""
+
+_MOST_COARSER = 1.25
+"""How much coarser a convolution's grid may become by fewer scales. Weights that are spread as a
+normal distribution, and those of the models here, reach 1.22; a layer with outliers keeps its own
+scales beside them."""
 
 
 def quantize_layer(
     layer: HeavyLayer, stats: list[MatrixStats] | None, options: LayerOptions
 ) -> QuantizedLayer:
     """Quantize a whole layer at once; `stats` has one entry per group of its convolution."""
+    options = with_scales(layer, stats, options)
     results = (quantize_family(*task) for task in layer_tasks(layer, stats, options))
     return join_layer(layer, options, stats, results)
+
+
+def with_scales(
+    layer: HeavyLayer, stats: list[MatrixStats] | None, options: LayerOptions
+) -> LayerOptions:
+    """The options with what a convolution has instead of the defaults; not a depthwise one."""
+    convolution = not layer.depthwise and all(use.operator == "Conv" for use in layer.uses)
+    if not convolution or not can_compensate(options.levels, _correlated(stats)):
+        return options
+    step = coarseness(layer.weight, SCALE_COLUMNS[4])
+    if coarseness(layer.weight, COMPENSATED_CONV_COLUMNS) > _MOST_COARSER * step:
+        return options
+    return replace(options, scale_columns={4: COMPENSATED_CONV_COLUMNS, **options.scale_columns})
 
 
 def layer_tasks(
@@ -101,11 +121,15 @@ def join_layer(
             codes.bias[level] = (bias + shifts[level]).astype(np.float32)
     return QuantizedLayer(
         codes,
-        residual_steps(levels, stats is not None and all(each.correlated for each in stats)),
+        residual_steps(levels, _correlated(stats)),
         {level: scale_columns_of(options)[level] for level in codes.scales},
         {level: errors[level] / norm if norm else 0 * errors[level] for level in levels},
         {level: _most(found) for level, found in methods.items() if found},
     )
+
+
+def _correlated(stats: list[MatrixStats] | None) -> bool:
+    return stats is not None and all(each.correlated for each in stats)
 
 
 @dataclass(frozen=True)

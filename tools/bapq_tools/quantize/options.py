@@ -12,10 +12,10 @@ SCALE_COLUMNS: dict[Level, int] = {4: 32, 2: 96, 1: 128}
 96, level 2 of MiniLM has a cosine of 0.877 instead of 0.868, and a bank of levels 8, 4 and 2 has
 1.274 instead of 1.265 times the bytes of one of level 8."""
 
-CONV_SCALE_COLUMNS: dict[Level, int] = {**SCALE_COLUMNS, 4: 128}
-"""The same of a convolution. Its activations have one scale, so sums run on as integers for as long
-as the scale of the weights lasts: 128 columns instead of 32 take a sixth off the kernels' work
-at levels 8 and 4 on CPUs with dot products, and 0.375 bits off each weight."""
+COMPENSATED_CONV_COLUMNS = 128
+"""The same of a convolution at levels 8 and 4, where its codes make up for each other's errors. Its
+activations have one scale, so sums run on as integers for as long as the scale of the weights
+lasts: a sixth less work for the kernels on CPUs with dot products, and 0.375 bits less a weight."""
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,13 @@ that the device computes on.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from bapq_edge.bank.codes import from_bf16, to_bf16
+
+from .row_runs import row_runs
 
 _LEVEL4_STEPS = np.linspace(8, 7, 9)
 """Level-4 scales tried: the group's largest magnitude over these. 8 is the edge of level 8's grid;
@@ -90,6 +94,20 @@ def fit_scale1(w: np.ndarray, h: np.ndarray) -> np.ndarray:
     peak = _peak(w)
     mean = _ratio((np.abs(divided(w, peak)) * h).sum(-1), _sum_weights(h, w))
     return _scale_of(peak, 2 * mean)
+
+
+def coarseness(weight: np.ndarray, size: int) -> float:
+    """Root mean square of the largest magnitude beside each weight (rows, columns), in its group.
+
+    Level 8's steps, and so its errors, are in proportion to it.
+    """
+    starts = np.arange(0, weight.shape[1], size)
+    widths = np.diff(starts, append=weight.shape[1])
+    total = 0.0
+    for run in row_runs(*weight.shape):
+        peaks = np.maximum.reduceat(np.abs(weight[run]), starts, axis=1)
+        total += float((np.square(peaks, dtype=np.float64) * widths).sum())
+    return math.sqrt(total / weight.size)
 
 
 def grouped(values: np.ndarray, size: int) -> np.ndarray:

@@ -25,8 +25,8 @@ from ..onnx_graph.ir import HeavyLayer, LayerPlan
 from .checkpoint import Checkpoint
 from .eta import Eta, codes_s, forward_s, statistics_s
 from .family import quantize_family
-from .layer_tasks import join_layer, layer_tasks
-from .options import LayerOptions, scale_columns_of
+from .layer_tasks import join_layer, layer_tasks, with_scales
+from .options import COMPENSATED_CONV_COLUMNS, LayerOptions, scale_columns_of
 from .quantized_layer import QuantizedLayer
 from .sensitivity import (
     OutputErrors,
@@ -191,7 +191,7 @@ def _calibrated(
     for group in same_input.values():
         sizes = {n for layer in group for n in scale_columns_of(options[layer.name]).values()}
         # No scale group is cut in two.
-        unit = math.lcm(PANEL_COLUMNS, *sizes)
+        unit = math.lcm(PANEL_COLUMNS, COMPENSATED_CONV_COLUMNS, *sizes)
         stats = statistics.diagonals(group) if fast else statistics.of(group, unit)
         for layer in group:
             own = stats[layer.name]
@@ -203,13 +203,16 @@ def _quantize(
     layers: Sequence[_CalibratedLayer], options: Options, workers: Workers
 ) -> Iterator[QuantizedLayer]:
     """Quantize layers that are independent of each other, spread over the workers."""
-    tasks = [layer_tasks(each.layer, each.stats, options[each.layer.name]) for each in layers]
+    own_options = [with_scales(each.layer, each.stats, options[each.layer.name]) for each in layers]
+    tasks = [
+        layer_tasks(each.layer, each.stats, own)
+        for each, own in zip(layers, own_options, strict=True)
+    ]
     guess_s = sum(codes_s(each.layer, each.stats is not None) for each in layers)
     results = workers.map(quantize_family, list(itertools.chain(*tasks)), guess_s)
-    for each, own in zip(layers, tasks, strict=True):
-        own_results = itertools.islice(results, len(own))
-        own_options = options[each.layer.name]
-        yield join_layer(each.layer, own_options, each.stats, own_results, each.row_weight)
+    for each, own, own_tasks in zip(layers, own_options, tasks, strict=True):
+        own_results = itertools.islice(results, len(own_tasks))
+        yield join_layer(each.layer, own, each.stats, own_results, each.row_weight)
 
 
 def good_turing(counts: np.ndarray) -> np.ndarray:

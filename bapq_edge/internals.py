@@ -10,6 +10,7 @@ No part of the public interface: what is in here changes from version to version
 from __future__ import annotations
 
 import _thread
+import atexit
 import contextlib
 import os
 import warnings
@@ -37,6 +38,24 @@ if TYPE_CHECKING:  # loaded by sessions that need them
     from .control.monitor import Monitor
 
 __all__ = ["Internals"]
+
+
+_giving_back: set[_thread.LockType] = set()
+"""One for each dropped session that a thread gives back now."""
+
+_ending = _thread.allocate_lock()
+"""Locked from the end of the program on."""
+
+
+@atexit.register
+def _finish_giving_back() -> None:
+    """At the end of the program: a thread must not be in ONNX Runtime while that is taken down."""
+    _ending.acquire()
+    for done in list(_giving_back):
+        done.acquire()
+
+
+os.register_at_fork(after_in_child=_giving_back.clear)  # those threads are not here
 
 
 class Internals:
@@ -98,16 +117,24 @@ class Internals:
         """
         parts, bank, process = self._open_parts, str(self.bank.path), os.getpid()
 
-        def give_back() -> None:
+        def give_back(done: _thread.LockType) -> None:
             try:
                 parts.close()
             except Exception:
                 logger.exception("%s: a dropped session could not be closed", bank)
+            finally:
+                _giving_back.discard(done)
+                done.release()
 
         def start() -> None:
             if os.getpid() != process:
                 return  # forked: the memory and the threads are another process's
-            _thread.start_new_thread(give_back, ())  # Thread.start would wait for the new thread
+            if _ending.locked():
+                return  # the system takes it all back
+            done = _thread.allocate_lock()
+            done.acquire()
+            _giving_back.add(done)
+            _thread.start_new_thread(give_back, (done,))  # Thread.start would wait for it
             warnings.warn(
                 f"a session of {bank} was dropped while it was open: close it, or open it in a "
                 "with statement",

@@ -83,6 +83,30 @@ def test_a_session_is_dropped_in_the_middle_of_anything(bank, monkeypatch, tmp_p
     wait_for(lambda: handles_of(bank) == 0)
 
 
+def test_a_program_may_end_with_sessions_that_are_dropped(bank):
+    """It waits for what gives them back: ONNX Runtime is not taken down under it."""
+    script = f"""
+import atexit, threading
+import numpy as np
+from bapq_edge import Session
+
+session = Session({str(bank)!r}, level=8, threads=2)
+
+def slowly():
+    threading.Event().wait(0.2)
+    print("given back", flush=True)
+
+session.internals._open_parts.callback(slowly)
+atexit.register(print, "the end")
+del session
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.split("\n") == ["the end", "given back", ""]
+
+
 def test_a_closed_session_is_dropped_without_a_warning(bank):
     with Session(bank) as session:
         run(session, X)

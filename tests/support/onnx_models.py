@@ -172,6 +172,13 @@ def hard_swish(x: str, y: str) -> tuple[list[onnx.NodeProto], dict[str, float]]:
     return nodes, constants
 
 
+def hard_swish_clipped(x: str, y: str) -> tuple[list[onnx.NodeProto], dict[str, float]]:
+    """x * Clip(x + 3, 0, 6) / 6, as older exporters write it."""
+    nodes, constants = chain(x, y, ("Add", 3.0), ("Clip",), ("Mul", None), ("Div", 6.0))
+    nodes[1].input.extend(["zero", "six"])
+    return nodes, {**constants, "zero": 0.0, "six": 6.0}
+
+
 def gelu(x: str, y: str) -> tuple[list[onnx.NodeProto], dict[str, float]]:
     """x * (Erf(x / sqrt 2) + 1) * 0.5, as exporters write it."""
     return chain(x, y, ("Div", 2**0.5), ("Erf",), ("Add", 1.0), ("Mul", None), ("Mul", 0.5))

@@ -62,6 +62,7 @@ def gelu_halved_first(x: str, y: str) -> tuple[list[onnx.NodeProto], dict[str, f
 SPELLED = [
     ("silu", models.silu),
     ("hard_swish", models.hard_swish),
+    ("hard_swish", models.hard_swish_clipped),
     ("gelu", models.gelu),
     ("gelu", gelu_halved_first),
     ("gelu_tanh", models.gelu_tanh),
@@ -114,6 +115,17 @@ def test_functions_that_are_another_stay() -> None:
         domains = [("com.microsoft", 1)]
         _, plan = built(nodes, domains=domains, b=np.zeros(40))
         assert plan.layers[0].uses[0].output == "a"
+
+
+@pytest.mark.parametrize("bound", [20, 65504, 1e30])
+def test_functions_behind_a_wide_clip_stay(bound) -> None:
+    """The clip is none of the function, though both agree where most values are."""
+    nodes, constants = models.silu("b", "y")
+    clip = node("Clip", ["a", "low", "high"], ["b"])
+    model, plan = built([clip, *nodes], low=-bound, high=bound, **constants)
+    (use,) = plan.layers[0].uses
+    assert (use.function, use.activation.high, use.output) == (None, np.float32(bound), "b")
+    assert_same_answers(model, plan)
 
 
 @pytest.mark.parametrize("operator", ["Add", "Sum"])

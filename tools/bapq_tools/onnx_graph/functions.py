@@ -65,6 +65,7 @@ _STANDARD: dict[str, tuple[int, Callable[..., _Values]]] = {
     "Mul": (2, lambda _, a, b: a * b),
     "Div": (2, lambda _, a, b: a / b),
     "Pow": (2, lambda _, a, b: np.power(a, b)),
+    "Clip": (3, lambda _, x, low, high: np.minimum(np.maximum(x, low), high)),
     "Neg": (1, lambda _, x: -x),
     "Erf": (1, lambda _, x: _erf(x)),
     "Tanh": (1, lambda _, x: np.tanh(x)),
@@ -81,7 +82,10 @@ _MICROSOFT: dict[str, tuple[int, Callable[..., _Values]]] = {
 }
 """operator -> the number of its inputs, and what it computes of its node and them"""
 
-_POINTS = np.concatenate([np.linspace(-12, 12, 193), np.linspace(-0.01, 0.01, 8)])
+_FAR = np.logspace(2, 38, 37)  # where a Clip shows that only looks like nothing near zero
+_POINTS = np.concatenate(
+    [np.linspace(-12, 12, 193), np.linspace(-0.01, 0.01, 8), -_FAR, _FAR],
+)
 
 
 def find_function(x: str, around: Neighbours) -> tuple[Function, tuple[onnx.NodeProto, ...]] | None:
@@ -111,7 +115,8 @@ def find_function(x: str, around: Neighbours) -> tuple[Function, tuple[onnx.Node
 
 def _named(result: _Values) -> Function | None:
     for name, function in _FUNCTIONS.items():
-        wanted = function(_POINTS)
+        with np.errstate(all="ignore"):
+            wanted = function(_POINTS)
         if np.all(np.abs(result - wanted) <= _TOLERANCE * np.maximum(np.abs(wanted), 0.1)):
             return name
     return None

@@ -117,6 +117,21 @@ def test_functions_that_are_another_stay() -> None:
         assert plan.layers[0].uses[0].output == "a"
 
 
+@pytest.mark.parametrize(
+    "opset, clip",
+    [
+        (10, [node("Clip", ["s"], ["c"], min=0.0, max=6.0)]),
+        (13, [node("Relu", ["s"], ["t"]), node("Min", ["six", "t"], ["c"])]),
+    ],
+)
+def test_hard_swish_clipped_otherwise(opset, clip) -> None:
+    shifted, behind = node("Add", ["three", "a"], ["s"]), node("Div", ["c", "six"], ["d"])
+    nodes = [shifted, *clip, behind, node("Mul", ["d", "a"], ["y"])]
+    model, plan = built(nodes, opset=opset, three=3, six=6)
+    assert plan.layers[0].uses[0].function == "hard_swish"
+    assert_same_answers(model, plan)
+
+
 @pytest.mark.parametrize("bound", [20, 65504, 1e30])
 def test_functions_behind_a_wide_clip_stay(bound) -> None:
     """The clip is none of the function, though both agree where most values are."""

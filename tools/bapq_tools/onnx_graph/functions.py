@@ -55,6 +55,13 @@ def _hard_sigmoid(node: onnx.NodeProto, x: _Values) -> _Values:
     return np.asarray(np.clip(alpha * x + beta, 0, 1))
 
 
+def _clip(node: onnx.NodeProto, x: _Values, *bounds: _Values) -> _Values:
+    low, high = bounds or (
+        graphs.attribute(node, *item) for item in (("min", -np.inf), ("max", np.inf))
+    )
+    return np.asarray(np.minimum(np.maximum(x, low), high))
+
+
 def _any_gelu(node: onnx.NodeProto, x: _Values) -> _Values:
     return _gelu_tanh(x) if graphs.attribute(node, "approximate", b"none") == b"tanh" else _gelu(x)
 
@@ -65,7 +72,10 @@ _STANDARD: dict[str, tuple[int, Callable[..., _Values]]] = {
     "Mul": (2, lambda _, a, b: a * b),
     "Div": (2, lambda _, a, b: a / b),
     "Pow": (2, lambda _, a, b: np.power(a, b)),
-    "Clip": (3, lambda _, x, low, high: np.minimum(np.maximum(x, low), high)),
+    "Max": (2, lambda _, a, b: np.maximum(a, b)),
+    "Min": (2, lambda _, a, b: np.minimum(a, b)),
+    "Clip": (3, _clip),
+    "Relu": (1, lambda _, x: np.maximum(x, 0)),
     "Neg": (1, lambda _, x: -x),
     "Erf": (1, lambda _, x: _erf(x)),
     "Tanh": (1, lambda _, x: np.tanh(x)),
@@ -82,10 +92,8 @@ _MICROSOFT: dict[str, tuple[int, Callable[..., _Values]]] = {
 }
 """operator -> the number of its inputs, and what it computes of its node and them"""
 
-_FAR = np.logspace(2, 38, 37)  # where a Clip shows that only looks like nothing near zero
-_POINTS = np.concatenate(
-    [np.linspace(-12, 12, 193), np.linspace(-0.01, 0.01, 8), -_FAR, _FAR],
-)
+_FAR = np.logspace(2, 38, 37)  # where a wide Clip shows
+_POINTS = np.concatenate([np.linspace(-12, 12, 193), np.linspace(-0.01, 0.01, 8), -_FAR, _FAR])
 
 
 def find_function(x: str, around: Neighbours) -> tuple[Function, tuple[onnx.NodeProto, ...]] | None:
@@ -143,6 +151,8 @@ def _computation(node: onnx.NodeProto) -> Callable[..., _Values] | None:
     if table is _STANDARD and not graphs.is_standard(node):
         return None
     arguments, compute = table.get(node.op_type, (0, None))
+    if node.op_type == "Clip" and node.attribute:  # its bounds, before opset 11
+        arguments = 1
     return compute if len(node.input) == arguments else None
 
 

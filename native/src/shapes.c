@@ -1,7 +1,6 @@
 #include "shapes.h"
 
 #include <stdbool.h>
-#include <string.h>
 
 #include "error.h"
 
@@ -155,10 +154,18 @@ int32_t bapq_conv_shape(const bapq_layer *layer, const bapq_conv_params *params,
 }
 
 int32_t bapq_residual_shape(const bapq_shape *residual, const bapq_shape *y, bapq_error *error) {
-    if (residual->rank != y->rank ||
-        memcmp(residual->dims, y->dims, y->rank * sizeof *y->dims) != 0)
-        return bapq_fail(error, BAPQ_ARGUMENT,
-                         "the residual has not the shape of the operator's output");
+    if (residual->rank != y->rank)
+        return bapq_fail(
+            error, BAPQ_ARGUMENT,
+            "the residual, the tensor added to its output, has %zu axes, the output %zu",
+            residual->rank, y->rank);
+    for (size_t axis = 0; axis < y->rank; axis++)
+        if (residual->dims[axis] != y->dims[axis])
+            return bapq_fail(
+                error, BAPQ_ARGUMENT,
+                "the residual, the tensor added to its output, is of size %lld on axis "
+                "%zu, the output %lld; give inputs the sizes that the model declares",
+                (long long)residual->dims[axis], axis, (long long)y->dims[axis]);
     return BAPQ_OK;
 }
 

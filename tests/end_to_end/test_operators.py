@@ -183,16 +183,20 @@ def test_conv_with_what_follows_it(use_isa, tmp_path, case, function, adds, clip
             np.testing.assert_array_equal(y, fused(p, function, p if adds else 0, clip))
 
 
-def test_a_residual_of_another_shape_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "keepdims, message",
+    [(1, "size 1 on axis 0, the output 2; give inputs the sizes"), (0, "0 axes, the output 2")],
+)
+def test_a_residual_of_another_shape_is_refused(tmp_path, keepdims, message):
     codes = random_codes(np.random.default_rng(0), 32, 32, SCALE_COLUMNS, False)
     plain = {"layer": 0, "use_bias": 0, "clip_low": -NO_CLIP, "clip_high": NO_CLIP}
-    total = helper.make_node("ReduceSum", ["x"], ["sum"])
+    total = helper.make_node("ReduceSum", ["x"], ["sum"], keepdims=keepdims)
     nodes = [total, node("MatMul", "x", "y", "sum", **plain)]
     graph = graph_bytes(nodes, ["m", 32], ["m", 32])
     layer = ("fc", "MatMul", codes, describe(32, 32, 16, False))
     with (
         Session(write_bank(tmp_path / "b.bank", graph, [layer])) as session,
-        pytest.raises(RunInputError, match="the residual has not the shape"),
+        pytest.raises(RunInputError, match=message),
     ):
         session.run(None, {"x": np.ones((2, 32), np.float32)})
 

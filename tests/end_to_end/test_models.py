@@ -156,6 +156,15 @@ def test_minilm_keeps_its_embeddings(tmp_path):
     assert float((planned * reference).sum(axis=1).mean()) > 0.94
 
 
+def before_softmax(shares):
+    """The scores that a Softmax made these of, less their mean: behind it the error of a net with
+    random weights is that of the one or two classes which take nearly all."""
+    if not np.allclose(shares.reshape(len(shares), -1).sum(1), 1, atol=1e-3):
+        return shares
+    scores = np.log(np.maximum(shares, 1e-30))
+    return scores - scores.mean()
+
+
 @pytest.mark.parametrize(
     "name",
     [pytest.param(x, marks=[pytest.mark.slow] if x in LARGE else []) for x in LIGHT_CNNS],
@@ -182,9 +191,12 @@ def test_cnn_architectures_run_at_every_level(name, tmp_path):
         )
     model.unlink()
     outputs = outputs_by_level(bank, feed)
-    errors = {level: relative_error(found, reference) for level, (found,) in outputs.items()}
+    wanted = before_softmax(reference)
+    errors = {
+        level: relative_error(before_softmax(found), wanted) for level, (found,) in outputs.items()
+    }
     assert errors[32] < 1e-4
-    assert errors[8] < 0.1  # random weights pass on every layer's noise, trained ones damp it
+    assert errors[8] < 0.05  # random weights pass on every layer's noise, trained ones damp it
     # Fitted to its one sample, level 4 may come out as near as level 8.
     assert errors[32] < errors[8] < (0.1 if quick else errors[4])
     assert all(np.isfinite(found).all() for (found,) in outputs.values())

@@ -29,17 +29,17 @@ static const uint8_t LEVEL_BITS[BAPQ_SKIP + 1] = {32, 8, 4, 2, 1, 0};
 enum { ALL = (1 << BAPQ_LEVELS) - 1, SOME = 1 << BAPQ_L32 | 1 << BAPQ_L4 | 1 << BAPQ_L1 };
 enum { SHARED = 1 << BAPQ_L8 | 1 << BAPQ_L2 };
 /* rows, stored_rows, columns, chunk_rows, first_chunk, residual_steps, has_bias, gathered,
- * read_by_row, levels, scale_columns, row_order, dropped_bias */
+ * depthwise, read_by_row, levels, scale_columns, row_order, dropped_bias */
 static const int32_t row_order[] = {3, 16, 0, 14, 1, 15, 2, 17, 4, 13, 5, 6, 12, 7, 11, 8, 10, 9};
 static const float dropped_bias[] = {0.5f, -0.5f};
 static bapq_layer layers[] = {
-    {256, 256, 96, 32, 0, 15, 1, 0, 0, ALL, {0, 0, 32, 0, 128}, NULL, NULL},
-    {130, 100, 64, 16, 0, 12, 0, 0, 0, ALL, {0, 0, 64}, NULL, NULL},
-    {70, 70, 200, 48, 0, 16, 1, 0, 0, SOME, {0, 0, 32}, NULL, NULL},
-    {90, 90, 96, 32, 0, 15, 1, 0, 0, SHARED, {0, 0, 32, 64, 0}, NULL, NULL},
-    {128, 128, 32, 16, 0, 15, 0, 1, 0, ALL, {0, 0, 32}, NULL, NULL},
-    {96, 96, 64, 16, 0, 15, 0, 1, 1, ALL, {0, 0, 64}, NULL, NULL},
-    {18, 16, 512, 16, 0, 8, 1, 0, 0, ALL, {0, 0, 32}, row_order, dropped_bias}};
+    {256, 256, 96, 32, 0, 15, 1, 0, 0, 0, ALL, {0, 0, 32, 0, 128}, NULL, NULL},
+    {130, 100, 64, 16, 0, 12, 0, 0, 0, 0, ALL, {0, 0, 64}, NULL, NULL},
+    {70, 70, 200, 48, 0, 16, 1, 0, 0, 0, SOME, {0, 0, 32}, NULL, NULL},
+    {90, 90, 96, 32, 0, 15, 1, 0, 0, 0, SHARED, {0, 0, 32, 64, 0}, NULL, NULL},
+    {128, 128, 32, 16, 0, 15, 0, 1, 0, 0, ALL, {0, 0, 32}, NULL, NULL},
+    {96, 96, 64, 16, 0, 15, 0, 1, 0, 1, ALL, {0, 0, 64}, NULL, NULL},
+    {18, 16, 512, 16, 0, 8, 1, 0, 0, 0, ALL, {0, 0, 32}, row_order, dropped_bias}};
 enum { LAYERS = sizeof layers / sizeof *layers };
 
 static int32_t chunk_count;

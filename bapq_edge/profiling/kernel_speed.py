@@ -10,7 +10,7 @@ import numpy as np
 from ..bank.layout import LEVELS, Level
 from ..engine.library import library_path
 
-__all__ = ["SHAPES", "TileWork"]
+__all__ = ["SHAPES", "PanelStruct", "TileFunction", "TileStruct", "TileWork"]
 
 SHAPES = {"one_row": (1, 16384), "16_rows": (16, 2048), "196_rows": (196, 1152)}
 """(activation rows, columns) by class: a sentence's word, a short sentence, a convolution."""
@@ -19,7 +19,7 @@ _TILE_ROWS, _BLOCK, _SCALE_ROWS = 16, 32, 4
 _MEASURE_S = 0.15
 
 
-class _Tile(ctypes.Structure):
+class TileStruct(ctypes.Structure):
     """`bapq_tile` in native/src/kernels/kernels.h."""
 
     _fields_ = (
@@ -32,7 +32,7 @@ class _Tile(ctypes.Structure):
     )
 
 
-class _Panel(ctypes.Structure):
+class PanelStruct(ctypes.Structure):
     """`bapq_panel` in native/src/kernels/kernels.h."""
 
     _fields_ = (
@@ -42,15 +42,15 @@ class _Panel(ctypes.Structure):
     )
 
 
-_TileFunction = ctypes.CFUNCTYPE(
-    None, ctypes.POINTER(_Tile), ctypes.POINTER(_Panel), ctypes.c_int32, ctypes.c_void_p
+TileFunction = ctypes.CFUNCTYPE(
+    None, ctypes.POINTER(TileStruct), ctypes.POINTER(PanelStruct), ctypes.c_int32, ctypes.c_void_p
 )
 
 
 class _Kernels(ctypes.Structure):
     """The beginning of `bapq_kernels`."""
 
-    _fields_ = (("name", ctypes.c_char_p), ("tile", _TileFunction * len(LEVELS)))
+    _fields_ = (("name", ctypes.c_char_p), ("tile", TileFunction * len(LEVELS)))
 
 
 class TileWork:
@@ -77,8 +77,8 @@ class TileWork:
             self._arrays[0] = random.standard_normal(weights, np.float32)
         code, second, scale, *panel, out = (array.ctypes.data for array in self._arrays)
         codes = (ctypes.c_void_p * 2)(code, second)
-        self._tile = _Tile(codes, None if level == 32 else scale, blocks, 1, 16, 0)
-        self._panel = _Panel(*panel, 0, 0)
+        self._tile = TileStruct(codes, None if level == 32 else scale, blocks, 1, 16, 0)
+        self._panel = PanelStruct(*panel, 0, 0)
         library = ctypes.CDLL(str(library_path()))
         library.bapq_kernels_best.restype = ctypes.POINTER(_Kernels)
         function = library.bapq_kernels_best().contents.tile[LEVELS.index(level)]

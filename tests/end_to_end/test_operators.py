@@ -81,9 +81,8 @@ CONVS = [
 ]
 
 
-@pytest.mark.parametrize("case", CONVS, ids=str)
-def test_conv_matches_numpy_at_every_level(use_isa, tmp_path, case):
-    rng = np.random.default_rng(case.channels * case.rows)
+def conv_bank(path, case, rng):
+    """A bank of one convolution, and its codes."""
     columns = case.channels // case.group * case.kernel[0] * case.kernel[1]
     codes = random_codes(rng, case.rows, columns, SCALE_COLUMNS, True)
     graph = graph_bytes(
@@ -92,7 +91,13 @@ def test_conv_matches_numpy_at_every_level(use_isa, tmp_path, case):
         ["n", case.rows, "oh", "ow"],
     )
     description = describe(case.rows, columns, case.chunk_rows, True)
-    bank = write_bank(tmp_path / "b.bank", graph, [("conv", "Conv", codes, description)])
+    return write_bank(path, graph, [("conv", "Conv", codes, description)]), codes
+
+
+@pytest.mark.parametrize("case", CONVS, ids=str)
+def test_conv_matches_numpy_at_every_level(use_isa, tmp_path, case):
+    rng = np.random.default_rng(case.channels * case.rows)
+    bank, codes = conv_bank(tmp_path / "b.bank", case, rng)
     x = rng.standard_normal((case.batch, case.channels, *case.size)).astype(np.float32)
     x = np.abs(x) if case.positive else x
     with Session(bank, threads=2) as session:
@@ -298,15 +303,7 @@ def test_a_value_that_is_no_number_makes_its_row_nan_and_leaves_the_others(tmp_p
 def test_a_pixel_that_is_no_number_makes_nan_what_it_touches(use_isa, tmp_path, case, value):
     """As in ONNX Runtime, where a NaN spoils the outputs whose windows, and groups, read it."""
     rng = np.random.default_rng(4)
-    columns = case.channels // case.group * case.kernel[0] * case.kernel[1]
-    codes = random_codes(rng, case.rows, columns, SCALE_COLUMNS, True)
-    graph = graph_bytes(
-        [node("Conv", "x", "y", **conv_attributes(case))],
-        ["n", case.channels, "h", "w"],
-        ["n", case.rows, "oh", "ow"],
-    )
-    description = describe(case.rows, columns, case.chunk_rows, True)
-    bank = write_bank(tmp_path / "b.bank", graph, [("conv", "Conv", codes, description)])
+    bank, codes = conv_bank(tmp_path / "b.bank", case, rng)
     x = rng.standard_normal((case.batch, case.channels, *case.size)).astype(np.float32)
     broken, finite = x.copy(), x.copy()
     broken[1, 2, 5, 4], finite[1, 2, 5, 4] = value, 0

@@ -10,38 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bapq_edge.engine.library import library_path
+from bapq_edge.profiling.kernel_speed import PanelStruct, TileFunction, TileStruct
 from support.kernel_reference import BLOCK, TILE_ROWS, Panel, Tile
 
 LEVEL_INDEX = {32: 0, 8: 1, 4: 2, 2: 3, 1: 4}
 SCALE_ROWS = 4
 
 
-class _CTile(ctypes.Structure):
-    _fields_ = (
-        ("code", ctypes.c_void_p * 2),
-        ("scale", ctypes.c_void_p),
-        ("blocks", ctypes.c_int32),
-        ("scale_blocks", ctypes.c_int32),
-        ("residual_steps", ctypes.c_int32),
-        ("padding", ctypes.c_int32),
-    )
-
-
-class _CPanel(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "scale", "sum", "x")),
-        ("uniform", ctypes.c_int32),
-        ("zero_point", ctypes.c_int32),
-    )
-
-
-_TileFn = ctypes.CFUNCTYPE(
-    None,
-    ctypes.POINTER(_CTile),
-    ctypes.POINTER(_CPanel),
-    ctypes.c_int32,
-    ctypes.c_void_p,
-)
 _QuantizeFn = ctypes.CFUNCTYPE(
     None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p
 )
@@ -52,11 +27,12 @@ _ApplyFn = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_int32,
 class _CKernels(ctypes.Structure):
     _fields_ = (
         ("name", ctypes.c_char_p),
-        ("tile", _TileFn * 5),
+        ("tile", TileFunction * 5),
         ("quantize_row", _QuantizeFn),
         ("block_sums", _SumsFn),
         ("depthwise", ctypes.c_void_p),
         ("sum_levels", ctypes.c_uint32),
+        ("even_sum_levels", ctypes.c_uint32),
         ("apply", _ApplyFn),
     )
 
@@ -90,7 +66,7 @@ class Family:
         scale = panel.scale if panel.uniform else _by_fours(panel.scale)
         arrays = [np.ascontiguousarray(a) for a in (panel.q, scale, panel.sum, panel.x)]
         codes = [plane.ctypes.data for plane in planes] + [None] * (2 - len(planes))
-        c_tile = _CTile(
+        c_tile = TileStruct(
             (ctypes.c_void_p * 2)(*codes),
             tile.scale.ctypes.data if tile.level != 32 else None,
             tile.blocks,
@@ -98,7 +74,9 @@ class Family:
             tile.residual_steps,
             tile.padding,
         )
-        c_panel = _CPanel(*(array.ctypes.data for array in arrays), panel.uniform, panel.zero_point)
+        c_panel = PanelStruct(
+            *(array.ctypes.data for array in arrays), panel.uniform, panel.zero_point
+        )
         out, guard = _guarded((m, TILE_ROWS), np.float32)
         run = self.table.tile[LEVEL_INDEX[tile.level]]
         run(ctypes.byref(c_tile), ctypes.byref(c_panel), m, out.ctypes.data)

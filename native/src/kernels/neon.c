@@ -4,28 +4,12 @@
  * one ld4r loads for 8 columns; neighbouring products then belong to one row. */
 #if defined(__aarch64__)
 #define BAPQ_STRIPE_PLANES 1
+#define BAPQ_PAIRED 1 /* decoded: columns 2t, 2t+1 of 8 rows at 16 * t */
 #define BAPQ_STRAIGHT_ROWS 2
 #include "neon.inc"
 
 /* Keeps clang from putting off additions until their operands fill the stack. */
 #define IN_ORDER(a, b) __asm__ volatile("" : "+w"(a), "+w"(b))
-
-/* Of each block: rows 0..7, then 8..15; of those, columns 2t, 2t+1 at 16 * t. */
-BAPQ_INLINE void decode(int level, const bapq_tile *w, stripe *s) {
-    const tables t = tables_of(level, w);
-    int8_t *to = s->code[0];
-    for (int32_t b = s->first; b < s->first + s->blocks; b++) {
-        for (int h = 0; h < 2; h++) {
-            cutting c[2];
-            cut(level, 1, w, b, h, c);
-#pragma GCC unroll 8
-            for (int j = 0; j < 8; j++, to += 32) {
-                vst1q_s8(to, stored_code(level, &t, &c[0], j));
-                vst1q_s8(to + 16, stored_code(level, &t, &c[1], j));
-            }
-        }
-    }
-}
 
 BAPQ_INLINE void add_codes(int level, const bapq_tile *w, const stripe *s, int32_t b,
                            int32_t total[BAPQ_TILE_ROWS]) {

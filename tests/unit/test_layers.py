@@ -89,7 +89,7 @@ def test_kept_for_their_type() -> None:
     )
     bytes_ = np.ones((32, 40), np.int8)
     integer = node("MatMulInteger", ["x", "w"], ["y"])
-    assert kept_reason(integer, w=bytes_) == (1280, "already quantized")
+    assert kept_reason(integer, w=bytes_) == (1280, "already quantized, in a form of its own")
 
 
 def test_a_quantized_model_is_told_so() -> None:

@@ -42,8 +42,8 @@ class Refusal:
     reason: str
 
 
-QUANTIZED = "already quantized"
-"""The reason of nodes whose weights are integers."""
+QUANTIZED = "already quantized, in a form of its own"
+"""The reason of nodes whose weights are integers that the import left as they are."""
 
 _QUANTIZED_TYPES = frozenset(
     {

@@ -123,8 +123,8 @@ def nothing_found(kept: list[KeptNode]) -> str:
         weights = sum(node.weights for node in kept if node.reason == QUANTIZED)
         return (
             f"the model is quantized already: {weights} weights stand in nodes such as "
-            f"{largest.operator} {largest.name!r}; build the bank from the float model that it was "
-            "made of, or from its QDQ form"
+            f"{largest.operator} {largest.name!r}, in a form that a build does not take in; give "
+            "the float model that it was made of, or its QDQ form"
         )
     return (
         f"no layer of the model fits a bank: the largest candidate, {largest.operator} "

@@ -23,6 +23,7 @@ from bapq_edge.units import counted
 
 from .. import graphs
 from .constants import constants_to_initializers, drop_initializers_from_inputs
+from .integer_operators import spell_integers_out
 from .other_floats import to_float32
 from .quantized import resolve_quantization
 
@@ -69,6 +70,7 @@ def load_model(
     _warn_of_frozen(drop_initializers_from_inputs(model))
     constants_to_initializers(model)
     to_float32(model)
+    spell_integers_out(model)
     resolve_quantization(model)
     lower_versions(model)
     return model

@@ -12,6 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from .. import graphs
+from .integer_constants import dequantized
 
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
 
@@ -89,27 +90,9 @@ def _dequantize(
     zero = _constant(node, 2, scope) if _has_input(node, 2) else np.int64(0)
     if scale is None or zero is None or scale.dtype != np.float32:
         return None
-    quantized = graphs.tensor_array(weight)
     axis = graphs.attribute(node, "axis", 1)
     block = graphs.attribute(node, "block_size", 0)
-    # int32 less its zero point must be exact before it is rounded to float32.
-    wide = np.int64 if weight.data_type == TensorProto.INT32 else np.float32
-    values: np.ndarray = quantized.astype(wide)
-    values -= _broadcastable(np.asarray(zero).astype(wide), values.shape, axis, block)
-    values = values.astype(np.float32, copy=False)
-    values *= _broadcastable(scale, values.shape, axis, block)
-    return values
-
-
-def _broadcastable(part: np.ndarray, shape: tuple[int, ...], axis: int, block: int) -> np.ndarray:
-    """Shape scales or zero points so that they broadcast against the quantized tensor."""
-    if part.size == 1:
-        return part.reshape(())
-    if block > 0:
-        return np.repeat(part, block, axis).take(range(shape[axis]), axis)
-    along = [1] * len(shape)
-    along[axis] = -1
-    return part.reshape(along)
+    return dequantized(graphs.tensor_array(weight), scale, np.asarray(zero), axis, block)
 
 
 def _range(

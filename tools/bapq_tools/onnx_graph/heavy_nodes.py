@@ -63,6 +63,11 @@ _QUANTIZED_TYPES = frozenset(
 )
 """Operators of the standard and of com.microsoft."""
 
+_MICROSOFT_REASONS = {
+    "Attention": "attention with a past, rotary positions or a mask of 4 axes",
+    "EmbedLayerNormalization": "embeddings before opset 11",
+}
+
 _REASONS = {
     "ConvTranspose": "transposed convolution",
     "RNN": "recurrent operator",
@@ -115,6 +120,8 @@ def _refuse_others(node: onnx.NodeProto, scope: graphs.Scope) -> Refusal | None:
     weights = sum(sizes)
     if node.op_type in _QUANTIZED_TYPES and node.domain in ("", "ai.onnx", "com.microsoft"):
         return Refusal(weights, QUANTIZED)
+    if node.domain == "com.microsoft" and node.op_type in _MICROSOFT_REASONS:
+        return Refusal(weights, _MICROSOFT_REASONS[node.op_type])
     if not graphs.is_standard(node):
         return Refusal(weights, f"operator of domain {node.domain}")
     if node.op_type in _READERS and TensorProto.DOUBLE in [t.data_type for t in constants]:

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from . import graphs
 from .heavy_nodes import MIN_WEIGHTS
 from .node_rewriter import MICROSOFT, NodeRewriter, renamed
+from .transformer_blocks import TransformerBlocks
 
 _MOST_MATRICES = 256
 """A stack of more is left as it is."""
@@ -33,7 +34,8 @@ _ACTIVATIONS: dict[str, tuple[str, ...]] = {
 
 def spell_out(model: onnx.ModelProto) -> None:
     """Replace such nodes, in place, where their weights are worth it."""
-    _Products(model).rewrite()
+    for kind in (TransformerBlocks, _Products):
+        kind(model).rewrite()
 
 
 class _Products(NodeRewriter):

@@ -29,6 +29,10 @@ from .quantized import resolve_quantization
 
 OLDEST_OPSET = 9
 
+_LOWERED_OPSET = 13
+"""No opset is lowered further: every ONNX Runtime that runs banks knows it, and what the build adds
+to a graph need not be written in the older ways."""
+
 
 def check_model_source(source: object) -> None:
     """Refuse, before any work, what can be no model.
@@ -255,7 +259,7 @@ def lower_versions(model: onnx.ModelProto) -> None:
     opset = graphs.standard_opset(model)
     if opset > onnx.defs.onnx_opset_version():
         return  # what changed since is unknown here
-    oldest = OLDEST_OPSET
+    oldest = min(opset, _LOWERED_OPSET)
     for part in graphs.walk(model.graph):
         for node in part.node:
             if graphs.is_standard(node):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 import warnings
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import quantization
@@ -296,6 +298,22 @@ def test_few_values_in_float64_stay(tmp_path: Path) -> None:
         {"w": weights(32, 40), "start": np.array([1.7e9])},
     )
     assert models.operators(load(source, tmp_path)) == ["Sub", "MatMul"]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="that layout is of x86-64")
+def test_a_layout_of_one_cpu_is_refused(tmp_path: Path) -> None:
+    source = models.model(
+        [node("Conv", ["x", "k"], ["y"], "first", kernel_shape=[3, 3])],
+        {"x": (FLOAT, [1, 32, 8, 8])},
+        {"y": (FLOAT, None)},
+        {"k": weights(32, 32, 3, 3)},
+    )
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "layout.onnx")
+    options.log_severity_level = 4
+    ort.InferenceSession(source.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    with pytest.raises(UnsupportedModelError, match=r"of domain com.microsoft.nchwc: .*EXTENDED"):
+        load_model(tmp_path / "layout.onnx")
 
 
 # Quantized models

@@ -50,7 +50,7 @@ KEPT = [
     (node("MatMul", ["w", "x"], ["y"]), (32, 32), "left"),
     (node("Gemm", ["w", "x"], ["y"]), (32, 32), "left"),
     (node("Gemm", ["x", "w"], ["y"], transA=1), (32, 32), "transposed"),
-    (node("Gather", ["w", "ids"], ["y"], axis=1), (32, 32), "columns"),
+    (node("Gather", ["w", "ids"], ["y"], axis=1), (32, 32), "another axis"),
     (node("LSTM", ["x", "w", "x"], ["y"], hidden_size=8), (1, 32, 40), "recurrent"),
     (node("Add", ["x", "w"], ["y"]), (1, 64, 64), "no chunk operator for Add"),
 ]

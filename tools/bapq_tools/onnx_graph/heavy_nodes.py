@@ -69,7 +69,8 @@ _MICROSOFT_REASONS = {
 }
 
 _REASONS = {
-    "ConvTranspose": "transposed convolution",
+    "ConvTranspose": "transposed convolution with output_shape, of open size with uneven strides, "
+    "of 3 dimensions or before opset 11",
     "RNN": "recurrent operator",
     "LSTM": "recurrent operator",
     "GRU": "recurrent operator",
@@ -189,10 +190,10 @@ def _gemm(node: onnx.NodeProto, scope: graphs.Scope) -> HeavyNode | Refusal | No
 
 def _gather(node: onnx.NodeProto, scope: graphs.Scope) -> HeavyNode | Refusal | None:
     tensor = _float_weight(node, 0, scope)
-    if tensor is None or len(tensor.dims) != 2:
+    if tensor is None or len(tensor.dims) < 2:
         return None
-    if graphs.attribute(node, "axis", 0) not in (0, -2):
-        return _refuse(tensor, "gathers columns, not rows")
+    if len(tensor.dims) > 2 or graphs.attribute(node, "axis", 0) not in (0, -2):
+        return _refuse(tensor, "looked up along another axis, by indices of unknown rank")
     return HeavyNode("Gather", node.input[1], tensor.name, graphs.tensor_array(tensor))
 
 
@@ -202,7 +203,7 @@ def _conv(node: onnx.NodeProto, scope: graphs.Scope) -> HeavyNode | Refusal | No
         return None
     dimensions = len(tensor.dims) - 2
     if dimensions not in (1, 2):
-        return _refuse(tensor, f"{dimensions}-D convolution")
+        return _refuse(tensor, f"{dimensions}-D convolution in groups or with SAME pads")
     group = graphs.attribute(node, "group", 1)
     if len(node.input) > 2 and node.input[2] and scope.constant(node.input[2]) is None:
         return _refuse(tensor, "its bias is computed")

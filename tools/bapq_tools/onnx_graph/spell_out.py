@@ -14,7 +14,10 @@ import onnx
 from onnx import TensorProto, helper
 
 from . import graphs
+from .convolutions import Convolutions
+from .einsum import Einsums
 from .heavy_nodes import MIN_WEIGHTS
+from .lookups import Lookups
 from .node_rewriter import MICROSOFT, NodeRewriter, renamed
 from .transformer_blocks import TransformerBlocks
 
@@ -34,7 +37,7 @@ _ACTIVATIONS: dict[str, tuple[str, ...]] = {
 
 def spell_out(model: onnx.ModelProto) -> None:
     """Replace such nodes, in place, where their weights are worth it."""
-    for kind in (TransformerBlocks, _Products):
+    for kind in (TransformerBlocks, Lookups, Einsums, Convolutions, _Products):
         kind(model).rewrite()
 
 

@@ -33,6 +33,9 @@ _LOWERED_OPSET = 13
 """No opset is lowered further: every ONNX Runtime that runs banks knows it, and what the build adds
 to a graph need not be written in the older ways."""
 
+_LAYOUTS = frozenset({"com.microsoft.nchwc", "com.ms.internal.nhwc"})
+"""Domains of operators whose tensors lie as one kind of CPU reads them best."""
+
 
 def check_model_source(source: object) -> None:
     """Refuse, before any work, what can be no model.
@@ -69,6 +72,7 @@ def load_model(
     others = [] if external_data is None else [Path(external_data)]
     load_external_data(model, path.parent, path.resolve().parent, others)
     _check_sizes(model, path)
+    _check_layouts(model)
     open_dimensions(model)
     model = _convert_opset(model)
     _warn_of_frozen(drop_initializers_from_inputs(model))
@@ -197,6 +201,17 @@ def _check_sizes(model: onnx.ModelProto, path: Path) -> None:
                 f"{path}: tensor {tensor.name!r} of shape {list(tensor.dims)} needs "
                 f"{_data_bytes(tensor)} bytes and has {len(tensor.raw_data)}; export it again"
             )
+
+
+def _check_layouts(model: onnx.ModelProto) -> None:
+    for part in graphs.walk(model.graph):
+        for node in part.node:
+            if node.domain in _LAYOUTS:
+                raise UnsupportedModelError(
+                    f"{node.op_type} {node.name or node.output[0]!r} is of domain {node.domain}: "
+                    "ONNX Runtime has optimized the model for one kind of CPU; give the model as "
+                    "it was before, or optimize it no further than ORT_ENABLE_EXTENDED"
+                )
 
 
 def open_dimensions(model: onnx.ModelProto) -> None:

@@ -31,6 +31,9 @@ from .integer_weights import IntegerWeights, Nodes
 _OLDEST_OPSET = 10
 """The first with QuantizeLinear."""
 
+_AXES_OPSET = 18
+"""The first in which ReduceMean takes its axes as an input."""
+
 _MOVING = (
     "DepthToSpace",
     "Expand",
@@ -39,14 +42,16 @@ _MOVING = (
     "Identity",
     "MaxPool",
     "Reshape",
+    "Resize",
     "Slice",
     "SpaceToDepth",
+    "Split",
     "Squeeze",
     "Tile",
     "Transpose",
     "Unsqueeze",
 )
-"""Operators that move integers, or choose among them, and compute none."""
+"""Operators that move integers, or choose among them. Resize may also compute some in between."""
 
 _UNARY = {
     "QLinearAveragePool": "AveragePool",
@@ -148,10 +153,11 @@ class _Integers(IntegerWeights):
 
     def _quantized(self, nodes: Nodes, node: onnx.NodeProto, by: Quantization) -> Nodes:
         """Let the last of the nodes, a copy of `node`, write floats, and quantize them."""
+        last = nodes[-1]
         for index, output in enumerate(node.output):
             if output:
                 floats = self.name(f"{output}_float")
-                nodes[-1].output[index] = floats
+                last.output[index] = floats
                 inputs = [floats, by.scale, *([by.zero] if by.zero else [])]
                 nodes.append(helper.make_node("QuantizeLinear", inputs, [output]))
                 self._made[output] = by
@@ -190,7 +196,9 @@ class _Integers(IntegerWeights):
     def _move(self, node: onnx.NodeProto, scope: graphs.Scope) -> Nodes | None:
         self._makers[node.output[0]] = node
         by = self._made.get(node.input[0])
-        if by is None or node.input[0] in self._rounded or len(node.output) > 1:
+        if by is None or node.input[0] in self._rounded:
+            return None
+        if len(node.output) > 1 and node.op_type != "Split":  # the places of a MaxPool
             return None
         nodes: Nodes = []
         source = self._float(nodes, node.input[0], by, scope)
@@ -214,6 +222,8 @@ class _Integers(IntegerWeights):
 
     def _unary(self, kind: str, node: onnx.NodeProto, scope: graphs.Scope) -> Nodes | None:
         if graphs.attribute(node, "channels_last", 0):
+            return None
+        if kind == "ReduceMean" and self.opset >= _AXES_OPSET:
             return None
         return self._replaced(node, kind, [(0, 1)], scope, 3, ("channels_last",))
 

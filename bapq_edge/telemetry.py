@@ -51,7 +51,8 @@ class SessionStats:
     plan: str
     """The plan in words: what is pinned and streamed, and what held level "auto" back."""
     resident_bytes: int
-    """Weights in memory: pinned chunks, ring and row cache."""
+    """Weights in memory: pinned chunks, those that it shares with other sessions of the bank in
+    this process included, ring and row cache."""
     peak_bytes: int
     """Growth of the process's peak resident memory (VmHWM) since just before the session opened."""
     streamed_bytes: int

@@ -52,7 +52,8 @@ class StoreStats:
     """What the native store holds right now."""
 
     home_bytes: int
-    """Bytes of the pinned chunks in memory, those of all living plans."""
+    """Bytes of the pinned chunks in memory, those of all living plans of this store; other stores
+    of the bank in this process may use the same ones."""
     ring_bytes: int
     """Bytes of the buffer that streamed chunks pass through, as far as it was touched."""
     row_cache_bytes: int
@@ -110,7 +111,8 @@ class RunReport(NamedTuple):
     """Resident memory of the process when the run ended, its buffers still there; 0: the run was
     not measured, or the system does not tell."""
     weight_bytes: int
-    """Bytes of weights in that memory: pinned chunks, ring and row cache."""
+    """Bytes of weights in that memory that came since the store was opened: ring, row cache, and
+    chunks that are pinned, whichever of the bank's stores in this process pinned them."""
     degraded_chunks: int
     """Number of chunks that ran below their level because a read failed."""
     degraded_by: BapqError | None
@@ -119,6 +121,8 @@ class RunReport(NamedTuple):
 
 class Store:
     """The native chunk store of one bank. Safe to use from several threads.
+
+    Stores of the same files in a process have their pinned chunks in memory once.
 
     It must not be used after `close`, nor closed while a run is open: its owner sees to that.
     """

@@ -87,9 +87,9 @@ typedef struct {
 } bapq_plan_request;
 
 typedef struct {
-    int64_t home_bytes;            /* of pinned chunks in memory, all plans that are alive */
-    int64_t ring_bytes;            /* buffer of the chunks that pass through, as far as touched */
-    int64_t row_cache_bytes;       /* buffer of embedding rows, as far as touched */
+    int64_t home_bytes;      /* of pinned chunks in memory, all plans of this store that live */
+    int64_t ring_bytes;      /* buffer of the chunks that pass through, as far as touched */
+    int64_t row_cache_bytes; /* buffer of embedding rows, as far as touched */
     int64_t row_cache_limit_bytes; /* all of it */
     int64_t read_bytes;            /* from storage since the store was opened */
     int64_t wait_ns;               /* that operators waited for reads, all runs */
@@ -108,7 +108,8 @@ typedef struct {
 typedef struct {
     int64_t plan_number;  /* plans are numbered from 1 in the order of their publication */
     int64_t rss_bytes;    /* of the process when a measured run ended, its buffers still there */
-    int64_t weight_bytes; /* of that: pinned chunks, ring and row cache, as far as touched */
+    int64_t weight_bytes; /* of that, come since the store was opened: ring and row cache as far as
+                             touched, and pinned chunks of all stores of the bank */
     int32_t degraded;     /* chunks that ran below their level, because a read failed */
     bapq_error degraded_by;
 } bapq_run_report;

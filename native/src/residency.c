@@ -39,26 +39,26 @@ static int32_t read_direct(int fd, uint8_t *target, int64_t bytes, int64_t offse
 
 int32_t bapq_read_chunk(const bapq_store *store, int32_t p, int32_t chunk, uint8_t *target,
                         uint8_t *bounce, bapq_error *error) {
-    const plane_store *plane = &store->plane[p];
-    const bapq_extent *extent = &plane->extent[chunk];
+    int fd = store->plane[p].fd;
+    const bapq_extent *extent = &store->homes->plane[p].extent[chunk];
     int64_t offset = (int64_t)extent->offset, done = 0;
-    int32_t code = bounce ? read_direct(plane->fd, target, extent->bytes, offset, &done, bounce)
-                          : read_fully(plane->fd, target, extent->bytes, offset, &done);
+    int32_t code = bounce ? read_direct(fd, target, extent->bytes, offset, &done, bounce)
+                          : read_fully(fd, target, extent->bytes, offset, &done);
     int32_t status = BAPQ_OK;
     if (code != 0) {
-        status = bapq_fail(error, BAPQ_IO, "plane %s cannot be read at chunk %d: %s", plane->name,
-                           chunk, strerror(code));
+        status = bapq_fail(error, BAPQ_IO, "plane %s cannot be read at chunk %d: %s",
+                           bapq_plane_name(p), chunk, strerror(code));
         error->os_errno = code;
     } else if (done < extent->bytes) {
-        status = bapq_fail(error, BAPQ_TRUNCATED,
-                           "plane %s ends inside chunk %d: %lld of %u bytes at offset %lld",
-                           plane->name, chunk, (long long)done, extent->bytes, (long long)offset);
+        status = bapq_fail(
+            error, BAPQ_TRUNCATED, "plane %s ends inside chunk %d: %lld of %u bytes at offset %lld",
+            bapq_plane_name(p), chunk, (long long)done, extent->bytes, (long long)offset);
     } else {
         uint32_t crc = bapq_crc32(target, extent->bytes);
         if (crc != extent->crc32)
             status = bapq_fail(error, BAPQ_CHECKSUM,
                                "plane %s, chunk %d: CRC-32 is %08x, the bank says %08x",
-                               plane->name, chunk, crc, extent->crc32);
+                               bapq_plane_name(p), chunk, crc, extent->crc32);
     }
     if (status != BAPQ_OK) {
         error->layer = store->layer_of[chunk];
@@ -69,40 +69,70 @@ int32_t bapq_read_chunk(const bapq_store *store, int32_t p, int32_t chunk, uint8
 
 /* ---- homes ---- */
 
-void bapq_release_gaps(bapq_store *store, plane_store *plane) {
-    /* Pages of one chunk may be shared with its neighbours, so the unit is the gap between chunks
-     * that are kept, not the chunk. */
-    int64_t page = store->page_bytes;
-    int64_t gap_start = 0;
-    for (int32_t chunk = 0; chunk <= store->chunk_count; chunk++) {
-        int64_t gap_end;
-        if (chunk == store->chunk_count)
-            gap_end = (plane->bytes + page - 1) / page * page; /* the last page is all ours */
-        else if (plane->claims[chunk] == 0)
-            continue;
-        else
-            gap_end = (int64_t)plane->extent[chunk].offset;
-        int64_t first = (gap_start + page - 1) / page * page;
-        int64_t last = gap_end / page * page;
-        if (last > first) madvise(plane->base + first, (size_t)(last - first), MADV_DONTNEED);
-        if (chunk < store->chunk_count) gap_start = gap_end + plane->extent[chunk].bytes;
-    }
+void bapq_enter_homes(bapq_store *store, homes *h) {
+    store->homes = h;
+    pthread_mutex_lock(&h->lock);
+    store->neighbour = h->stores;
+    h->stores = store;
+    store->bytes_there_before = h->bytes_there;
+    pthread_mutex_unlock(&h->lock);
 }
 
-/* Takes one claim away; 1 when bytes at home lost their last claim. */
-static int32_t drop_claim(bapq_store *store, plane_store *plane, int32_t chunk) {
-    if (--plane->claims[chunk] > 0 || !plane->at_home[chunk]) return 0;
-    plane->at_home[chunk] = 0;
-    store->home_bytes -= plane->extent[chunk].bytes;
-    return 1;
+void bapq_claim(bapq_store *store, int32_t p, int32_t chunk) {
+    const plane_home *home = &store->homes->plane[p];
+    if (store->plane[p].claims[chunk]++ > 0) return;
+    home->claimants[chunk]++;
+    if (home->state[chunk] == HOME_THERE) store->home_bytes += home->extent[chunk].bytes;
+}
+
+void bapq_arrived(bapq_store *store, int32_t p, int32_t chunk) {
+    const plane_home *home = &store->homes->plane[p];
+    int64_t bytes = home->extent[chunk].bytes;
+    home->state[chunk] = HOME_THERE;
+    store->homes->bytes_there += bytes;
+    for (bapq_store *s = store->homes->stores; s; s = s->neighbour)
+        if (s->plane[p].claims[chunk] > 0) s->home_bytes += bytes;
+}
+
+/* Takes one claim away; true when bytes at home lost their last one, of all stores. */
+static bool drop_claim(bapq_store *store, int32_t p, int32_t chunk) {
+    const plane_home *home = &store->homes->plane[p];
+    if (--store->plane[p].claims[chunk] > 0) return false;
+    home->claimants[chunk]--;
+    if (home->state[chunk] != HOME_THERE) return false;
+    store->home_bytes -= home->extent[chunk].bytes;
+    if (home->claimants[chunk] > 0) return false;
+    home->state[chunk] = HOME_AWAY;
+    store->homes->bytes_there -= home->extent[chunk].bytes;
+    return true;
 }
 
 void bapq_unclaim(bapq_store *store, int32_t p, int32_t chunk) {
-    if (drop_claim(store, &store->plane[p], chunk)) bapq_release_gaps(store, &store->plane[p]);
+    if (drop_claim(store, p, chunk)) bapq_homes_release_gaps(store->homes, p);
+}
+
+void bapq_leave_homes(bapq_store *store) {
+    homes *h = store->homes;
+    pthread_mutex_lock(&h->lock);
+    for (int32_t p = 0; p < BAPQ_PLANES; p++) {
+        int32_t *claims = store->plane[p].claims;
+        bool left = false;
+        for (int32_t chunk = 0; claims && chunk < store->chunk_count; chunk++) {
+            if (claims[chunk] == 0) continue;
+            claims[chunk] = 1;
+            left |= drop_claim(store, p, chunk);
+        }
+        if (left) bapq_homes_release_gaps(h, p);
+    }
+    bapq_store **link = &h->stores;
+    while (*link != store) link = &(*link)->neighbour;
+    *link = store->neighbour;
+    pthread_mutex_unlock(&h->lock);
+    bapq_homes_leave(h);
 }
 
 static bool holds_plane(const bapq_store *store, const plan *p, int32_t plane, int32_t chunk) {
-    return p->claimed[chunk] & 1 << plane && store->plane[plane].at_home[chunk];
+    return p->claimed[chunk] & 1 << plane && store->homes->plane[plane].state[chunk] == HOME_THERE;
 }
 
 bool bapq_plan_holds(const bapq_store *store, const plan *p, int32_t level, int32_t chunk) {
@@ -119,14 +149,14 @@ int64_t bapq_missing_bytes(const bapq_store *store, const plan *p, int32_t chunk
     int64_t bytes = 0;
     for (int32_t i = 0; i < n; i++) {
         if (!holds_plane(store, p, planes[i], chunk))
-            bytes += ((int64_t)store->plane[planes[i]].extent[chunk].bytes + 63) / 64 * 64;
+            bytes += ((int64_t)store->homes->plane[planes[i]].extent[chunk].bytes + 63) / 64 * 64;
     }
     return bytes;
 }
 
 int64_t bapq_weight_bytes(const bapq_store *store) {
-    return store->home_bytes + store->stream.ring_touched_bytes +
-           store->rows.slots_used * store->rows.slot_bytes;
+    return store->homes->bytes_there - store->bytes_there_before +
+           store->stream.ring_touched_bytes + store->rows.slots_used * store->rows.slot_bytes;
 }
 
 int64_t bapq_rss_bytes(const bapq_store *store) {
@@ -135,7 +165,7 @@ int64_t bapq_rss_bytes(const bapq_store *store) {
     if (n <= 0) return 0;
     text[n] = 0;
     const char *total_end = strchr(text, ' '); /* pages in all, then those in memory */
-    return total_end ? strtoll(total_end, NULL, 10) * store->page_bytes : 0;
+    return total_end ? strtoll(total_end, NULL, 10) * store->homes->page_bytes : 0;
 }
 
 /* ---- plans ---- */
@@ -150,7 +180,7 @@ static int32_t check_level(const bapq_store *store, const bapq_plan_request *req
     int32_t n = level < 0 ? 0 : bapq_level_planes(level, planes);
     if (level < 0) reason = "there is no such level";
     for (int32_t i = 0; i < n; i++)
-        if (store->plane[planes[i]].base == NULL) reason = "its plane is not there";
+        if (store->homes->plane[planes[i]].base == NULL) reason = "its plane is not there";
     if (level >= 0 && !bapq_has_level(layer, level)) reason = "its layer lacks it";
     if (level == BAPQ_SKIP && layer->gathered) reason = "Gather reads it, so it cannot be skipped";
     if (level == BAPQ_SKIP && request->region < 0)
@@ -175,7 +205,7 @@ plan *bapq_plan_new(const bapq_store *store, const bapq_plan_request *request, b
     p->ring_bytes = request->ring_bytes;
     p->home_limit_bytes = request->home_limit_bytes;
     int32_t present = 0;
-    for (int32_t i = 0; i < BAPQ_PLANES; i++) present |= (store->plane[i].base != NULL) << i;
+    for (int32_t i = 0; i < BAPQ_PLANES; i++) present |= (store->homes->plane[i].base != NULL) << i;
     for (int32_t chunk = 0; chunk < store->chunk_count; chunk++) {
         int32_t planes[2];
         const bapq_layer *layer = &store->layer[store->layer_of[chunk]];
@@ -196,7 +226,7 @@ plan *bapq_plan_new(const bapq_store *store, const bapq_plan_request *request, b
         int64_t bytes = 0;
         for (int32_t i = 0; i < n; i++) {
             if (p->pinned[chunk]) p->claimed[chunk] |= (uint8_t)(1 << planes[i]);
-            bytes += ((int64_t)store->plane[planes[i]].extent[chunk].bytes + 63) / 64 * 64;
+            bytes += ((int64_t)store->homes->plane[planes[i]].extent[chunk].bytes + 63) / 64 * 64;
         }
         if (bytes > p->ring_bytes) p->ring_bytes = bytes;
     }
@@ -205,18 +235,17 @@ plan *bapq_plan_new(const bapq_store *store, const bapq_plan_request *request, b
 
 void bapq_plan_claim(bapq_store *store, const plan *p) {
     for (int32_t i = 0; i < BAPQ_PLANES; i++)
-        for (int32_t chunk = 0; store->plane[i].base && chunk < store->chunk_count; chunk++)
-            store->plane[i].claims[chunk] += p->claimed[chunk] >> i & 1;
+        for (int32_t chunk = 0; store->homes->plane[i].base && chunk < store->chunk_count; chunk++)
+            if (p->claimed[chunk] >> i & 1) bapq_claim(store, i, chunk);
 }
 
 void bapq_plan_release(bapq_store *store, plan *p) {
     if (--p->holders > 0 || p == store->published) return;
     for (int32_t i = 0; i < BAPQ_PLANES; i++) {
-        plane_store *plane = &store->plane[i];
-        int32_t left = 0;
-        for (int32_t chunk = 0; plane->base && chunk < store->chunk_count; chunk++)
-            if (p->claimed[chunk] >> i & 1) left |= drop_claim(store, plane, chunk);
-        if (left) bapq_release_gaps(store, plane);
+        bool left = false;
+        for (int32_t chunk = 0; store->plane[i].claims && chunk < store->chunk_count; chunk++)
+            if (p->claimed[chunk] >> i & 1) left |= drop_claim(store, i, chunk);
+        if (left) bapq_homes_release_gaps(store->homes, i);
     }
     store->live_plans--;
     free(p);

@@ -44,7 +44,7 @@ int32_t bapq_run_begin(bapq_store *store, int32_t measured, int64_t *ticket, bap
     if (!run)
         return bapq_fail(error, BAPQ_ARGUMENT, "%d runs are open already, the most there can be",
                          MAX_RUNS);
-    pthread_mutex_lock(&store->lock);
+    pthread_mutex_lock(&store->homes->lock);
     run->plan = store->published;
     run->since_ns = bapq_now_ns();
     if (run->plan) {
@@ -57,7 +57,7 @@ int32_t bapq_run_begin(bapq_store *store, int32_t measured, int64_t *ticket, bap
         if (!store->order_known)
             run->asked = malloc((size_t)store->layer_count * sizeof *run->asked);
     }
-    pthread_mutex_unlock(&store->lock);
+    pthread_mutex_unlock(&store->homes->lock);
     if (!run->plan) {
         free_slot(run);
         return bapq_fail(error, BAPQ_ARGUMENT, "no plan is published yet");
@@ -102,7 +102,7 @@ int32_t bapq_run_end(int64_t ticket, bapq_run_report *report, bapq_error *error)
     plan *p = run->plan;
     run->plan = NULL;
     int64_t ended = bapq_now_ns();
-    pthread_mutex_lock(&store->lock);
+    pthread_mutex_lock(&store->homes->lock);
     report->weight_bytes = bapq_weight_bytes(store);
     if (run->layer >= 0) {
         store->layer_ns[run->layer] += ended - run->since_ns;
@@ -114,7 +114,7 @@ int32_t bapq_run_end(int64_t ticket, bapq_run_report *report, bapq_error *error)
     bapq_stream_leave(store, run);
     bapq_plan_release(store, p);
     store->open_runs--;
-    pthread_mutex_unlock(&store->lock);
+    pthread_mutex_unlock(&store->homes->lock);
     if (run->scratch) munmap(run->scratch, (size_t)run->scratch_bytes);
     free(run->asked);
     free_slot(run);
@@ -142,7 +142,7 @@ void *bapq_run_scratch(bapq_run *run, int64_t bytes) {
     if (bytes > run->scratch_bytes) {
         /* Not from the heap: buffers of megabytes that grow between the graph engine's own would
          * leave holes there that nobody can use. */
-        int64_t page = run->store->page_bytes;
+        int64_t page = run->store->homes->page_bytes;
         int64_t rounded = (bytes + page - 1) / page * page;
         if (run->scratch) munmap(run->scratch, (size_t)run->scratch_bytes);
         run->scratch =
@@ -150,9 +150,9 @@ void *bapq_run_scratch(bapq_run *run, int64_t bytes) {
         if (run->scratch == MAP_FAILED) run->scratch = NULL;
         int64_t grown = (run->scratch ? rounded : 0) - run->scratch_bytes;
         run->scratch_bytes += grown;
-        pthread_mutex_lock(&run->store->lock);
+        pthread_mutex_lock(&run->store->homes->lock);
         run->store->scratch_bytes += grown;
-        pthread_mutex_unlock(&run->store->lock);
+        pthread_mutex_unlock(&run->store->homes->lock);
     }
     return run->scratch;
 }

@@ -5,7 +5,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "arena.h"
@@ -49,7 +49,7 @@ static int32_t check_bank(const bapq_bank *bank, bapq_error *error) {
 }
 
 /* Every chunk must be as long as its layer says, and come after the one before. */
-static int32_t check_extents(const bapq_store *store, plane_store *plane, int32_t p,
+static int32_t check_extents(const bapq_store *store, plane_home *plane, int32_t p,
                              const char *path, bapq_error *error) {
     for (int32_t chunk = 0; chunk < store->chunk_count; chunk++) {
         const bapq_layer *layer = &store->layer[store->layer_of[chunk]];
@@ -71,33 +71,42 @@ static int32_t check_extents(const bapq_store *store, plane_store *plane, int32_
     return BAPQ_OK;
 }
 
-static int32_t open_plane(bapq_store *store, const bapq_bank *bank, int32_t p, bapq_error *error) {
-    plane_store *plane = &store->plane[p];
+static int32_t open_plane(bapq_store *store, const bapq_bank *bank, int32_t p, plane_home *home,
+                          bapq_error *error) {
     const char *path = bank->plane_path[p];
-    plane->name = bapq_plane_name(p);
-    plane->fd = open(path, O_RDONLY | O_CLOEXEC | (store->direct ? O_DIRECT : 0));
-    if (plane->fd < 0) {
+    struct stat file;
+    int fd = open(path, O_RDONLY | O_CLOEXEC | (store->direct ? O_DIRECT : 0));
+    store->plane[p].fd = fd;
+    if (fd < 0 || fstat(fd, &file) != 0) {
         int code = errno;
         bapq_fail(error, BAPQ_IO, "%s cannot be opened%s: %s", path,
                   store->direct ? " for direct reads" : "", strerror(code));
         error->os_errno = code;
         return BAPQ_IO;
     }
+    home->device = file.st_dev;
+    home->inode = file.st_ino;
     size_t count = (size_t)store->chunk_count;
-    plane->extent = malloc(count * sizeof *plane->extent);
-    plane->claims = calloc(count, sizeof *plane->claims);
-    plane->at_home = calloc(count, 1);
-    if (!plane->extent || !plane->claims || !plane->at_home)
+    home->extent = malloc(count * sizeof *home->extent);
+    store->plane[p].claims = calloc(count, sizeof *store->plane[p].claims);
+    if (!home->extent || !store->plane[p].claims)
         return bapq_fail(error, BAPQ_NO_MEMORY, "no memory for the chunk table of %s", path);
-    memcpy(plane->extent, bank->extents[p], count * sizeof *plane->extent);
-    int32_t status = check_extents(store, plane, p, path, error);
-    if (status != BAPQ_OK) return status;
-    void *base = mmap(NULL, (size_t)plane->bytes, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (base == MAP_FAILED)
-        return bapq_fail(error, BAPQ_NO_MEMORY, "no address range of %lld bytes for %s",
-                         (long long)plane->bytes, path);
-    plane->base = base;
+    memcpy(home->extent, bank->extents[p], count * sizeof *home->extent);
+    return check_extents(store, home, p, path, error);
+}
+
+static int32_t open_planes(bapq_store *store, const bapq_bank *bank, bapq_error *error) {
+    plane_home planes[BAPQ_PLANES] = {0};
+    int32_t status = BAPQ_OK;
+    for (int32_t p = 0; p < BAPQ_PLANES && status == BAPQ_OK; p++)
+        if (bank->plane_path[p]) status = open_plane(store, bank, p, &planes[p], error);
+    if (status != BAPQ_OK) {
+        for (int32_t p = 0; p < BAPQ_PLANES; p++) free(planes[p].extent);
+        return status;
+    }
+    homes *joined = bapq_homes_join(planes, store->chunk_count, error);
+    if (!joined) return error->status;
+    bapq_enter_homes(store, joined);
     return BAPQ_OK;
 }
 
@@ -161,7 +170,7 @@ static int32_t make_row_cache(bapq_store *store, const bapq_bank *bank, bapq_err
             int32_t n = bapq_has_level(layer, level) ? bapq_level_planes(level, planes) : 0;
             int64_t bytes = 0;
             for (int32_t i = 0; i < n; i++)
-                if (store->plane[planes[i]].base)
+                if (store->homes->plane[planes[i]].base)
                     bytes +=
                         layer->chunk_rows / BAPQ_TILE_ROWS * bapq_record_bytes(layer, planes[i]);
             if (bytes > rows->slot_bytes) rows->slot_bytes = bytes;
@@ -181,9 +190,9 @@ static int32_t make_row_cache(bapq_store *store, const bapq_bank *bank, bapq_err
 static int32_t make_bounce_buffers(bapq_store *store, bapq_error *error) {
     int64_t bytes = 0;
     for (int32_t p = 0; p < BAPQ_PLANES; p++)
-        for (int32_t chunk = 0; store->plane[p].base && chunk < store->chunk_count; chunk++)
-            if (store->plane[p].extent[chunk].bytes > bytes)
-                bytes = store->plane[p].extent[chunk].bytes;
+        for (int32_t chunk = 0; store->plane[p].claims && chunk < store->chunk_count; chunk++)
+            if (store->homes->plane[p].extent[chunk].bytes > bytes)
+                bytes = store->homes->plane[p].extent[chunk].bytes;
     bytes = (bytes + 3 * 4096 - 1) / 4096 * 4096;
     store->stream.bounce = aligned_alloc(4096, (size_t)bytes);
     store->rows.bounce = aligned_alloc(4096, (size_t)bytes);
@@ -194,13 +203,10 @@ static int32_t make_bounce_buffers(bapq_store *store, bapq_error *error) {
 
 static void free_store(bapq_store *store) {
     bapq_stream_stop(store);
+    if (store->homes) bapq_leave_homes(store);
     for (int32_t p = 0; p < BAPQ_PLANES; p++) {
-        plane_store *plane = &store->plane[p];
-        if (plane->base) munmap(plane->base, (size_t)plane->bytes);
-        if (plane->fd >= 0) close(plane->fd);
-        free(plane->extent);
-        free(plane->claims);
-        free(plane->at_home);
+        if (store->plane[p].fd >= 0) close(store->plane[p].fd);
+        free(store->plane[p].claims);
     }
     if (store->stream.plan != store->published) free(store->stream.plan);
     if (store->statm_fd >= 0) close(store->statm_fd);
@@ -220,9 +226,7 @@ static void free_store(bapq_store *store) {
     free(store->rows.key);
     free(store->rows.data);
     free(store->rows.bounce);
-    pthread_mutex_destroy(&store->lock);
     pthread_mutex_destroy(&store->rows.lock);
-    pthread_cond_destroy(&store->changed);
     free(store);
 }
 
@@ -246,20 +250,16 @@ int32_t bapq_store_open(const bapq_bank *bank, bapq_store **out, bapq_error *err
                          getenv("BAPQ_ISA"));
     bapq_store *store = calloc(1, sizeof *store);
     if (!store) return bapq_fail(error, BAPQ_NO_MEMORY, "no memory for the store");
-    pthread_mutex_init(&store->lock, NULL);
     pthread_mutex_init(&store->rows.lock, NULL);
-    pthread_cond_init(&store->changed, NULL);
     for (int32_t p = 0; p < BAPQ_PLANES; p++) store->plane[p].fd = -1;
     store->id = atomic_fetch_add(&stores_opened, 1) + 1;
     store->kernels = kernels;
     store->layer_count = bank->layer_count;
     store->chunk_count = bank->chunk_count;
     store->direct = bank->direct != 0;
-    store->page_bytes = sysconf(_SC_PAGESIZE);
     store->statm_fd = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
     status = make_tables(store, bank, error);
-    for (int32_t p = 0; p < BAPQ_PLANES && status == BAPQ_OK; p++)
-        if (bank->plane_path[p]) status = open_plane(store, bank, p, error);
+    if (status == BAPQ_OK) status = open_planes(store, bank, error);
     if (status == BAPQ_OK) status = make_row_cache(store, bank, error);
     if (status == BAPQ_OK && store->direct) status = make_bounce_buffers(store, error);
     if (status == BAPQ_OK) status = bapq_stream_start(store, error);
@@ -272,9 +272,9 @@ int32_t bapq_store_open(const bapq_bank *bank, bapq_store **out, bapq_error *err
 }
 
 int32_t bapq_store_close(bapq_store *store, bapq_error *error) {
-    pthread_mutex_lock(&store->lock);
+    pthread_mutex_lock(&store->homes->lock);
     int32_t open_runs = store->open_runs;
-    pthread_mutex_unlock(&store->lock);
+    pthread_mutex_unlock(&store->homes->lock);
     if (open_runs > 0) return bapq_fail(error, BAPQ_ARGUMENT, "%d runs are still open", open_runs);
     free_store(store);
     bapq_arena_trim(); /* of the tensors of its graphs */
@@ -286,10 +286,10 @@ int32_t bapq_store_close(bapq_store *store, bapq_error *error) {
 int32_t bapq_store_publish(bapq_store *store, const bapq_plan_request *request, bapq_error *error) {
     plan *next = bapq_plan_new(store, request, error);
     if (!next) return error->status;
-    pthread_mutex_lock(&store->lock);
+    pthread_mutex_lock(&store->homes->lock);
     if (request->region >= store->region_count) {
         int32_t count = store->region_count;
-        pthread_mutex_unlock(&store->lock);
+        pthread_mutex_unlock(&store->homes->lock);
         free(next);
         return bapq_fail(error, BAPQ_NO_LEVEL, "region %d is unknown, %d are registered",
                          request->region, count);
@@ -303,8 +303,8 @@ int32_t bapq_store_publish(bapq_store *store, const bapq_plan_request *request, 
     store->published = next;
     bapq_stream_follow(store);
     if (old) bapq_plan_release(store, old);
-    pthread_cond_broadcast(&store->changed);
-    pthread_mutex_unlock(&store->lock);
+    pthread_cond_broadcast(&store->homes->changed);
+    pthread_mutex_unlock(&store->homes->lock);
     return BAPQ_OK;
 }
 
@@ -314,7 +314,7 @@ int32_t bapq_store_add_region(bapq_store *store, const float *values, int32_t *r
     float *copy = malloc(bytes);
     if (!copy) return bapq_fail(error, BAPQ_NO_MEMORY, "no memory for a region's values");
     memcpy(copy, values, bytes);
-    pthread_mutex_lock(&store->lock);
+    pthread_mutex_lock(&store->homes->lock);
     size_t count = (size_t)store->region_count;
     float **grown = realloc(store->region, (count + 1) * sizeof *grown);
     if (grown) {
@@ -322,14 +322,14 @@ int32_t bapq_store_add_region(bapq_store *store, const float *values, int32_t *r
         store->region[count] = copy;
         *region = store->region_count++;
     }
-    pthread_mutex_unlock(&store->lock);
+    pthread_mutex_unlock(&store->homes->lock);
     if (grown) return BAPQ_OK;
     free(copy);
     return bapq_fail(error, BAPQ_NO_MEMORY, "no memory for the table of regions");
 }
 
 void bapq_store_read_stats(bapq_store *store, bapq_store_stats *out) {
-    pthread_mutex_lock(&store->lock);
+    pthread_mutex_lock(&store->homes->lock);
     out->home_bytes = store->home_bytes;
     out->ring_bytes = store->stream.ring_touched_bytes;
     out->row_cache_bytes = store->rows.slots_used * store->rows.slot_bytes;
@@ -338,15 +338,15 @@ void bapq_store_read_stats(bapq_store *store, bapq_store_stats *out) {
     out->wait_ns = store->wait_ns;
     out->scratch_bytes = store->scratch_bytes;
     out->live_plans = store->live_plans;
-    pthread_mutex_unlock(&store->lock);
+    pthread_mutex_unlock(&store->homes->lock);
 }
 
 void bapq_store_take_times(bapq_store *store, bapq_times *out, int64_t *layer_ns) {
     size_t bytes = (size_t)store->layer_count * sizeof *layer_ns;
-    pthread_mutex_lock(&store->lock);
+    pthread_mutex_lock(&store->homes->lock);
     *out = store->times;
     store->times = (bapq_times){0};
     memcpy(layer_ns, store->layer_ns, bytes);
     memset(store->layer_ns, 0, bytes);
-    pthread_mutex_unlock(&store->lock);
+    pthread_mutex_unlock(&store->homes->lock);
 }

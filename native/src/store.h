@@ -9,7 +9,8 @@
  * checked, is at home: at its file offset in that range. A chunk that is not costs address space
  * only. Living plans claim the planes of their pinned chunks, and those that they keep for plans to
  * come; where the last claim goes, the pages go back to the system. Going down a level therefore
- * frees memory without reading, and going up reads only the missing plane.
+ * frees memory without reading, and going up reads only the missing plane. Stores of one bank in a
+ * process share its homes (homes.h), and the lock that guards them.
  *
  * The ring. Everything else passes through a ring buffer. The order in which operators ask for
  * chunks is the same in every run, so one reader thread reads ahead of them, round and round: an

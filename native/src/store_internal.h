@@ -6,11 +6,11 @@
  * the start or the end of parallel work.
  *
  * Weights. The reader writes a chunk to its home or into the ring, then takes the lock and marks it
- * (at_home, ENTRY_READY). An operator sees the mark under the lock before it reads a byte. Nobody
- * writes there while it reads: a home is written only while unmarked, and unmarked only with its
- * last claim, and the operator's run holds a plan that claims it; a ring entry's place is free
- * again when its borrower pops it, under the lock, and only the leader, which borrows one chunk at
- * a time, or the reader while there is none, empties the queue.
+ * (HOME_THERE, ENTRY_READY). An operator sees the mark under the lock before it reads a byte.
+ * Nobody writes there while it reads: a home is written only by the one reader that marked it as
+ * arriving, and given up only with its last claim, and the operator's run holds a plan that claims
+ * it; a ring entry's place is free again when its borrower pops it, under the lock, and only the
+ * leader, which borrows one chunk at a time, or the reader while there is none, empties the queue.
  *
  * Plans. Level, claims and region are written before the plan is published, under the lock, and
  * never after. bapq_run_begin takes the pointer under the lock, and its hold keeps the plan alive.
@@ -38,6 +38,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
+#include "homes.h"
 #include "store.h"
 
 typedef struct plan {
@@ -52,15 +53,10 @@ typedef struct plan {
     const float *skip_values; /* (stored rows of all layers,) of its region */
 } plan;
 
-/* One plane file and the homes of its chunks. */
+/* One plane file, as this store reads it. Its chunks are at home in homes->plane. */
 typedef struct {
-    const char *name;
     int fd;
-    int64_t bytes;
-    uint8_t *base;       /* reserved range, one byte per byte of the file */
-    bapq_extent *extent; /* (chunk_count,) */
-    int32_t *claims;     /* (chunk_count,) of living plans, and of a read in flight */
-    uint8_t *at_home;    /* (chunk_count,) 1: its bytes stand at base + offset, checked */
+    int32_t *claims; /* (chunk_count,) of living plans, and of a read that goes home */
 } plane_store;
 
 /* A chunk that is on its way through the ring, or whose read failed. */
@@ -129,19 +125,19 @@ struct bapq_store {
     bool order_known;
     int32_t layer_count;
     int32_t chunk_count;
-    int64_t page_bytes;
     int statm_fd; /* /proc/self/statm, -1: not there */
     bool direct;
     const bapq_kernels *kernels;
 
-    pthread_mutex_t lock;   /* everything below, never held while reading */
-    pthread_cond_t changed; /* any of it changed */
+    homes *homes;               /* what stands below is under their lock */
+    bapq_store *neighbour;      /* another one that is open on them */
+    int64_t bytes_there_before; /* at home when this store was opened: no growth of its own */
     plan *published;
     int64_t plan_count; /* ever published */
     float **region;     /* (region_count,) of (stored rows of all layers,) */
     int32_t region_count;
     int64_t live_plans;
-    int64_t home_bytes;
+    int64_t home_bytes;    /* of chunks at home that this store claims */
     int64_t scratch_bytes; /* of all runs, and of the spare one */
     void *spare_scratch;   /* of a run that ended, for the next one */
     int64_t spare_scratch_bytes;
@@ -185,6 +181,10 @@ int32_t bapq_read_chunk(const bapq_store *store, int32_t plane, int32_t chunk, u
 /* But for the values of its region; called without the lock. */
 plan *bapq_plan_new(const bapq_store *store, const bapq_plan_request *request, bapq_error *error);
 void bapq_plan_claim(bapq_store *store, const plan *p);
+/* Takes part in the homes from now on, and no more; these two are called without the lock. */
+void bapq_enter_homes(bapq_store *store, homes *h);
+void bapq_leave_homes(bapq_store *store);
+void bapq_claim(bapq_store *store, int32_t plane, int32_t chunk);
 /* Takes away a holder; frees the plan, and what only it kept at home, when nobody needs it. */
 void bapq_plan_release(bapq_store *store, plan *p);
 void bapq_unclaim(bapq_store *store, int32_t plane, int32_t chunk);
@@ -192,9 +192,11 @@ void bapq_unclaim(bapq_store *store, int32_t plane, int32_t chunk);
 int64_t bapq_missing_bytes(const bapq_store *store, const plan *p, int32_t chunk);
 /* Whether all that the level reads is at home and stays there as long as the plan lives. */
 bool bapq_plan_holds(const bapq_store *store, const plan *p, int32_t level, int32_t chunk);
-void bapq_release_gaps(bapq_store *store, plane_store *plane);
+/* Marks the chunk as being at home, for all stores that claim it. */
+void bapq_arrived(bapq_store *store, int32_t plane, int32_t chunk);
 
-/* Weights in memory, as far as their pages were touched. */
+/* Weights in memory that came since the store was opened, as far as their pages were touched: its
+ * ring and rows, and what is at home, whichever of the bank's stores asked for it. */
 int64_t bapq_weight_bytes(const bapq_store *store);
 /* Resident memory of the process; 0 when the system does not tell. Called without the lock. */
 int64_t bapq_rss_bytes(const bapq_store *store);

@@ -42,7 +42,7 @@ static void serve(bapq_store *store, plan *p, int32_t position) {
     }
     resize_ring(s, p->ring_bytes); /* for a plan of before, too: it may have had no memory then */
     if (old != p && old) bapq_plan_release(store, old);
-    pthread_cond_broadcast(&store->changed);
+    pthread_cond_broadcast(&store->homes->changed);
 }
 
 void bapq_stream_follow(bapq_store *store) {
@@ -124,21 +124,28 @@ static void bring_in(bapq_store *store, ring_entry *e, bool to_home) {
         return;
     }
     for (int32_t i = 0; i < n; i++) {
-        plane_store *plane = &store->plane[planes[i]];
-        if (p->claimed[chunk] & 1 << planes[i] && plane->at_home[chunk]) continue;
-        const bapq_extent *extent = &plane->extent[chunk];
-        uint8_t *target = to_home ? plane->base + extent->offset : s->ring + e->offset + used;
-        /* The claim keeps the home's pages ours, should the plan die meanwhile. */
-        plane->claims[chunk]++;
+        const plane_home *home = &store->homes->plane[planes[i]];
+        const bapq_extent *extent = &home->extent[chunk];
         s->busy = true;
-        pthread_mutex_unlock(&store->lock);
+        while (to_home && home->state[chunk] == HOME_ARRIVING) /* another store reads it */
+            pthread_cond_wait(&store->homes->changed, &store->homes->lock);
+        s->busy = false;
+        if (p->claimed[chunk] & 1 << planes[i] && home->state[chunk] == HOME_THERE) continue;
+        uint8_t *target = to_home ? home->base + extent->offset : s->ring + e->offset + used;
+        if (to_home) {
+            /* The claim keeps the home's pages ours, should the plan die meanwhile. */
+            bapq_claim(store, planes[i], chunk);
+            home->state[chunk] = HOME_ARRIVING;
+        }
+        s->busy = true;
+        pthread_mutex_unlock(&store->homes->lock);
         bapq_error error = {0};
         bapq_trace_event event = {BAPQ_TRACE_READ, chunk, planes[i],
                                   .start_ns = bapq_trace_start(store)};
         int64_t started = bapq_now_ns(), started_cpu = bapq_thread_ns();
         int32_t status = bapq_read_chunk(store, planes[i], chunk, target, s->bounce, &error);
         int64_t took = bapq_now_ns() - started, took_cpu = bapq_thread_ns() - started_cpu;
-        pthread_mutex_lock(&store->lock);
+        pthread_mutex_lock(&store->homes->lock);
         s->busy = false;
         event.status = status;
         event.bytes = status == BAPQ_OK ? extent->bytes : 0;
@@ -149,14 +156,16 @@ static void bring_in(bapq_store *store, ring_entry *e, bool to_home) {
             store->times.read_ns += took;
             store->times.read_cpu_ns += took_cpu;
             if (to_home) {
-                plane->at_home[chunk] = 1;
-                store->home_bytes += extent->bytes;
+                bapq_arrived(store, planes[i], chunk);
             } else {
                 e->at[i] = e->offset + used;
                 used += ((int64_t)extent->bytes + 63) / 64 * 64;
             }
         }
-        bapq_unclaim(store, planes[i], chunk);
+        if (to_home) {
+            if (status != BAPQ_OK) home->state[chunk] = HOME_AWAY;
+            bapq_unclaim(store, planes[i], chunk);
+        }
         if (status != BAPQ_OK) {
             e->state = ENTRY_FAILED;
             e->bytes = 0;
@@ -170,7 +179,7 @@ static void bring_in(bapq_store *store, ring_entry *e, bool to_home) {
 static void *reader(void *data) {
     bapq_store *store = data;
     stream *s = &store->stream;
-    pthread_mutex_lock(&store->lock);
+    pthread_mutex_lock(&store->homes->lock);
     while (!s->stopping) {
         ring_entry *e = NULL;
         bool to_home = false;
@@ -179,9 +188,9 @@ static void *reader(void *data) {
             /* What came home needs no place in the queue; a failure does, for its operator. */
             if (to_home && e->state == ENTRY_READY) s->count--;
             /* Woken with the lock held, the operator would only go to sleep on the lock. */
-            pthread_mutex_unlock(&store->lock);
-            pthread_cond_broadcast(&store->changed);
-            pthread_mutex_lock(&store->lock);
+            pthread_mutex_unlock(&store->homes->lock);
+            pthread_cond_broadcast(&store->homes->changed);
+            pthread_mutex_lock(&store->homes->lock);
             continue;
         }
         bool resting = s->plan != NULL && s->idle_for >= store->chunk_count;
@@ -189,9 +198,9 @@ static void *reader(void *data) {
             madvise(s->ring, (size_t)s->ring_bytes, MADV_DONTNEED);
             s->ring_touched_bytes = 0;
         }
-        pthread_cond_wait(&store->changed, &store->lock);
+        pthread_cond_wait(&store->homes->changed, &store->homes->lock);
     }
-    pthread_mutex_unlock(&store->lock);
+    pthread_mutex_unlock(&store->homes->lock);
     return NULL;
 }
 
@@ -206,10 +215,10 @@ int32_t bapq_stream_start(bapq_store *store, bapq_error *error) {
 void bapq_stream_stop(bapq_store *store) {
     stream *s = &store->stream;
     if (s->started) {
-        pthread_mutex_lock(&store->lock);
+        pthread_mutex_lock(&store->homes->lock);
         s->stopping = true;
-        pthread_cond_broadcast(&store->changed);
-        pthread_mutex_unlock(&store->lock);
+        pthread_cond_broadcast(&store->homes->changed);
+        pthread_mutex_unlock(&store->homes->lock);
         pthread_join(s->thread, NULL);
     }
     if (s->ring) munmap(s->ring, (size_t)s->ring_bytes);
@@ -244,7 +253,7 @@ void bapq_stream_leave(bapq_store *store, const bapq_run *run) {
     if (store->stream.leader == run) {
         store->stream.leader = NULL;
         pthread_cond_broadcast(
-            &store->changed); /* a run whose chunks were all at home wakes nobody */
+            &store->homes->changed); /* a run whose chunks were all at home wakes nobody */
     }
     if (store->stream.leader == NULL) take_over_order(store, run);
 }
@@ -270,8 +279,8 @@ static void point_home(const bapq_store *store, bapq_chunk_view *view) {
     int32_t planes[2];
     int32_t n = bapq_level_planes(view->level, planes);
     for (int32_t p = 0; p < n; p++) {
-        const plane_store *plane = &store->plane[planes[p]];
-        view->records[p] = plane->base + plane->extent[view->chunk].offset;
+        const plane_home *home = &store->homes->plane[planes[p]];
+        view->records[p] = home->base + home->extent[view->chunk].offset;
         view->record_bytes[p] = bapq_record_bytes(view->layer, planes[p]);
     }
 }
@@ -360,7 +369,7 @@ int32_t bapq_run_acquire(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_vie
         return bapq_fail(error, BAPQ_ARGUMENT, "only Gather reads this layer's weights");
     describe(run, layer, i, level, view);
     int64_t asked = bapq_now_ns();
-    pthread_mutex_lock(&store->lock);
+    pthread_mutex_lock(&store->homes->lock);
     if (i == 0) note_order(run, layer);
     /* What comes before a run's first layer, the reader has too. */
     store->layer_ns[run->layer < 0 ? layer : run->layer] += asked - run->since_ns;
@@ -374,7 +383,7 @@ int32_t bapq_run_acquire(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_vie
         if (s->leader == NULL) s->leader = run;
         if (s->leader == run && take_from_ring(run, layer, i, view, &status, error)) break;
         if (waited_since == 0) waited_since = bapq_now_ns();
-        pthread_cond_wait(&store->changed, &store->lock);
+        pthread_cond_wait(&store->homes->changed, &store->homes->lock);
     }
     if (waited_since != 0) {
         int64_t waited = bapq_now_ns() - waited_since;
@@ -383,16 +392,16 @@ int32_t bapq_run_acquire(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_vie
         bapq_trace_end(store, (bapq_trace_event){BAPQ_TRACE_WAIT, chunk, -1, status,
                                                  .start_ns = waited_since});
     }
-    pthread_mutex_unlock(&store->lock);
+    pthread_mutex_unlock(&store->homes->lock);
     return status;
 }
 
 void bapq_run_release(bapq_run *run, const bapq_chunk_view *view) {
     if (view->borrowed != BAPQ_FROM_RING) return;
-    pthread_mutex_lock(&run->store->lock);
+    pthread_mutex_lock(&run->store->homes->lock);
     pop_entry(&run->store->stream);
-    pthread_mutex_unlock(&run->store->lock);
-    pthread_cond_broadcast(&run->store->changed);
+    pthread_mutex_unlock(&run->store->homes->lock);
+    pthread_cond_broadcast(&run->store->homes->changed);
 }
 
 /* ---- rows ---- */
@@ -407,9 +416,9 @@ int32_t bapq_run_acquire_rows(bapq_run *run, int32_t layer, int32_t i, bapq_chun
         return bapq_fail(error, BAPQ_ARGUMENT, "Gather does not read this layer's weights");
     describe(run, layer, i, level, view);
     if (run->plan->claimed[chunk]) { /* a table that a product reads too, and that is at home */
-        pthread_mutex_lock(&store->lock);
+        pthread_mutex_lock(&store->homes->lock);
         bool home = bapq_plan_holds(store, run->plan, level, chunk);
-        pthread_mutex_unlock(&store->lock);
+        pthread_mutex_unlock(&store->homes->lock);
         if (home) {
             point_home(store, view);
             return BAPQ_OK;
@@ -425,7 +434,7 @@ int32_t bapq_run_acquire_rows(bapq_run *run, int32_t layer, int32_t i, bapq_chun
     bool fresh = !cached && rows->key[slot] == ROW_NEVER;
     if (!cached) rows->key[slot] = ROW_NONE;
     for (int32_t p = 0; p < n; p++) {
-        int64_t bytes = store->plane[planes[p]].extent[chunk].bytes;
+        int64_t bytes = store->homes->plane[planes[p]].extent[chunk].bytes;
         view->records[p] = data + used;
         view->record_bytes[p] = bapq_record_bytes(view->layer, planes[p]);
         if (!cached) {
@@ -435,10 +444,10 @@ int32_t bapq_run_acquire_rows(bapq_run *run, int32_t layer, int32_t i, bapq_chun
                 bapq_read_chunk(store, planes[p], chunk, data + used, rows->bounce, error);
             event.status = status;
             event.bytes = status == BAPQ_OK ? bytes : 0;
-            pthread_mutex_lock(&store->lock);
+            pthread_mutex_lock(&store->homes->lock);
             store->read_bytes += event.bytes;
             bapq_trace_end(store, event);
-            pthread_mutex_unlock(&store->lock);
+            pthread_mutex_unlock(&store->homes->lock);
             if (status != BAPQ_OK) {
                 pthread_mutex_unlock(&rows->lock);
                 return status;
@@ -448,9 +457,9 @@ int32_t bapq_run_acquire_rows(bapq_run *run, int32_t layer, int32_t i, bapq_chun
     }
     if (!cached) {
         rows->key[slot] = key;
-        pthread_mutex_lock(&store->lock);
+        pthread_mutex_lock(&store->homes->lock);
         rows->slots_used += fresh;
-        pthread_mutex_unlock(&store->lock);
+        pthread_mutex_unlock(&store->homes->lock);
     }
     view->borrowed = BAPQ_FROM_ROWS;
     return BAPQ_OK;

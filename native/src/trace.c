@@ -40,13 +40,13 @@ int32_t bapq_store_trace(bapq_store *store, int64_t capacity, bapq_error *error)
         return bapq_fail(error, BAPQ_NO_MEMORY, "no memory to record %lld events",
                          (long long)capacity);
     trace_buffer *t = &store->trace;
-    pthread_mutex_lock(&store->lock);
+    pthread_mutex_lock(&store->homes->lock);
     bapq_trace_event *old = t->event;
     t->event = event;
     t->capacity = capacity;
     t->count = t->lost = 0;
     atomic_store_explicit(&t->on, capacity > 0, memory_order_relaxed);
-    pthread_mutex_unlock(&store->lock);
+    pthread_mutex_unlock(&store->homes->lock);
     free(old);
     return BAPQ_OK;
 }
@@ -54,7 +54,7 @@ int32_t bapq_store_trace(bapq_store *store, int64_t capacity, bapq_error *error)
 int64_t bapq_store_trace_read(bapq_store *store, bapq_trace_event *out, int64_t capacity,
                               int64_t *lost) {
     trace_buffer *t = &store->trace;
-    pthread_mutex_lock(&store->lock);
+    pthread_mutex_lock(&store->homes->lock);
     int64_t n = t->count < capacity ? t->count : capacity;
     if (n > 0) {
         memcpy(out, t->event, (size_t)n * sizeof *out);
@@ -62,7 +62,7 @@ int64_t bapq_store_trace_read(bapq_store *store, bapq_trace_event *out, int64_t 
         memmove(t->event, t->event + n, (size_t)t->count * sizeof *out);
     }
     *lost = t->lost;
-    pthread_mutex_unlock(&store->lock);
+    pthread_mutex_unlock(&store->homes->lock);
     return n;
 }
 

@@ -1,6 +1,7 @@
-/* The chunk store under load, for the sanitizers: a few threads run through all chunks and compare
- * every byte with what the bank holds, and the values of skipped ones with the plan's region, while
- * another one publishes random plans and a disk that stutters and fails answers the reads. Prints
+/* Two chunk stores of one bank under load, for the sanitizers: a few threads run through all chunks
+ * and compare every byte with what the bank holds, and the values of skipped ones with the plan's
+ * region, while another one publishes random plans and a disk that stutters and fails answers the
+ * reads. Prints
  * "N passed, 0 failed"; exit status 1 on a failure.
  *
  * Usage: store_stress DIRECTORY SECONDS [SEED] */
@@ -19,7 +20,14 @@
 #include "crc32.h"
 #include "store.h"
 
-enum { RUNNERS = 3, CHUNKS_MOST = 64, PLANS_MOST = 4000, ROUND_MS = 2500, SCRATCH_MOST = 1 << 17 };
+enum {
+    STORES = 2,
+    RUNNERS = 2,
+    CHUNKS_MOST = 64,
+    PLANS_MOST = 4000,
+    ROUND_MS = 2500,
+    SCRATCH_MOST = 1 << 17
+};
 enum { REGIONS_MOST = 50, ROWS_MOST = 1000 };
 
 static const uint8_t LEVEL_BITS[BAPQ_SKIP + 1] = {32, 8, 4, 2, 1, 0};
@@ -52,8 +60,16 @@ static char paths[BAPQ_PLANES][4096];
 static atomic_int passed, failed;
 static atomic_bool stopping;
 static atomic_int fault_percent; /* of reads that fail */
-static uint8_t plan_levels[PLANS_MOST][CHUNKS_MOST];
-static int32_t plan_region[PLANS_MOST];
+
+/* A store and what was published to it, by the number of the plan. */
+typedef struct {
+    bapq_store *store;
+    int64_t plan_count;
+    int32_t region_count;
+    uint8_t levels[PLANS_MOST][CHUNKS_MOST];
+    int32_t region[PLANS_MOST];
+} user;
+static user users[STORES];
 
 static void check(bool good, const char *format, ...) {
     if (good) {
@@ -160,12 +176,13 @@ static int64_t plane_bytes(int32_t level, int32_t chunk) {
 
 static float skip_value(int32_t region, int32_t row) { return (float)(region * ROWS_MOST + row); }
 
-static void add_region(bapq_store *store, int32_t number) {
+static void add_region(user *u) {
+    int32_t number = u->region_count++;
     float values[ROWS_MOST];
     bapq_error error = {0};
     int32_t region;
     for (int32_t row = 0; row < ROWS_MOST; row++) values[row] = skip_value(number, row);
-    check(bapq_store_add_region(store, values, &region, &error) == BAPQ_OK && region == number,
+    check(bapq_store_add_region(u->store, values, &region, &error) == BAPQ_OK && region == number,
           "region %d: %s", number, error.message);
 }
 
@@ -197,10 +214,10 @@ typedef struct {
 
 /* One run through the layers, in bank order or another one, sometimes not through all of them.
  * Returns its status. */
-static int32_t run_once(bapq_store *store, uint64_t *state, bool faults) {
+static int32_t run_once(const user *u, uint64_t *state, bool faults) {
     int64_t ticket;
     bapq_error error = {0};
-    if (bapq_run_begin(store, (int32_t)draw(state, 2), &ticket, &error) != BAPQ_OK) {
+    if (bapq_run_begin(u->store, (int32_t)draw(state, 2), &ticket, &error) != BAPQ_OK) {
         check(false, "begin: %s", error.message);
         return error.status;
     }
@@ -249,10 +266,10 @@ static int32_t run_once(bapq_store *store, uint64_t *state, bool faults) {
     int32_t ended = bapq_run_end(ticket, &report, &error);
     check(ended == status, "the run failed with %d, its end says %d", status, ended);
     check(bapq_run_of(ticket) == NULL, "a ticket outlives its run");
-    const uint8_t *levels = plan_levels[report.plan_number];
+    const uint8_t *levels = u->levels[report.plan_number];
     for (int32_t i = 0; i < seen_count; i++) {
         if (seen[i].level == BAPQ_SKIP)
-            check(seen[i].skip_value == skip_value(plan_region[report.plan_number], 0),
+            check(seen[i].skip_value == skip_value(u->region[report.plan_number], 0),
                   "plan %lld: chunk %d has the values of another region",
                   (long long)report.plan_number, seen[i].chunk);
         if (LEVEL_BITS[seen[i].level] == levels[seen[i].chunk]) continue;
@@ -267,28 +284,25 @@ static int32_t run_once(bapq_store *store, uint64_t *state, bool faults) {
 }
 
 typedef struct {
-    bapq_store *store;
+    const user *user;
     uint64_t state;
     bool faults;
 } runner;
 
 static void *keep_running(void *data) {
     runner *r = data;
-    while (!atomic_load(&stopping)) run_once(r->store, &r->state, r->faults);
+    while (!atomic_load(&stopping)) run_once(r->user, &r->state, r->faults);
     return NULL;
 }
 
 /* ---- plans ---- */
 
-static int64_t plan_count;
-static int32_t region_count;
-
 /* One level or any, and some chunks skipped; all pinned, none or some; some planes kept; a ring of
  * any size; a limit that binds or not. */
-static void publish(bapq_store *store, uint64_t *state, bool settled) {
-    uint8_t *levels = plan_levels[plan_count + 1];
+static void publish(user *u, uint64_t *state, bool settled) {
+    uint8_t *levels = u->levels[u->plan_count + 1];
     uint8_t pinned[CHUNKS_MOST], kept[CHUNKS_MOST];
-    int32_t region = (int32_t)draw(state, (uint32_t)region_count + 1) - 1;
+    int32_t region = (int32_t)draw(state, (uint32_t)u->region_count + 1) - 1;
     int32_t uniform = (int32_t)draw(state, 2 * BAPQ_LEVELS);
     uint32_t share = settled ? 2 : draw(state, 5);
     int64_t all_bytes = 0;
@@ -311,10 +325,10 @@ static void publish(bapq_store *store, uint64_t *state, bool settled) {
         .home_limit_bytes =
             settled || draw(state, 2) ? INT64_MAX / 2 : draw(state, (uint32_t)all_bytes + 1),
         .threads = 1};
-    plan_region[plan_count + 1] = region;
+    u->region[u->plan_count + 1] = region;
     bapq_error error = {0};
-    check(bapq_store_publish(store, &request, &error) == BAPQ_OK, "publish: %s", error.message);
-    plan_count++;
+    check(bapq_store_publish(u->store, &request, &error) == BAPQ_OK, "publish: %s", error.message);
+    u->plan_count++;
     if (!settled) return;
     atomic_store(&fault_percent, 0);
     int64_t expected = 0;
@@ -324,10 +338,10 @@ static void publish(bapq_store *store, uint64_t *state, bool settled) {
             if (pinned[c]) expected += plane_bytes(bapq_level_index(levels[c]), c);
         }
     /* Runs over all layers bring home what the faults left out; the reader then comes to rest. */
-    for (int32_t i = 0; i < 20; i++) run_once(store, state, false);
+    for (int32_t i = 0; i < 20; i++) run_once(u, state, false);
     bapq_store_stats stats;
     for (int64_t end = now_ms() + 5000;;) {
-        bapq_store_read_stats(store, &stats);
+        bapq_store_read_stats(u->store, &stats);
         if ((stats.home_bytes == expected && stats.live_plans == 1) || now_ms() > end) break;
         usleep(1000);
     }
@@ -358,7 +372,8 @@ static void record(bapq_store *store, uint64_t *state) {
     check(sound, "a recorded event is not what happened");
 }
 
-static void play_round(uint64_t *state, bool direct, bool faults) {
+/* False: the file system has no direct reads. */
+static bool open_store(user *u, bool direct, uint64_t *state) {
     bapq_bank bank = {.layers = layers,
                       .layer_count = LAYERS,
                       .chunk_count = chunk_count,
@@ -369,39 +384,50 @@ static void play_round(uint64_t *state, bool direct, bool faults) {
         bank.extents[p] = extents[p];
     }
     bapq_error error = {0};
-    bapq_store *store;
-    int32_t status = bapq_store_open(&bank, &store, &error);
-    if (direct && status == BAPQ_IO) return; /* a file system without direct reads */
+    int32_t status = bapq_store_open(&bank, &u->store, &error);
+    if (direct && status == BAPQ_IO) return false;
     check(status == BAPQ_OK, "open: %s", error.message);
-    if (status != BAPQ_OK) return;
+    if (status != BAPQ_OK) exit(1);
     int64_t ticket;
-    check(bapq_run_begin(store, 0, &ticket, &error) == BAPQ_ARGUMENT, "a run without a plan");
-    plan_count = 0;
-    region_count = 0;
-    publish(store, state, false);
-    check(bapq_run_begin(store, 0, &ticket, &error) == BAPQ_OK, "begin: %s", error.message);
-    check(bapq_store_close(store, &error) == BAPQ_ARGUMENT, "closed under an open run");
+    check(bapq_run_begin(u->store, 0, &ticket, &error) == BAPQ_ARGUMENT, "a run without a plan");
+    u->plan_count = 0;
+    u->region_count = 0;
+    publish(u, state, false);
+    check(bapq_run_begin(u->store, 0, &ticket, &error) == BAPQ_OK, "begin: %s", error.message);
+    check(bapq_store_close(u->store, &error) == BAPQ_ARGUMENT, "closed under an open run");
     bapq_run_report report;
     check(bapq_run_end(ticket, &report, &error) == BAPQ_OK, "end: %s", error.message);
+    return true;
+}
 
+static void close_store(user *u, uint64_t *state) {
+    bapq_error error = {0};
+    publish(u, state, true);
+    check(bapq_store_close(u->store, &error) == BAPQ_OK, "close: %s", error.message);
+}
+
+static void play_round(uint64_t *state, bool direct, bool faults) {
+    if (!open_store(&users[0], direct, state)) return;
+    for (int32_t i = 1; i < STORES; i++) open_store(&users[i], false, state);
     atomic_store(&fault_percent, faults ? 3 : 0);
     atomic_store(&stopping, false);
-    runner runners[RUNNERS];
-    pthread_t threads[RUNNERS];
-    for (int32_t i = 0; i < RUNNERS; i++) {
-        runners[i] = (runner){store, *state + (uint64_t)i, faults};
+    runner runners[STORES * RUNNERS];
+    pthread_t threads[STORES * RUNNERS];
+    for (int32_t i = 0; i < STORES * RUNNERS; i++) {
+        runners[i] = (runner){&users[i / RUNNERS], *state + (uint64_t)i, faults};
         pthread_create(&threads[i], NULL, keep_running, &runners[i]);
     }
-    for (int64_t end = now_ms() + ROUND_MS; now_ms() < end && plan_count < PLANS_MOST - 2;) {
-        if (region_count < REGIONS_MOST && draw(state, 10) == 0) add_region(store, region_count++);
-        publish(store, state, false);
-        record(store, state);
+    for (int64_t end = now_ms() + ROUND_MS; now_ms() < end;) {
+        user *u = &users[draw(state, STORES)];
+        if (u->plan_count >= PLANS_MOST - 2) break;
+        if (u->region_count < REGIONS_MOST && draw(state, 10) == 0) add_region(u);
+        publish(u, state, false);
+        record(u->store, state);
         usleep(draw(state, 4) == 0 ? 20000 : draw(state, 1500));
     }
     atomic_store(&stopping, true);
-    for (int32_t i = 0; i < RUNNERS; i++) pthread_join(threads[i], NULL);
-    publish(store, state, true);
-    check(bapq_store_close(store, &error) == BAPQ_OK, "close: %s", error.message);
+    for (int32_t i = 0; i < STORES * RUNNERS; i++) pthread_join(threads[i], NULL);
+    for (int32_t i = STORES - 1; i >= 0; i--) close_store(&users[i], state);
 }
 
 int main(int argc, char **argv) {

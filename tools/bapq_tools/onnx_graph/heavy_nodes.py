@@ -64,7 +64,7 @@ _QUANTIZED_TYPES = frozenset(
 """Operators of the standard and of com.microsoft."""
 
 _MICROSOFT_REASONS = {
-    "Attention": "attention with a past, rotary positions or a mask of 4 axes",
+    "Attention": "attention with rotary positions, part of a past or a mask of unknown rank",
     "EmbedLayerNormalization": "embeddings before opset 11",
 }
 

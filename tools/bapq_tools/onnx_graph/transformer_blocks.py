@@ -15,6 +15,9 @@ from .node_rewriter import MICROSOFT, NodeRewriter, renamed
 _EPSILON = 1e-12
 """The default of EmbedLayerNormalization and SkipLayerNormalization."""
 
+_AXES_OPSET = 13
+"""The first in which Split, ReduceSum and Unsqueeze take their sizes and axes as inputs."""
+
 _RANGE_OPSET = 11
 """The first with Range."""
 
@@ -39,9 +42,11 @@ class TransformerBlocks(NodeRewriter):
         x, weight, bias, mask, past, position, length = _inputs(node, 7)
         tensor = scope.constant(weight)
         rank = 1 if not mask or mask in self._lengths else self.rank(mask)
-        if tensor is None or past or length or rank not in (1, 2, 3) or _has(node, 1):
+        if tensor is None or length or rank not in (1, 2, 3):
             return None
-        if graphs.attribute(node, "do_rotary", 0):
+        if graphs.attribute(node, "do_rotary", 0) or _has(node, 1) != bool(past):
+            return None
+        if past and self.opset < _AXES_OPSET:
             return None
         sizes = graphs.attribute(node, "qkv_hidden_sizes") or [tensor.dims[1] // 3] * 3
         nodes: Nodes = []
@@ -50,7 +55,7 @@ class TransformerBlocks(NodeRewriter):
         if bias:
             product = self.apply(nodes, "Add", [product, bias])
         parts = [self.name(f"{node.output[0]}_{part}") for part in "qkv"]
-        if self.opset >= 13:
+        if self.opset >= _AXES_OPSET:
             split = [product, self.integers(sizes, f"{product}_sizes")]
             nodes.append(helper.make_node("Split", split, parts, axis=2))
         else:
@@ -63,9 +68,18 @@ class TransformerBlocks(NodeRewriter):
         attend.domain, attend.name = MICROSOFT, f"{node.name or node.output[0]}_heads"
         del attend.input[:], attend.output[1:]
         attend.input.extend([*parts, "", mask, position])
-        while not attend.input[-1]:
-            del attend.input[-1]
-        return [*nodes, attend]
+        if not past:
+            while not attend.input[-1]:
+                del attend.input[-1]
+            return [*nodes, attend]
+        pair = [self.integers(number, f"{past}_half") for number in (0, 1)]
+        attend.input.extend(self.apply(nodes, "Gather", [past, half]) for half in pair)
+        attend.output.extend(self.name(f"{node.output[1]}_{part}") for part in "kv")
+        nodes.append(attend)
+        axis = self.integers([0], f"{past}_axis")
+        both = [self.apply(nodes, "Unsqueeze", [half, axis]) for half in attend.output[1:]]
+        nodes.append(helper.make_node("Concat", both, [node.output[1]], axis=0))
+        return nodes
 
     def _embed(self, node: onnx.NodeProto, scope: graphs.Scope) -> Nodes | None:
         ids, segments, words, places, kinds, gamma, beta, mask, numbers = _inputs(node, 9)
@@ -109,7 +123,7 @@ class TransformerBlocks(NodeRewriter):
         nodes: Nodes = []
         if not mask:  # ONNX Runtime gives zeros then
             mask = self.apply(nodes, "Sub", [ids, ids])
-        if self.opset >= 13:
+        if self.opset >= _AXES_OPSET:
             axes = self.integers([1], f"{node.output[1]}_axes")
             count = self.apply(nodes, "ReduceSum", [mask, axes], keepdims=0)
         else:

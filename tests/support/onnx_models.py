@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bapq_edge.engine.graph import RUN_INPUT
 from bapq_tools.onnx_graph import graphs
+from bapq_tools.onnx_graph.importers.onnx_file import load_model
 from bapq_tools.onnx_graph.ir import LayerPlan, LayerUse
 
 NEWEST_OPSET = 26
@@ -60,6 +62,13 @@ def run(source: onnx.ModelProto | bytes, feeds: Mapping[str, np.ndarray]) -> lis
     data = source if isinstance(source, bytes) else source.SerializeToString()
     session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     return session.run(None, dict(feeds))
+
+
+def load(source: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    """The model as the import reads it from a file."""
+    path = folder / "model.onnx"
+    path.write_bytes(source.SerializeToString())
+    return load_model(path)
 
 
 def operators(source: onnx.ModelProto | bytes) -> list[str]:

@@ -21,7 +21,7 @@ from bapq_edge.errors import (
 )
 from bapq_tools.onnx_graph.importers.onnx_file import load_model
 from support import onnx_models as models
-from support.onnx_models import FLOAT, INT64, weights
+from support.onnx_models import FLOAT, INT64, load, weights
 
 node = helper.make_node
 HALF, BFLOAT = TensorProto.FLOAT16, TensorProto.BFLOAT16
@@ -35,12 +35,6 @@ def linear(opset: int = 13) -> onnx.ModelProto:
         {"w": weights(32, 40), "b": weights(40)},
         opset=opset,
     )
-
-
-def load(source: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
-    path = folder / "model.onnx"
-    path.write_bytes(source.SerializeToString())
-    return load_model(path)
 
 
 def refuse(path: Path, match: str, error: type[Exception] = ModelFormatError) -> None:

@@ -12,15 +12,9 @@ from onnxruntime import quantization
 
 from bapq_tools.onnx_graph.importers.onnx_file import load_model
 from support import onnx_models as models
-from support.onnx_models import FLOAT, weights
+from support.onnx_models import FLOAT, load, weights
 
 node = helper.make_node
-
-
-def load(source: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
-    path = folder / "model.onnx"
-    path.write_bytes(source.SerializeToString())
-    return load_model(path)
 
 
 class Samples(quantization.CalibrationDataReader):

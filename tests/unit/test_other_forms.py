@@ -71,6 +71,15 @@ def test_a_lookup_along_any_axis_is_one_of_rows(shape, axis, indices, tmp_path):
     check(layer, {"i": indices}, {"w": weights(*shape)}, tmp_path)
 
 
+@pytest.mark.parametrize("begin, end, step", [(0, 7, 1), (-9, 1000, 2), (30, -35, -1)])
+def test_rows_that_are_cut_out_are_looked_up(begin, end, step, tmp_path):
+    """Positions, of which a transformer takes as many as there are tokens."""
+    layer = node("Slice", ["w", "begin", "end", "axis", "step"], ["y"], "layer")
+    constants = {"w": weights(40, 30), "axis": np.array([0]), "step": np.array([step])}
+    feeds = {"begin": np.array([begin]), "end": np.array([end])}
+    check(layer, feeds, constants, tmp_path)
+
+
 @pytest.mark.parametrize("opset", [12, 17])
 @pytest.mark.parametrize(
     "shape, depth", [((40, 30), 1), ((8, 9, 30), 2), ((8, 9, 30), 1), ((4, 5, 6, 7, 8), 3)]

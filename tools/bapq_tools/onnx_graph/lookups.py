@@ -16,11 +16,15 @@ Nodes = list[onnx.NodeProto]
 
 
 class Lookups(NodeRewriter):
-    """Rewrites Gather along any axis of a table, and GatherND."""
+    """Rewrites Gather along any axis of a table, GatherND, and Slice of rows."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__(model)
-        self.writers = {("", "Gather"): self._gather, ("", "GatherND"): self._gather_nd}
+        self.writers = {
+            ("", "Gather"): self._gather,
+            ("", "GatherND"): self._gather_nd,
+            ("", "Slice"): self._slice,
+        }
 
     def _gather(self, node: onnx.NodeProto, scope: graphs.Scope) -> Nodes | None:
         """The axis comes first, the others become one."""
@@ -60,6 +64,21 @@ class Lookups(NodeRewriter):
             target = [0] * (len(shape) - 1) + [*others]
             shape_name = self.integers(target, f"{node.output[0]}_shape")
             self.apply(nodes, "Reshape", [found, shape_name])
+        nodes[-1].output[0] = node.output[0]
+        return nodes
+
+    def _slice(self, node: onnx.NodeProto, scope: graphs.Scope) -> Nodes | None:
+        """Not the rows are cut, but their numbers."""
+        table = _table(node, scope)
+        axes = scope.constant(node.input[3]) if len(node.input) > 3 else None
+        if table is None or table.ndim != 2 or axes is None:
+            return None
+        if graphs.tensor_array(axes).tolist() not in ([0], [-2]):
+            return None
+        nodes: Nodes = []
+        count = self.integers(range(len(table)), f"{node.output[0]}_numbers")
+        bounds = [*node.input[1:3], self.integers([0], f"{node.output[0]}_axis"), *node.input[4:]]
+        self._rows(nodes, node, table, self.apply(nodes, "Slice", [count, *bounds]))
         nodes[-1].output[0] = node.output[0]
         return nodes
 

@@ -360,6 +360,49 @@ def test_what_a_form_leaves_open_stays(tmp_path):
     assert source.SerializeToString(deterministic=True) == before
 
 
+def test_scales_along_an_axis_stay_along_theirs(tmp_path):
+    """Rows of a table with a scale each, and one name for two tensors in two branches."""
+    table = BYTES[:1280].reshape(40, 32)
+    branches = []
+    for scale, name in (("s", "then_branch"), ("t", "else_branch")):
+        nodes = [
+            node("QuantizeLinear", ["x", scale, "z"], ["q"]),
+            microsoft("QLinearLeakyRelu", ["q", scale, "z", scale, "z"], ["r"], alpha=0.5),
+            node("DequantizeLinear", ["r", scale, "z"], [f"out_{name}"]),
+        ]
+        out = helper.make_tensor_value_info(f"out_{name}", FLOAT, None)
+        branches.append((name, helper.make_graph(nodes, name, [], [out])))
+    source = models.model(
+        [
+            node("Gather", ["w", "i"], ["g"]),
+            node("DequantizeLinear", ["g", "row", "zeros"], ["y"], axis=1),
+            node("If", ["c"], ["z_out"], **dict(branches)),
+        ],
+        {"x": (FLOAT, [5, 32]), "i": (INT64, [3]), "c": (TensorProto.BOOL, [])},
+        {"y": (FLOAT, None), "z_out": (FLOAT, None)},
+        {
+            "w": table,
+            "row": np.abs(weights(32)),
+            "zeros": BYTES[:32],
+            "s": np.float32(0.05),
+            "t": np.float32(0.01),
+            "z": np.uint8(128),
+        },
+        domains=[(MICROSOFT, 1)],
+    )
+    cases = [
+        {"x": X, "i": np.array([3, 0, 39]), "c": np.array(condition)} for condition in (True, False)
+    ]
+    wanted = [models.run(source, feeds) for feeds in cases]
+    spell_integers_out(source)
+    resolve_quantization(source)
+    assert "com.microsoft.QLinearLeakyRelu" not in models.operators(source)
+    for feeds, (y, z) in zip(cases, wanted, strict=True):
+        have_y, have_z = models.run(source, feeds)
+        np.testing.assert_array_equal(have_y, y)
+        assert np.abs(have_z - z).max() < 0.06
+
+
 def test_bits_that_do_not_fit_stay_and_are_told(tmp_path):
     layer, x, constants = matmul_bits(4, 32, None)
     constants["w"] = constants["w"][:, :2]

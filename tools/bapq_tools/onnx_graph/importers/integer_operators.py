@@ -105,6 +105,9 @@ class _Integers(IntegerWeights):
 
     def write(self, node: onnx.NodeProto, scope: graphs.Scope) -> Nodes | None:
         """What stands in place of a node; where it stays, so does what it was to read."""
+        for output in node.output:  # its name may have been another tensor's, in another branch
+            for known in (self._made, self._rounded, self._makers):
+                known.pop(output, None)
         found = super().write(node, scope)
         for key in self._asked if found is None else ():
             del self._floats[key]
@@ -137,13 +140,15 @@ class _Integers(IntegerWeights):
         gather = self._makers.get(name)
         if made is None and gather is not None and gather.op_type == "Gather":
             table = values_of(gather.input[0], by, scope, None)
-            if table is None:
-                return None
-            plain = renamed(gather, "Gather")
-            plain.input[0] = self.constant(table, f"{gather.input[0]}_float")
-            plain.output[0] = self.name(f"{name}_float")
-            nodes.append(plain)
-            return str(plain.output[0])
+            if table is not None:
+                plain = renamed(gather, "Gather")
+                plain.input[0] = self.constant(table, f"{gather.input[0]}_float")
+                plain.output[0] = self.name(f"{name}_float")
+                nodes.append(plain)
+                return str(plain.output[0])
+        scale = constant_of(by.scale, scope)
+        if scale is None or scale.size != 1:  # along an axis that this does not know
+            return None
         key = id(self.graph), name, by
         if key not in self._floats:
             inputs = [name, by.scale, *([by.zero] if by.zero else [])]
@@ -171,7 +176,6 @@ class _Integers(IntegerWeights):
         scope: graphs.Scope,
         result: int,
         without: tuple[str, ...] = (),
-        axis: int = 1,
     ) -> Nodes | None:
         """An operator whose operands are three inputs each: integers, scale, zero point.
 
@@ -202,8 +206,10 @@ class _Integers(IntegerWeights):
             return None
         nodes: Nodes = []
         source = self._float(nodes, node.input[0], by, scope)
+        if source is None:
+            return None
         plain = renamed(node, node.op_type)
-        plain.input[0] = source or ""
+        plain.input[0] = source
         nodes.append(plain)
         return self._quantized(nodes, node, by)
 
@@ -287,10 +293,9 @@ class _Integers(IntegerWeights):
         maker = self._makers.get(node.input[0])
         if maker is None or maker.op_type != "Gather" or node.input[0] in self._made:
             return None
-        if scope.constant(maker.input[0]) is None:
-            return None
         nodes: Nodes = []
-        if self._float(nodes, node.input[0], quantization_of(node, 1), scope) is None:
+        self._float(nodes, node.input[0], quantization_of(node, 1), scope)
+        if not nodes or nodes[-1].op_type != "Gather":
             return None
         nodes[-1].output[0] = node.output[0]
         return nodes

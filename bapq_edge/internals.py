@@ -165,6 +165,8 @@ class Internals:
             self.bank = Bank.open(
                 options.bank, memory_bytes=budget if isinstance(budget, int) else None
             )
+            if options.trusted_key is not None:
+                self._check_trusted(options.trusted_key)
             self.log = EventLog(Path(self.bank.path).name)
             self.runner = self._open_runner(options)
             self.store = Store(self.bank, direct=options.direct_io)
@@ -188,6 +190,12 @@ class Internals:
                 weight_budget_bytes=options.weight_budget,
             )
             return undo.pop_all()
+
+    def _check_trusted(self, trusted_key: str | os.PathLike[str]) -> None:
+        from .bank.signature import check_signature, load_key  # only such a session pays for it
+
+        check_signature(self.bank, load_key(trusted_key))
+        self.bank.check_digests()
 
     def _open_plans(
         self,

@@ -77,6 +77,7 @@ class Session(InferenceSessionMethods):
         direct_io: bool = False,
         max_shapes: Mapping[str, Sequence[int]] | None = None,
         allow_overrun: bool = False,
+        trusted_key: str | os.PathLike[str] | None = None,
         on_switch: Callable[[Event], None] | None = None,
     ) -> None:
         """Open the bank; its weights are read as runs need them.
@@ -114,6 +115,9 @@ class Session(InferenceSessionMethods):
                 the memory budget holds for runs up to it, one at a time, and a larger input is
                 refused before anything is allocated for it.
             allow_overrun: run larger inputs than `max_shapes` all the same.
+            trusted_key: a public key of minisign, its file or its line: the bank must be signed
+                with it, and all of its bytes are read and checked when it is opened. Needs the
+                extra [sign].
             on_switch: called with every Event of kind "switch", on the thread that switched; what
                 it raises is logged. It may call any method.
 
@@ -121,7 +125,7 @@ class Session(InferenceSessionMethods):
             RequestError and its kinds: a setting that cannot be had.
             BankError and its kinds, StorageError: the bank cannot be used.
             ResourceError and its kinds: the system has no memory, or no file handles, for it.
-            PlatformError: this machine cannot run it.
+            PlatformError: this machine cannot run it; MissingExtraError: [sign] is not installed.
         """
         ledger = MemoryLedger()  # what comes from here on counts
         options = SessionOptions(
@@ -140,6 +144,7 @@ class Session(InferenceSessionMethods):
             direct_io=direct_io,
             max_shapes=max_shapes,  # type: ignore[arg-type]
             allow_overrun=allow_overrun,
+            trusted_key=trusted_key,
             on_switch=on_switch,
         )
         ort_threads, settings = checked_ort_arguments(sess_options, providers, provider_options)

@@ -19,7 +19,7 @@ PIP := $(PIP_TELLING) --quiet
 OLDEST_ORT = $(shell $(PYTHON) -c 'import sys; v = sys.version_info[1]; print("1.17.3" if v <= 12 else "1.20.1" if v == 13 else "1.24.1")')
 OLDEST_NUMPY = $(shell $(PYTHON) -c 'import sys; print("numpy<2" if sys.version_info[1] <= 12 else "numpy")')
 
-.PHONY: help demo test test-arm test-pi test-walk test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary bench-arm bench-kernels fuzz docs lint format clean
+.PHONY: help demo test test-arm test-pi test-walk test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary bench-arm bench-kernels fuzz soak docs lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z0-9_-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -49,12 +49,16 @@ test-full: $(VENV)/.ready $(OLDEST)/.ready $(MINILM) lint dist/.x86_64 $(ARM64)/
 	BAPQ_OLDEST_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest -m "not pi"
 
 FUZZ_SECONDS ?= 600
+SOAK_SECONDS ?= 3600
 fuzz: $(VENV)/.fuzz  ## damage banks and graphs, FUZZ_SECONDS of each kind, and turn over every bit of a small bank
 	work=$$(mktemp -d) && program=$$(tests/native/build.sh address operators_fuzz) && \
 	  $$program $$work $$((1000 * $(FUZZ_SECONDS))) $$RANDOM; status=$$?; rm -r $$work; exit $$status
 	$(BIN)/python tests/fuzz/fuzz.py reader --coverage --runs -1 --seconds $(FUZZ_SECONDS)
 	$(BIN)/python tests/fuzz/fuzz.py session --coverage --runs -1 --seconds $(FUZZ_SECONDS)
 	$(BIN)/python tests/fuzz/fuzz.py flips
+
+soak: $(VENV)/.ready  ## run sessions for SOAK_SECONDS: switches, faults, budgets, sessions dropped and opened again
+	$(BIN)/python tests/fuzz/soak.py --seconds $(SOAK_SECONDS) --seed $$RANDOM
 
 wheel-aarch64: dist/.aarch64  ## build the wheel for 64-bit ARM
 wheel-x86_64: dist/.x86_64  ## build the wheel for x86-64

@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/types.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -406,6 +407,30 @@ static void close_store(user *u, uint64_t *state) {
     check(bapq_store_close(u->store, &error) == BAPQ_OK, "close: %s", error.message);
 }
 
+/* A process that is forked in the middle of it all opens a store of its own. The thread sanitizer
+ * allows it no threads. */
+static void fork_once(uint64_t *state) {
+#if !defined(__SANITIZE_THREAD__)
+    static user own;
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        alarm(60);
+        atomic_store(&failed, 0);
+        atomic_store(&fault_percent, 0);
+        open_store(&own, false, state);
+        close_store(&own, state);
+        fflush(stdout);
+        _exit(atomic_load(&failed) > 0);
+    }
+    int status = -1;
+    check(child > 0 && waitpid(child, &status, 0) == child && status == 0,
+          "a forked process ended with %d", status);
+#else
+    (void)state;
+#endif
+}
+
 static void play_round(uint64_t *state, bool direct, bool faults) {
     if (!open_store(&users[0], direct, state)) return;
     for (int32_t i = 1; i < STORES; i++) open_store(&users[i], false, state);
@@ -423,6 +448,7 @@ static void play_round(uint64_t *state, bool direct, bool faults) {
         if (u->region_count < REGIONS_MOST && draw(state, 10) == 0) add_region(u);
         publish(u, state, false);
         record(u->store, state);
+        if (draw(state, 100) == 0) fork_once(state);
         usleep(draw(state, 4) == 0 ? 20000 : draw(state, 1500));
     }
     atomic_store(&stopping, true);

@@ -19,7 +19,7 @@ PIP := $(PIP_TELLING) --quiet
 OLDEST_ORT = $(shell $(PYTHON) -c 'import sys; v = sys.version_info[1]; print("1.17.3" if v <= 12 else "1.20.1" if v == 13 else "1.24.1")')
 OLDEST_NUMPY = $(shell $(PYTHON) -c 'import sys; print("numpy<2" if sys.version_info[1] <= 12 else "numpy")')
 
-.PHONY: help demo test test-arm test-pi test-walk test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary bench-arm bench-kernels fuzz soak docs lint format clean
+.PHONY: help demo test test-arm test-pi test-walk test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary bench-arm bench-kernels fuzz soak kills docs lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z0-9_-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -59,6 +59,10 @@ fuzz: $(VENV)/.fuzz  ## damage banks and graphs, FUZZ_SECONDS of each kind, and 
 
 soak: $(VENV)/.ready  ## run sessions for SOAK_SECONDS: switches, faults, budgets, sessions dropped and opened again
 	$(BIN)/python tests/fuzz/soak.py --seconds $(SOAK_SECONDS) --seed $$RANDOM
+
+KILLS ?= 100
+kills: $(VENV)/.ready  ## kill build, fit, install and sign KILLS times each, fill their disk, take it away
+	$(BIN)/python tests/fuzz/kills.py --times $(KILLS) --seed $$RANDOM
 
 wheel-aarch64: dist/.aarch64  ## build the wheel for 64-bit ARM
 wheel-x86_64: dist/.x86_64  ## build the wheel for x86-64

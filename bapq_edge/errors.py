@@ -16,7 +16,8 @@
     │   ├── BankVersionError            written for another format version
     │   ├── BankPathError               names a file outside the bank
     │   ├── BankTruncatedError          a file is shorter than what it must hold
-    │   └── BankIntegrityError          bytes differ from their checksum or digest
+    │   ├── BankIntegrityError          bytes differ from their checksum or digest
+    │   └── BankSignatureError          not signed with the key that is required
     ├── RequestError                    what the caller asked for
     │   ├── UnknownLevelError           a level that the bank does not hold
     │   ├── BudgetTooSmallError         the smallest budget that works is in the message
@@ -24,6 +25,7 @@
     │   ├── SizeError                   not a size such as 64MiB
     │   ├── RecipeError                 a recipe that is malformed, or does not fit the model
     │   ├── ProfileError                a device profile that is unknown or malformed
+    │   ├── KeyFileError                not a key that banks are signed or checked with
     │   └── SensorError                 a malformed mock trace, or a needed reading is absent
     ├── BoundaryError                   a boundary model cannot be fitted
     │   ├── TooFewSamplesError          the message says how many are needed
@@ -34,6 +36,7 @@
     │   ├── LabelError                  labels are absent, of another number, or of no class
     │   ├── MetricError                 a metric that is unknown, does not fit or fails
     │   └── NoReferenceError            there is nothing to compare answers with
+    ├── NoMonitorError                  no session tells its status there
     ├── SessionClosedError              the session was closed before
     ├── ForkedSessionError              the session was opened before this process was forked
     ├── ExecutionError                  the graph engine failed during a run
@@ -57,6 +60,7 @@
     ├── IgnoredSettingWarning           a setting of another library means nothing to a bank
     ├── EnergyWarning                   a power meter did not tell the energy of a window
     ├── BoundaryDroppedWarning          a bank is written again without its boundary models
+    ├── SignatureDroppedWarning         a bank is written again, and its signature is not for that
     └── BoundaryWarning                 a fit left something out, or doubts what it was given
 
 Each exception also derives from the builtin that fits, and carries the exit code that the command
@@ -64,66 +68,6 @@ line ends with. A message is one line: what was wrong, both values, the next ste
 """
 
 from __future__ import annotations
-
-__all__ = [
-    "BankError",
-    "BankFormatError",
-    "BankIntegrityError",
-    "BankNotFoundError",
-    "BankPathError",
-    "BankTruncatedError",
-    "BankVersionError",
-    "BapqError",
-    "BapqWarning",
-    "BoundaryDroppedWarning",
-    "BoundaryError",
-    "BoundaryWarning",
-    "BudgetExceededWarning",
-    "BudgetTooSmallError",
-    "CalibrationArrayError",
-    "CalibrationError",
-    "CalibrationShapeError",
-    "CalibrationValueError",
-    "CalibrationWarning",
-    "ClusterError",
-    "CoverageError",
-    "DegradedWarning",
-    "EnergyWarning",
-    "EvaluationError",
-    "ExecutionError",
-    "ForkedSessionError",
-    "FrozenInputWarning",
-    "IgnoredSettingWarning",
-    "InputFileError",
-    "InterruptedUpdateWarning",
-    "LabelError",
-    "MetricError",
-    "MissingExtraError",
-    "MissingPlaneWarning",
-    "ModelError",
-    "ModelFormatError",
-    "NoHeavyLayerError",
-    "NoReferenceError",
-    "NoTapError",
-    "OutOfMemoryError",
-    "PlatformError",
-    "ProfileError",
-    "RecipeError",
-    "RequestError",
-    "ResourceError",
-    "RunInputError",
-    "SensorError",
-    "SessionClosedError",
-    "SingleClassError",
-    "SizeError",
-    "StorageError",
-    "TargetNotMetError",
-    "TooFewSamplesError",
-    "UncalibratedWarning",
-    "UnknownLevelError",
-    "UnsupportedModelError",
-    "WorkerError",
-]
 
 
 class BapqError(Exception):
@@ -228,6 +172,12 @@ class BankIntegrityError(BankError, ValueError):
     exit_code = 36
 
 
+class BankSignatureError(BankError, ValueError):
+    """The bank is not signed, or not with the key that is required, or is not what was signed."""
+
+    exit_code = 37
+
+
 class RequestError(BapqError, ValueError):
     """The caller asked for something that cannot be had."""
 
@@ -262,6 +212,12 @@ class ProfileError(RequestError):
     """A device profile is unknown, or breaks the schema in device_profiles/README.md."""
 
     exit_code = 47
+
+
+class KeyFileError(RequestError):
+    """What was given is no key that banks are signed or checked with, or the password is wrong."""
+
+    exit_code = 54
 
 
 class SensorError(RequestError):
@@ -328,6 +284,12 @@ class NoReferenceError(EvaluationError):
     """There is neither a float model nor labels to compare answers with."""
 
     exit_code = 83
+
+
+class NoMonitorError(BapqError, ConnectionError):
+    """No session tells its status: none was opened with a monitor, or it was closed."""
+
+    exit_code = 64
 
 
 class SessionClosedError(BapqError, RuntimeError):
@@ -444,3 +406,7 @@ class EnergyWarning(BapqWarning):
 
 class BoundaryDroppedWarning(BapqWarning):
     """A bank is written again with other rows or chunks, so its boundary models do not fit it."""
+
+
+class SignatureDroppedWarning(BapqWarning):
+    """A bank is written again with other content, and its signature does not come along."""

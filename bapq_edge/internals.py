@@ -13,10 +13,11 @@ import _thread
 import atexit
 import contextlib
 import os
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .bank.reader import Bank
 from .bank.settled import open_settled
@@ -30,7 +31,7 @@ from .planning.ledger import MemoryLedger
 from .planning.passes import Passes
 from .planning.publisher import Publisher
 from .planning.replanner import Replanner
-from .telemetry import Event, EventLog, logger, trim_heap
+from .telemetry import Event, EventLog, SessionStats, logger, trim_heap
 from .units import counted, format_size
 
 if TYPE_CHECKING:  # loaded by sessions that need them
@@ -78,13 +79,15 @@ class Internals:
         options: SessionOptions,
         ledger: MemoryLedger,
         on_switch: Callable[[Event], None],
+        tell_status: Callable[[], dict[str, Any] | None],
         *,
         ort_threads: int | None,
         settings: EngineSettings,
     ) -> None:
         """Open everything; on failure nothing stays open.
 
-        `ort_threads` and `settings` are what the caller set in ONNX Runtime's own options.
+        `tell_status` gives the status of the session, None once it is closed. `ort_threads` and
+        `settings` are what the caller set in ONNX Runtime's own options.
 
         Where the bank is replaced meanwhile, all of it is opened again, so that no two parts are of
         different banks.
@@ -98,6 +101,10 @@ class Internals:
             undo.callback(trim_heap)
             undo.enter_context(open_settled(options.bank, lambda: self._open_bank(options)))
             self._open_plans(options, on_switch, undo)
+            if options.monitor:
+                from .live.status_socket import StatusServer  # only such a session pays for it
+
+                undo.callback(StatusServer(tell_status).close)
             self._open_parts = undo.pop_all()
 
     def start(self) -> None:
@@ -108,6 +115,21 @@ class Internals:
     def close(self) -> None:
         """Give everything back, each part once."""
         self._open_parts.close()
+
+    def status(self, stats: SessionStats) -> dict[str, Any]:
+        """What the session is doing, ready for JSON."""
+        from .live.status import to_status  # only a session that is asked pays for it
+
+        return to_status(
+            self.bank,
+            self.replanner.plans.main_plan,
+            stats,
+            self.log.events(),
+            time_s=time.monotonic() - self.log.opened_s,
+            budget_bytes=self.replanner.budget_bytes,
+            threads=self.threads,
+            readings=None if self.monitor is None else self.monitor.readings,
+        )
 
     def give_back_later(self) -> Callable[[], None]:
         """A function that does as `close` without waiting for anybody, and holds no callback.
@@ -165,6 +187,8 @@ class Internals:
             self.bank = Bank.open(
                 options.bank, memory_bytes=budget if isinstance(budget, int) else None
             )
+            if options.trusted_key is not None:
+                self._check_trusted(options.trusted_key)
             self.log = EventLog(Path(self.bank.path).name)
             self.runner = self._open_runner(options)
             self.store = Store(self.bank, direct=options.direct_io)
@@ -188,6 +212,12 @@ class Internals:
                 weight_budget_bytes=options.weight_budget,
             )
             return undo.pop_all()
+
+    def _check_trusted(self, trusted_key: str | os.PathLike[str]) -> None:
+        from .bank.signature import check_signature, load_key  # only such a session pays for it
+
+        check_signature(self.bank, load_key(trusted_key))
+        self.bank.check_digests()
 
     def _open_plans(
         self,

@@ -65,6 +65,9 @@ class SessionOptions:
     max_shapes: Mapping[str, tuple[int, ...]] | None = None
     """The largest shape of inputs, by name."""
     allow_overrun: bool = False
+    trusted_key: str | os.PathLike[str] | None = None
+    monitor: bool | None = None
+    """None: as BAPQ_MONITOR in the environment says, which is 1 or not."""
     on_switch: Callable[[Event], None] | None = None
 
     def __post_init__(self) -> None:
@@ -95,6 +98,12 @@ class SessionOptions:
                 f"profile is {_shown(self.profile)}: give a board's name, a YAML file, or None"
             )
         _check(isinstance(self.direct_io, bool), "direct_io", self.direct_io, "True or False")
+        monitored = isinstance(self.monitor, bool | None)
+        _check(monitored, "monitor", self.monitor, "True, False or None")
+        if self.monitor is None:
+            self._become("monitor", os.environ.get("BAPQ_MONITOR") == "1")
+        key = isinstance(self.trusted_key, str | os.PathLike | None)
+        _check(key, "trusted_key", self.trusted_key, "a public key's file or its line, or None")
         self._become("max_shapes", _checked_shapes(self.max_shapes))
         overrun = self.allow_overrun
         _check(isinstance(overrun, bool), "allow_overrun", overrun, "True or False")

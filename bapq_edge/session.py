@@ -26,7 +26,7 @@ from typing import Any, Literal
 from .bank.layout import Level
 from .engine.feeds import check_feed, check_shapes, checked_names
 from .engine.graph import Graphs, check_run_options
-from .errors import RequestError
+from .errors import RequestError, SessionClosedError
 from .internals import Internals
 from .options import (
     PolicyName,
@@ -77,6 +77,8 @@ class Session(InferenceSessionMethods):
         direct_io: bool = False,
         max_shapes: Mapping[str, Sequence[int]] | None = None,
         allow_overrun: bool = False,
+        trusted_key: str | os.PathLike[str] | None = None,
+        monitor: bool | None = None,
         on_switch: Callable[[Event], None] | None = None,
     ) -> None:
         """Open the bank; its weights are read as runs need them.
@@ -114,6 +116,11 @@ class Session(InferenceSessionMethods):
                 the memory budget holds for runs up to it, one at a time, and a larger input is
                 refused before anything is allocated for it.
             allow_overrun: run larger inputs than `max_shapes` all the same.
+            trusted_key: a public key of minisign, its file or its line: the bank must be signed
+                with it, and all of its bytes are read and checked when it is opened. Needs the
+                extra [sign].
+            monitor: tell `bapq monitor` the status, over a socket for this user only; None does so
+                where the environment has BAPQ_MONITOR=1.
             on_switch: called with every Event of kind "switch", on the thread that switched; what
                 it raises is logged. It may call any method.
 
@@ -121,7 +128,7 @@ class Session(InferenceSessionMethods):
             RequestError and its kinds: a setting that cannot be had.
             BankError and its kinds, StorageError: the bank cannot be used.
             ResourceError and its kinds: the system has no memory, or no file handles, for it.
-            PlatformError: this machine cannot run it.
+            PlatformError: this machine cannot run it; MissingExtraError: [sign] is not installed.
         """
         ledger = MemoryLedger()  # what comes from here on counts
         options = SessionOptions(
@@ -140,6 +147,8 @@ class Session(InferenceSessionMethods):
             direct_io=direct_io,
             max_shapes=max_shapes,  # type: ignore[arg-type]
             allow_overrun=allow_overrun,
+            trusted_key=trusted_key,
+            monitor=monitor,
             on_switch=on_switch,
         )
         ort_threads, settings = checked_ort_arguments(sess_options, providers, provider_options)
@@ -151,7 +160,12 @@ class Session(InferenceSessionMethods):
         self._queue = RunQueue()
         self._runs = RunsInFlight(os.fspath(bank))
         self._parts = Internals(
-            options, ledger, _weak_listener(self), ort_threads=ort_threads, settings=settings
+            options,
+            ledger,
+            _weak_listener(self),
+            _weak_status(self),
+            ort_threads=ort_threads,
+            settings=settings,
         )
         self._dropped = weakref.finalize(self, self._parts.give_back_later())
         self._dropped.atexit = False  # the system takes it all back
@@ -329,6 +343,11 @@ class Session(InferenceSessionMethods):
                 region=totals.region,
             )
 
+    def status(self) -> dict[str, Any]:
+        """All that `bapq monitor` shows, ready for JSON; its keys: docs/how-to/monitor.md."""
+        stats = self.stats()
+        return self._parts.status(stats)
+
     def events(self) -> list[Event]:
         """What changed how the session answers, oldest first; of a closed one, too.
 
@@ -393,5 +412,19 @@ def _weak_listener(session: Session) -> Callable[[Event], None]:
         listener = None if (told := reference()) is None else told._listener
         if listener is not None:
             listener(event)
+
+    return tell
+
+
+def _weak_status(session: Session) -> Callable[[], dict[str, Any] | None]:
+    """What tells the session's status, None once it is closed, and does not keep it."""
+    reference = weakref.ref(session)
+
+    def tell() -> dict[str, Any] | None:
+        told = reference()
+        try:
+            return None if told is None else told.status()
+        except SessionClosedError:
+            return None
 
     return tell

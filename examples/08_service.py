@@ -1,6 +1,5 @@
-"""A service on loopback: POST an image to /classify, GET /stats. 08_service.py [PORT]"""
+"""A service: POST an image to /classify, GET /stats, GET /metrics. Watch it: `bapq monitor`."""
 
-import dataclasses
 import json
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,9 +8,10 @@ import banks
 import numpy as np
 
 import bapq_edge
+from bapq_edge.live.status import to_prometheus
 
-bank, images, _ = banks.digits()
-session = bapq_edge.Session(bank, memory_budget="32MiB", controller="auto")
+bank, _, _ = banks.digits()
+session = bapq_edge.Session(bank, memory_budget="32MiB", controller="auto", monitor=True)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -23,17 +23,17 @@ class Handler(BaseHTTPRequestHandler):
         if pixels.size != 64:
             return self.send_error(400, f"{pixels.size} values, 64 are needed")
         (logits,) = session.run(None, {"image": pixels.reshape(1, 1, 8, 8)})
-        self.answer({"class": int(logits.argmax())})
+        self._answer(json.dumps({"class": int(logits.argmax())}))
 
     def do_GET(self) -> None:
-        """Tell memory, precision and counts."""
-        self.answer(dataclasses.asdict(session.stats()))
+        """Tell memory, precision and counts, to people or to Prometheus."""
+        status = session.status()
+        self._answer(to_prometheus([status]) if self.path == "/metrics" else json.dumps(status))
 
-    def answer(self, content: dict[str, object]) -> None:
-        """Send JSON."""
+    def _answer(self, text: str) -> None:
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(json.dumps(content).encode())
+        self.wfile.write(text.encode())
 
 
 with session, ThreadingHTTPServer(("127.0.0.1", int(([*sys.argv, "8017"])[1])), Handler) as server:

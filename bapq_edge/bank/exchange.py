@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BankFormatError, BankIntegrityError, BankNotFoundError, RequestError
+from ..errors import (
+    BankFormatError,
+    BankIntegrityError,
+    BankNotFoundError,
+    RequestError,
+    SignatureDroppedWarning,
+)
 from .boundary import BoundaryArrays
 from .codes import LayerCodes, check_values, join_rows
 from .files import digest_of, file_size, inside, read_at
@@ -27,6 +34,7 @@ from .manifest import MANIFEST_FILE, BoundaryEntry, FileEntry, Manifest
 from .npy import SENSITIVITY_DTYPE, check_sensitivity, from_npy, to_npy
 from .reader import Bank, read_manifest
 from .rows import DROPPED_BIAS, ROW_ORDER, ROW_TABLES
+from .signature import has_signature
 from .staging import TEMPORARY_SUFFIXES, Staging, check_parent, storage_errors
 from .writer import BankWriter
 
@@ -53,6 +61,12 @@ def unpack(bank_path: str | os.PathLike[str], directory: str | os.PathLike[str])
                 f"{bank.path / entry.file} is absent: put it back, then unpack the bank"
             )
     folder = Path(directory) / "data" / "bank" / bank.manifest.model.name
+    if has_signature(bank.path):
+        warnings.warn(
+            f"{bank.path}: its signature is not in the tree: sign the bank that you pack",
+            SignatureDroppedWarning,
+            stacklevel=2,
+        )
     with (
         storage_errors(folder),
         _parents_of(folder),

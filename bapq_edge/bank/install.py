@@ -30,8 +30,9 @@ from ..units import format_size
 from .files import REPAIR, digest_of, read_at
 from .graph_file import check_graph
 from .layout import PLANES_OF_LEVEL, Level, Plane
-from .manifest import MANIFEST_FILE, FileEntry
+from .manifest import MANIFEST_FILE, SIGNATURE_FILE, FileEntry
 from .reader import Bank
+from .signature import check_signature, load_key, signature_bytes
 from .staging import Staging, aside_of, storage_errors, sync_directory
 from .writer import check_is_bank
 
@@ -84,6 +85,7 @@ def install(
     bank: str | os.PathLike[str],
     *,
     levels: Sequence[int] | None = None,
+    trusted_key: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
 ) -> InstallReport:
     """Copy the bank `new` to `bank`, and replace the bank that may stand there in one step.
@@ -94,13 +96,19 @@ def install(
         new: the bank to copy; planes that it lacks are left out.
         bank: where to; a bank or nothing.
         levels: install only the planes that these levels read; None is all that are there.
+        trusted_key: public key of minisign, its file or its line, that `new` must be signed with; a
+            signature comes along in any case.
         progress: called with the bytes done and those to do.
 
     Raises:
-        BankError and its kinds when `new` is no sound bank, or something else stands at `bank`;
+        BankError and its kinds when `new` is no sound bank, or not signed as it must be, or
+            something else stands at `bank`;
         UnknownLevelError, RequestError, StorageError. Nothing is changed then.
     """
+    key = None if trusted_key is None else load_key(trusted_key)
     source, staging = Bank.open(new), Staging(Path(bank), check_is_bank)
+    if key is not None:
+        check_signature(source, key)
     planes = _wanted_planes(source, levels)
     left = os.path.realpath(source.path)
     if left in (str(staging.path), str(aside_of(staging.final))):
@@ -184,16 +192,20 @@ class _Copier:
         for plane in planes:
             if self._is_old_plane(plane):
                 self._link(manifest.planes[plane].file)
-        text = manifest.to_json()
-        files[MANIFEST_FILE] = len(text)
+        # As they are, since a signature is over bytes.
+        texts = {MANIFEST_FILE: self._source.manifest_bytes()}
+        signature = signature_bytes(self._source.path)
+        if signature is not None:
+            texts[SIGNATURE_FILE] = signature
+        files |= {file: len(text) for file, text in texts.items()}
         self._total_bytes = sum(files.values())
         self._check_space(files)
         for entry in entries:
             self._place(entry.file, partial(self._entry_parts, entry))
         for plane in planes:
             self._place(manifest.planes[plane].file, partial(self._plane_parts, plane))
-        whole = _Part(0, len(text), lambda: text, lambda data: None, None)
-        self._place(MANIFEST_FILE, lambda: [whole])
+        for file, text in texts.items():
+            self._place(file, partial(_whole, text))
         for folder in folders:
             sync_directory(folder)
         with warnings.catch_warnings():  # Bank.open(new) has told, and `levels` asked for it
@@ -315,6 +327,10 @@ class _Copier:
 
     def _show(self) -> None:
         self._progress(self.bytes_copied + self.bytes_reused, self._total_bytes)
+
+
+def _whole(text: bytes) -> list[_Part]:
+    return [_Part(0, len(text), lambda: text, lambda data: None, None)]
 
 
 def _checked_chunk(source: Bank, plane: Plane, chunk: int, check: Callable[[bytes], None]) -> bytes:

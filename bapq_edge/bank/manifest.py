@@ -31,6 +31,8 @@ __all__ = [
     "MAX_CHUNK_BYTES",
     "MAX_MANIFEST_BYTES",
     "SENSITIVITY_FILE",
+    "SIGNATURE_FILE",
+    "UNFINISHED_SIGNATURE",
     "BoundaryEntry",
     "Calibration",
     "Expected",
@@ -51,6 +53,10 @@ __all__ = [
 FORMAT_NAME = "bapq-bank"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
+SIGNATURE_FILE = "manifest.json.minisig"
+"""Of a bank that is signed: see signature.py."""
+UNFINISHED_SIGNATURE = f"{SIGNATURE_FILE}.new"
+"""What signing leaves where it is killed."""
 GRAPH_FILE = "graph/main.onnx"
 HEAD_FILE = "graph/head.onnx"
 BODY_FILE = "graph/body.onnx"

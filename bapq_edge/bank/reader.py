@@ -31,7 +31,7 @@ from .files import REPAIR, digest_of, exists, file_size, inside, raw_digest_of, 
 from .graph_file import check_graph
 from .layer import Layer
 from .layout import PLANES, PLANES_OF_LEVEL, Level, Plane, level_within
-from .manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Manifest
+from .manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Manifest, digest_in
 from .npy import (
     CHUNK_DTYPE,
     DIGEST_BYTES,
@@ -215,6 +215,16 @@ class Bank:
             raise BankFormatError(f"{where}: {error}: {REPAIR}") from None
         return arrays
 
+    def manifest_bytes(self) -> bytes:
+        """The manifest's file, byte for byte. Raises BankIntegrityError where it has changed."""
+        target = inside(self._root, MANIFEST_FILE)
+        data = read_at(target, 0, file_size(target))
+        if digest_in(data) != (self.manifest.digest, self.manifest.digest):
+            raise BankIntegrityError(
+                f"{self.path / MANIFEST_FILE} was changed since the bank was opened: open it again"
+            )
+        return data
+
     def graph_bytes(self, entry: FileEntry | None = None) -> bytes:
         """The ONNX graph without the heavy weights, or another of `manifest.graphs`.
 
@@ -248,13 +258,30 @@ class Bank:
         `digest` is its row of `chunk_digests`. Raises BankIntegrityError or BankFormatError.
         """
         self._check_crc(plane, chunk, data)
+        self._check_digest(plane, chunk, digest, data)
+        self._codes(plane, chunk, data)
+
+    def _check_digest(self, plane: Plane, chunk: int, digest: bytes, data: bytes) -> None:
         found = raw_digest_of(data)
         if found != digest:
             raise BankIntegrityError(
                 f"{self._name(plane, chunk)} has BLAKE2b {found.hex()}, expected {digest.hex()}: "
                 f"{REPAIR}"
             )
-        self._codes(plane, chunk, data)
+
+    def check_digests(self) -> None:
+        """Check every byte that the manifest vouches for, once and now, against its digests.
+
+        A run checks what it reads by CRC-32, which finds damage; digests find what somebody
+        changed on purpose. Raises what reading raises, BankIntegrityError for other bytes.
+        """
+        for graph in self.manifest.graphs:
+            self.graph_bytes(graph)
+        for plane in self.planes:
+            digests = self.chunk_digests(plane)
+            for chunk in range(self.manifest.chunk_count):
+                data = self.read_chunk(plane, chunk)
+                self._check_digest(plane, chunk, digests[chunk].tobytes(), data)
 
     def chunk_codes(self, plane: Plane, chunk: int) -> LayerCodes:
         """Codes, scales and bias of a chunk of one plane, checked down to the padding.

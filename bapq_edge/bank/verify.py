@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import BankError
 from .layout import Plane
 from .reader import Bank
+from .signature import check_signature, has_signature, load_key
 
 __all__ = ["FileReport", "VerifyReport", "verify"]
 
@@ -36,29 +37,46 @@ class VerifyReport:
     """Files of planes that are not there, which a bank may do without."""
     digest: str = ""
     """The bank's name by its content: `Manifest.digest`."""
+    signed_by: str = ""
+    """Id of the key that the bank was checked to be signed with; "": none was asked for."""
+    comment: str = ""
+    """What the signer said, the signature's trusted comment."""
+    has_signature: bool = False
+    """Whether there is a signature, checked or not."""
 
     @property
     def ok(self) -> bool:
         """Whether no file has a problem."""
         return not any(file.problems for file in self.files)
 
+    def _signed(self) -> str:
+        if self.signed_by:
+            return f"signed with key {self.signed_by}: {self.comment}"
+        return "signed: check it with --key" if self.has_signature else "not signed"
+
     def __str__(self) -> str:
         if self.ok:
             size = sum(file.bytes for file in self.files)
             text = f"{self.path}: {len(self.files)} files of {size} bytes in all are intact"
             text += f"; absent: {', '.join(self.absent)}" if self.absent else ""
-            return f"{text}; digest {self.digest}"
+            return f"{text}; digest {self.digest}; {self._signed()}"
         bad = [file for file in self.files if file.problems]
         return "; ".join(f"{file.file}: problems: {file.problems}: {file.first}" for file in bad)
 
 
-def verify(path: str | os.PathLike[str]) -> VerifyReport:
-    """Check a bank down to its last byte.
+def verify(
+    path: str | os.PathLike[str], *, trusted_key: str | os.PathLike[str] | None = None
+) -> VerifyReport:
+    """Check a bank down to its last byte, and that it is signed with a key, if one is given.
 
-    What `Bank.open` refuses is raised as `Bank.open` raises it; damage in the graph and in the
-    chunks is counted, file by file. Absent planes give a MissingPlaneWarning.
+    `trusted_key` is a public key of minisign: its file, or its line. BankSignatureError where the
+    bank is not signed with it. What `Bank.open` refuses is raised as `Bank.open` raises it; damage
+    in the graph and in the chunks is counted, file by file. Absent planes give a
+    MissingPlaneWarning.
     """
+    key = None if trusted_key is None else load_key(trusted_key)
     bank = Bank.open(path)
+    signature = None if key is None else check_signature(bank, key)
     manifest = bank.manifest
     # `Bank.open` has just checked these, and the tables below.
     tables = (manifest.sensitivity, *manifest.row_tables.values(), *manifest.boundary_files)
@@ -73,7 +91,15 @@ def verify(path: str | os.PathLike[str]) -> VerifyReport:
         entry = bank.manifest.planes[plane]
         reports.append(_report(entry.file, entry.bytes, _plane_checks(bank, plane)))
         reports += (_report(table.file, table.bytes, iter(())) for table in entry.tables)
-    return VerifyReport(bank.path, tuple(reports), bank.absent_files, manifest.digest)
+    return VerifyReport(
+        bank.path,
+        tuple(reports),
+        bank.absent_files,
+        manifest.digest,
+        signed_by="" if signature is None else signature.key.name,
+        comment="" if signature is None else signature.comment,
+        has_signature=has_signature(bank.path),
+    )
 
 
 def _report(file: str, size: int, checks: Iterator[Callable[[], object]]) -> FileReport:

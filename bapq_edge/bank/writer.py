@@ -28,6 +28,8 @@ from .manifest import (
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
     SENSITIVITY_FILE,
+    SIGNATURE_FILE,
+    UNFINISHED_SIGNATURE,
     BoundaryEntry,
     Calibration,
     Expected,
@@ -347,8 +349,9 @@ def check_is_bank(path: Path) -> None:
     manifest = path / MANIFEST_FILE
     if not manifest.is_file():
         raise BankFormatError(f"{path} is there and is not a bank: {step}")
+    known = (*_FOLDERS, _BOUNDARY_FOLDER, MANIFEST_FILE, SIGNATURE_FILE, UNFINISHED_SIGNATURE)
     for entry in sorted(os.listdir(path)):
-        if entry not in (*_FOLDERS, _BOUNDARY_FOLDER, MANIFEST_FILE):
+        if entry not in known:
             raise BankFormatError(f"{path} holds {entry!a}, which is no part of a bank: {step}")
     with manifest.open("rb") as file:
         # Not parsed: a damaged bank, or one of another version, may be built anew.

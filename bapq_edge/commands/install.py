@@ -12,7 +12,7 @@ from typing import Any
 
 from ..bank.install import install
 from ..units import format_size
-from .options import add_json, parse_levels
+from .options import add_json, add_key, parse_levels
 from .paths import check_outside
 
 __all__ = ["add_install"]
@@ -26,6 +26,7 @@ def add_install(commands: Any) -> None:
     command.add_argument("new", type=Path, help="the bank to copy, such as on a USB stick")
     command.add_argument("bank", type=Path, help="its place; a bank that stands there is replaced")
     command.add_argument("--levels", help="install only the planes of these, such as 4,2,1")
+    add_key(command)
     add_json(command, "the result")
     command.set_defaults(command=_install)
 
@@ -42,6 +43,7 @@ def _install(arguments: argparse.Namespace) -> None:
             arguments.new,
             arguments.bank,
             levels=levels,
+            trusted_key=arguments.trusted_key,
             progress=progress.show,
         )
     finally:

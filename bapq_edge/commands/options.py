@@ -15,6 +15,7 @@ from ..units import parse_size
 __all__ = [
     "add_bank",
     "add_json",
+    "add_key",
     "add_precision",
     "add_session",
     "chosen_levels",
@@ -35,6 +36,7 @@ _OPTIONS = (
     "controller",
     "profile",
     "direct_io",
+    "trusted_key",
 )
 
 
@@ -46,6 +48,17 @@ def add_bank(command: Any) -> None:
 def add_json(command: Any, what: str) -> None:
     """Add --json."""
     command.add_argument("--json", action="store_true", help=f"print {what} as JSON")
+
+
+def add_key(command: Any) -> None:
+    """Add --key."""
+    command.add_argument(
+        "--key",
+        "--trusted-key",
+        dest="trusted_key",
+        metavar="KEY.pub",
+        help="refuse a bank that is not signed with this key, of minisign or 'bapq keygen'",
+    )
 
 
 def add_precision(command: Any) -> None:
@@ -110,6 +123,7 @@ def add_session(command: Any) -> None:
     session.add_argument(
         "--direct-io", "--direct", action="store_true", help="read around the page cache"
     )
+    add_key(session)
 
 
 def session_options(arguments: argparse.Namespace) -> dict[str, Any]:

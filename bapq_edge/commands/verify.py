@@ -9,7 +9,7 @@ from typing import Any
 
 from ..bank.verify import verify
 from ..errors import BankIntegrityError
-from .options import add_bank, add_json
+from .options import add_bank, add_json, add_key
 
 __all__ = ["add_verify"]
 
@@ -18,12 +18,13 @@ def add_verify(commands: Any) -> None:
     """Add `verify`."""
     command = commands.add_parser("verify", help="check every byte of a bank")
     add_bank(command)
+    add_key(command)
     add_json(command, "what was found, file by file,")
     command.set_defaults(command=_verify)
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    report = verify(arguments.bank)
+    report = verify(arguments.bank, trusted_key=arguments.trusted_key)
     if arguments.json:
         print(json.dumps({"ok": report.ok, **dataclasses.asdict(report)}, default=str))
     if not report.ok:

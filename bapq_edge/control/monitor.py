@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from ..bank.layout import Level
-from ..sensors import Sensors
+from ..sensors import Readings, Sensors
 from ..telemetry import logger
 from .config import ControllerConfig
 from .controller import Controller
@@ -51,6 +51,8 @@ class Monitor:
         )
         self.envelope: Envelope = self._controller.envelope
         """What the last decision allows."""
+        self.readings: Readings | None = None
+        """What the sensors told last."""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._monitor, name="bapq-controller", daemon=True)
 
@@ -72,7 +74,7 @@ class Monitor:
 
     def step(self) -> None:
         """One reading and what follows from it; the thread calls it once per period."""
-        readings = self._sensors.read()
+        self.readings = readings = self._sensors.read()
 
         def decide(weight_bytes: int) -> Decision:
             decision = self._controller.update(readings, weight_bytes=weight_bytes)

@@ -163,6 +163,11 @@ class Replanner:
         """What most runs are made at; None without a policy."""
         return self._maker.main
 
+    @property
+    def budget_bytes(self) -> int | None:
+        """The memory budget; None is no limit."""
+        return self._terms.budget_bytes
+
     def smallest_limit(self) -> int:
         """Smallest number of weight bytes that the session can do with."""
         return self._maker.smallest_limit(self._terms.request, self._terms.precisions)

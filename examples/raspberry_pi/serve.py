@@ -2,6 +2,7 @@
 
 POST /run    an .npz of the model's inputs in, an .npz of its outputs out
 GET  /stats  statistics and the last events, as JSON
+GET  /metrics  the same for Prometheus
 
 The runs of all clients queue on the session's one thread: each has all cores, and the memory of one
 at a time is all there is. The watchdog's own run queues with them. It is systemd that restarts: the
@@ -31,6 +32,7 @@ import numpy as np
 
 import bapq_edge
 from bapq_edge.errors import DegradedWarning, RequestError
+from bapq_edge.live.status import to_prometheus
 
 BODY_LIMIT_BYTES = 16 << 20
 EVENTS_SHOWN = 20
@@ -93,17 +95,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Run the model."""
-        self._answer("/run", self._run)
+        self._answer({"/run": self._run})
 
     def do_GET(self) -> None:
-        """Tell statistics and events."""
-        self._answer("/stats", self._stats)
+        """Tell statistics and events, or metrics."""
+        self._answer({"/stats": self._stats, "/metrics": self._metrics})
 
-    def _answer(self, path: str, work: Callable[[], tuple[str, bytes]]) -> None:
+    def _answer(self, pages: dict[str, Callable[[], tuple[str, bytes]]]) -> None:
         try:
-            if self.path != path:
-                raise RequestError(f"there is no {self.path}: POST /run, GET /stats")
-            self._reply(200, *work())
+            if self.path not in pages:
+                raise RequestError(f"there is no {self.path}: POST /run, GET /stats, GET /metrics")
+            self._reply(200, *pages[self.path]())
         except RequestError as error:
             self._reply(400, "text/plain; charset=utf-8", f"{_one_line(error)}\n".encode())
         except (bapq_edge.BapqError, DegradedWarning) as error:
@@ -124,6 +126,10 @@ class Handler(BaseHTTPRequestHandler):
         shown: dict[str, Any] = dataclasses.asdict(session.stats())
         shown["events"] = [str(event) for event in session.events()[-EVENTS_SHOWN:]]
         return "application/json", json.dumps(shown).encode()
+
+    def _metrics(self) -> tuple[str, bytes]:
+        text = to_prometheus([self.server.session.status()])
+        return "text/plain; version=0.0.4", text.encode()
 
     def _reply(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)

@@ -5,6 +5,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "fork.h"
+
 /* Stands before each block's memory. Blocks follow each other without a gap, and no two neighbours
  * are free. */
 typedef struct block {
@@ -22,10 +24,10 @@ static struct {
     block *last;         /* always used: a free one is given to `end` */
     block *hint;         /* no block before it is free; NULL: none at all is */
 } arena;
-static pthread_mutex_t arena_lock = PTHREAD_MUTEX_INITIALIZER;
+pthread_mutex_t bapq_arena_lock = PTHREAD_MUTEX_INITIALIZER;
 
 bool bapq_arena_open(void) {
-    pthread_mutex_lock(&arena_lock);
+    pthread_mutex_lock(&bapq_arena_lock);
     if (!arena.base) {
         /* Addresses only: nothing is charged before it can be written to. */
         size_t bytes = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
@@ -37,7 +39,7 @@ bool bapq_arena_open(void) {
         }
     }
     bool there = arena.base != NULL;
-    pthread_mutex_unlock(&arena_lock);
+    pthread_mutex_unlock(&bapq_arena_lock);
     return there;
 }
 
@@ -82,20 +84,20 @@ static block *extend(size_t bytes) {
 void *bapq_arena_take(size_t bytes) {
     if (bytes > SIZE_MAX - 2 * UNIT) return NULL;
     bytes = (bytes + 2 * UNIT - 1) / UNIT * UNIT;
-    pthread_mutex_lock(&arena_lock);
+    pthread_mutex_lock(&bapq_arena_lock);
     block *b = best_fit(bytes);
     if (!b)
         b = extend(bytes);
     else if (b->bytes - bytes >= 2 * UNIT)
         split(b, bytes);
     if (b) b->used = true;
-    pthread_mutex_unlock(&arena_lock);
+    pthread_mutex_unlock(&bapq_arena_lock);
     return b ? b + 1 : NULL;
 }
 
 bool bapq_arena_give(void *memory) {
     if ((uint8_t *)memory < arena.base || (uint8_t *)memory >= arena.limit) return false;
-    pthread_mutex_lock(&arena_lock);
+    pthread_mutex_lock(&bapq_arena_lock);
     block *b = (block *)memory - 1;
     b->used = false;
     if (b != arena.last && !after(b)->used) {
@@ -114,7 +116,7 @@ bool bapq_arena_give(void *memory) {
     } else if (!arena.hint || b < arena.hint) {
         arena.hint = b;
     }
-    pthread_mutex_unlock(&arena_lock);
+    pthread_mutex_unlock(&bapq_arena_lock);
     return true;
 }
 
@@ -126,9 +128,9 @@ static void release(uint8_t *first, uint8_t *end) {
 }
 
 void bapq_arena_trim(void) {
-    pthread_mutex_lock(&arena_lock);
+    pthread_mutex_lock(&bapq_arena_lock);
     for (block *b = arena.hint; b && (uint8_t *)b < arena.end; b = after(b))
         if (!b->used) release((uint8_t *)(b + 1), (uint8_t *)after(b));
     if (arena.base) release(arena.end, arena.writable);
-    pthread_mutex_unlock(&arena_lock);
+    pthread_mutex_unlock(&bapq_arena_lock);
 }

@@ -1,7 +1,7 @@
 /* Convolution as a matrix product: a panel holds, for some output pixels, the input values under
  * the kernel window in the order (kernel_y, kernel_x, channel), which is the order of the layer's
- * columns. Panels are built anew for every chunk, so no unfolded input is ever held; the one that a
- * worker built last serves the next chunk, too, where the input is so small. */
+ * columns. Panels are built anew for every view of the weights, so no unfolded input is ever held;
+ * the one that a worker built last serves the next view, too, where the input is so small. */
 #include <math.h>
 #include <string.h>
 
@@ -21,7 +21,7 @@ typedef struct {
     int8_t *q;  /* (panel_rows, blocks*32) */
     float *sum; /* (panel_rows, blocks) */
     float *x;   /* (panel_rows, blocks*32), level 32 */
-    /* What they hold: a panel of a small input serves one chunk after another. */
+    /* What they hold: a panel of a small input serves one view after another. */
     const float *of_sample; /* NULL: nothing yet */
     int64_t of_group, of_pixel;
     int of_floats, has_sums;
@@ -349,7 +349,7 @@ static int32_t run_sample(bapq_run *run, int32_t layer, conv_job *j, const bapq_
         bapq_conv_input_quantize(j->x, conv->channels, conv->height, conv->width, parallel,
                                  j->input_scratch, &j->input);
     const bapq_layer *l = j->layer;
-    for (int32_t i = 0; i < bapq_chunk_count(l); i++) {
+    for (int32_t i = 0; i < bapq_chunk_count(l); i += j->view.chunks) {
         int32_t status = bapq_run_acquire(run, layer, i, &j->view, error);
         if (status != BAPQ_OK) return status;
         if (j->view.level == BAPQ_SKIP) {

@@ -300,7 +300,7 @@ int32_t bapq_depthwise_run(bapq_run *run, int32_t layer, const bapq_conv *conv,
                          (long long)count.used);
     carve_buffers(&j, threads, &carver);
     place_columns(&j);
-    for (int32_t i = 0; i < bapq_chunk_count(l); i++) {
+    for (int32_t i = 0; i < bapq_chunk_count(l); i += j.view.chunks) {
         int32_t status = bapq_run_acquire(run, layer, i, &j.view, error);
         if (status != BAPQ_OK) return status;
         if (j.view.level == BAPQ_SKIP) {

@@ -6,9 +6,10 @@
 #include <unistd.h>
 
 #include "error.h"
+#include "fork.h"
 
 static homes *all_homes;
-static pthread_mutex_t all_homes_lock = PTHREAD_MUTEX_INITIALIZER;
+pthread_mutex_t bapq_homes_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static bool same_plane(const plane_home *a, const plane_home *b, size_t chunks) {
     if (!a->extent || !b->extent) return a->extent == b->extent;
@@ -17,9 +18,8 @@ static bool same_plane(const plane_home *a, const plane_home *b, size_t chunks) 
 }
 
 static homes *find(const plane_home planes[BAPQ_PLANES], int32_t chunk_count) {
-    pid_t process = getpid();
     for (homes *h = all_homes; h; h = h->next) {
-        bool same = h->process == process && h->chunk_count == chunk_count;
+        bool same = h->chunk_count == chunk_count;
         for (int32_t p = 0; same && p < BAPQ_PLANES; p++)
             same = same_plane(&h->plane[p], &planes[p], (size_t)chunk_count);
         if (same) return h;
@@ -65,7 +65,6 @@ static homes *make(const plane_home planes[BAPQ_PLANES], int32_t chunk_count, ba
     pthread_cond_init(&h->changed, NULL);
     h->chunk_count = chunk_count;
     h->page_bytes = sysconf(_SC_PAGESIZE);
-    h->process = getpid();
     int32_t status = BAPQ_OK;
     for (int32_t p = 0; p < BAPQ_PLANES; p++) {
         h->plane[p] = planes[p];
@@ -79,7 +78,7 @@ static homes *make(const plane_home planes[BAPQ_PLANES], int32_t chunk_count, ba
 }
 
 homes *bapq_homes_join(plane_home planes[BAPQ_PLANES], int32_t chunk_count, bapq_error *error) {
-    pthread_mutex_lock(&all_homes_lock);
+    pthread_mutex_lock(&bapq_homes_lock);
     homes *h = find(planes, chunk_count);
     bool found = h != NULL;
     if (!found && (h = make(planes, chunk_count, error)) != NULL) {
@@ -87,7 +86,7 @@ homes *bapq_homes_join(plane_home planes[BAPQ_PLANES], int32_t chunk_count, bapq
         all_homes = h;
     }
     if (h) h->owners++;
-    pthread_mutex_unlock(&all_homes_lock);
+    pthread_mutex_unlock(&bapq_homes_lock);
     for (int32_t p = 0; p < BAPQ_PLANES; p++) {
         if (found || !h) free(planes[p].extent);
         planes[p].extent = NULL;
@@ -95,15 +94,17 @@ homes *bapq_homes_join(plane_home planes[BAPQ_PLANES], int32_t chunk_count, bapq
     return h;
 }
 
+void bapq_homes_forget(void) { all_homes = NULL; }
+
 void bapq_homes_leave(homes *h) {
-    pthread_mutex_lock(&all_homes_lock);
+    pthread_mutex_lock(&bapq_homes_lock);
     bool last = --h->owners == 0;
     for (homes **link = &all_homes; last && *link; link = &(*link)->next)
         if (*link == h) {
             *link = h->next;
             break;
         }
-    pthread_mutex_unlock(&all_homes_lock);
+    pthread_mutex_unlock(&bapq_homes_lock);
     if (last) free_homes(h);
 }
 

@@ -43,7 +43,6 @@ typedef struct homes {
     int64_t page_bytes;
     struct bapq_store *stores; /* that are open on them, linked by `neighbour` */
     int32_t owners;            /* stores, under the lock of the list of all homes */
-    pid_t process;             /* a forked one makes homes of its own */
     struct homes *next;        /* of all homes */
 } homes;
 

@@ -32,14 +32,16 @@ int64_t bapq_record_bytes(const bapq_layer *layer, int32_t plane);
 /* Where a borrowed chunk stands, and so what letting go of it means. */
 enum { BAPQ_FROM_HOME, BAPQ_FROM_RING, BAPQ_FROM_ROWS };
 
-/* A chunk at one level, ready to compute on. */
+/* A chunk at one level, ready to compute on; or several, one behind the other, as if they were one.
+ */
 typedef struct {
     const bapq_layer *layer;
-    int32_t level; /* BAPQ_L32 .. BAPQ_L1, BAPQ_SKIP */
-    int32_t chunk; /* number in the bank */
+    int32_t level;  /* BAPQ_L32 .. BAPQ_L1, BAPQ_SKIP */
+    int32_t chunk;  /* number of the first one in the bank */
+    int32_t chunks; /* more than one only where they are at home */
     int32_t borrowed;
-    int32_t first_row;         /* of the chunk, among the layer's stored rows */
-    int32_t rows;              /* of the chunk, without padding */
+    int32_t first_row;         /* of the first one, among the layer's stored rows */
+    int32_t rows;              /* of all of them, without padding */
     const float *skip_values;  /* (rows,) BAPQ_SKIP: what they give before the clip */
     const uint8_t *records[2]; /* tile records of each plane of the level */
     int64_t record_bytes[2];

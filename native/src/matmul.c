@@ -184,7 +184,7 @@ int32_t bapq_matmul(bapq_run *run, int32_t layer, const bapq_epilogue *epilogue,
         else
             parallel->for_each(parallel->self, prepare_rows, tasks, &mm);
     }
-    for (int32_t i = 0; i < bapq_chunk_count(l); i++) {
+    for (int32_t i = 0; i < bapq_chunk_count(l); i += mm.view.chunks) {
         int32_t status = bapq_run_acquire(run, layer, i, &mm.view, error);
         if (status != BAPQ_OK) return status;
         if (mm.view.level == BAPQ_SKIP) {

@@ -5,21 +5,26 @@
 #include <sys/random.h>
 
 #include "error.h"
+#include "fork.h"
 #include "store_internal.h"
 
 /* Runs of all stores. A ticket is random, but for its lowest byte, which is the slot: a graph can
  * guess none, and a stale one is recognised. */
 enum { MAX_RUNS = 256 };
 static bapq_run runs[MAX_RUNS];
-static pthread_mutex_t runs_lock = PTHREAD_MUTEX_INITIALIZER;
+pthread_mutex_t bapq_runs_lock = PTHREAD_MUTEX_INITIALIZER;
 
-static void free_slot(bapq_run *run) {
-    pthread_mutex_lock(&runs_lock);
-    run->store = NULL;
-    pthread_mutex_unlock(&runs_lock);
+void bapq_runs_forget(void) {
+    for (int32_t slot = 0; slot < MAX_RUNS; slot++) runs[slot].store = NULL;
 }
 
-/* A ticket for the slot: never 0, never negative. Called with runs_lock held. */
+static void free_slot(bapq_run *run) {
+    pthread_mutex_lock(&bapq_runs_lock);
+    run->store = NULL;
+    pthread_mutex_unlock(&bapq_runs_lock);
+}
+
+/* A ticket for the slot: never 0, never negative. Called with the lock held. */
 static int64_t make_ticket(int32_t slot) {
     static uint64_t count;
     uint64_t number = 0;
@@ -31,7 +36,7 @@ static int64_t make_ticket(int32_t slot) {
 
 int32_t bapq_run_begin(bapq_store *store, int32_t measured, int64_t *ticket, bapq_error *error) {
     *ticket = 0;
-    pthread_mutex_lock(&runs_lock);
+    pthread_mutex_lock(&bapq_runs_lock);
     int32_t slot = 0;
     while (slot < MAX_RUNS && runs[slot].store) slot++;
     bapq_run *run = NULL;
@@ -40,7 +45,7 @@ int32_t bapq_run_begin(bapq_store *store, int32_t measured, int64_t *ticket, bap
         *run = (bapq_run){
             .store = store, .ticket = make_ticket(slot), .measured = measured != 0, .layer = -1};
     }
-    pthread_mutex_unlock(&runs_lock);
+    pthread_mutex_unlock(&bapq_runs_lock);
     if (!run)
         return bapq_fail(error, BAPQ_ARGUMENT, "%d runs are open already, the most there can be",
                          MAX_RUNS);
@@ -68,9 +73,10 @@ int32_t bapq_run_begin(bapq_store *store, int32_t measured, int64_t *ticket, bap
 
 bapq_run *bapq_run_of(int64_t ticket) {
     bapq_run *run = &runs[ticket & (MAX_RUNS - 1)];
-    pthread_mutex_lock(&runs_lock); /* the slot of an old ticket may be about to serve another */
+    pthread_mutex_lock(
+        &bapq_runs_lock); /* the slot of an old ticket may be about to serve another */
     bool open = run->store != NULL && run->ticket == ticket;
-    pthread_mutex_unlock(&runs_lock);
+    pthread_mutex_unlock(&bapq_runs_lock);
     return open ? run : NULL;
 }
 

@@ -53,7 +53,8 @@ const bapq_layer *bapq_run_layer(const bapq_run *run, int32_t layer);
 /* Bit i is set when a chunk of the layer runs at level i; skipped ones set none. A fallback of a
  * level other than 32 is none of 32. */
 uint32_t bapq_run_levels(const bapq_run *run, int32_t layer);
-/* Borrows chunk i of the layer, until bapq_run_release. A run borrows one chunk at a time. */
+/* Borrows chunk i of the layer, until bapq_run_release, and those behind it of the same level that
+ * are at home, too: work on them is then dealt out once. A run borrows one view at a time. */
 int32_t bapq_run_acquire(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_view *view,
                          bapq_error *error);
 void bapq_run_release(bapq_run *run, const bapq_chunk_view *view);

@@ -19,7 +19,7 @@
  *
  * Runs. The fields of a run belong to the thread that is in the graph for it: its operators follow
  * each other, and ONNX Runtime orders each before the next. Slots are given and taken back under
- * runs_lock, and whoever has a ticket got it afterwards.
+ * bapq_runs_lock, and whoever has a ticket got it afterwards.
  *
  * Rows. The cache has a lock of its own, held from acquire to release.
  *

@@ -270,6 +270,7 @@ static void describe(const bapq_run *run, int32_t layer, int32_t i, int32_t leve
     view->rows =
         l->stored_rows - first_row < l->chunk_rows ? l->stored_rows - first_row : l->chunk_rows;
     view->chunk = l->first_chunk + i;
+    view->chunks = 1;
     view->borrowed = BAPQ_FROM_HOME;
     if (level == BAPQ_SKIP)
         view->skip_values = run->plan->skip_values + run->store->first_row[layer] + first_row;
@@ -282,6 +283,30 @@ static void point_home(const bapq_store *store, bapq_chunk_view *view) {
         const plane_home *home = &store->homes->plane[planes[p]];
         view->records[p] = home->base + home->extent[view->chunk].offset;
         view->record_bytes[p] = bapq_record_bytes(view->layer, planes[p]);
+    }
+}
+
+/* Adds the chunks behind the view's that are at home, too, and run at its level. Those of a layer
+ * stand one behind the other in a plane's file, and so at home; where a bank has gaps, the view
+ * ends. */
+static void extend_at_home(const bapq_run *run, bapq_chunk_view *view) {
+    const bapq_store *store = run->store;
+    const bapq_layer *layer = view->layer;
+    int32_t planes[2];
+    int32_t n = bapq_level_planes(view->level, planes);
+    int32_t end = layer->first_chunk + bapq_chunk_count(layer);
+    for (int32_t chunk = view->chunk + 1; chunk < end; chunk++) {
+        if (run->plan->level[chunk] != view->level ||
+            !bapq_plan_holds(store, run->plan, view->level, chunk))
+            return;
+        for (int32_t p = 0; p < n; p++) {
+            const bapq_extent *extent = &store->homes->plane[planes[p]].extent[chunk];
+            if (extent[-1].offset + extent[-1].bytes != extent->offset) return;
+        }
+        view->chunks++;
+        view->rows += layer->chunk_rows;
+        if (view->first_row + view->rows > layer->stored_rows)
+            view->rows = layer->stored_rows - view->first_row;
     }
 }
 
@@ -378,6 +403,7 @@ int32_t bapq_run_acquire(bapq_run *run, int32_t layer, int32_t i, bapq_chunk_vie
     for (;;) {
         if (bapq_plan_holds(store, run->plan, level, chunk)) {
             point_home(store, view);
+            extend_at_home(run, view);
             break;
         }
         if (s->leader == NULL) s->leader = run;

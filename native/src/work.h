@@ -1,4 +1,5 @@
-/* What the matrix and the convolution operator share: one chunk times panels of activation rows. */
+/* What the matrix and the convolution operator share: the chunks of a view times panels of
+ * activation rows. */
 #ifndef BAPQ_WORK_H
 #define BAPQ_WORK_H
 
@@ -81,12 +82,12 @@ static inline bapq_float4 bapq_clip4(bapq_float4 v, const bapq_epilogue *epilogu
 #endif
 }
 
-/* The tiles of one chunk crossed with the panels of one input, dealt out to a few workers. Each
+/* The tiles of one view crossed with the panels of one input, dealt out to a few workers. Each
  * worker draws (panel, run of tiles) items until none is left, so a slow core does not hold up the
  * rest. */
 typedef struct {
     int64_t panels;
-    int32_t tiles;          /* of the chunk */
+    int32_t tiles;          /* of the view */
     int32_t tiles_per_item; /* fewer than `tiles` only when panels alone cannot fill the workers */
     atomic_llong next;
     void (*item)(void *data, int32_t worker, int64_t panel, int32_t first_tile, int32_t end_tile);

@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/types.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -191,17 +192,23 @@ static void check_view(const bapq_chunk_view *view, int32_t layer, int32_t i) {
     int32_t n = bapq_level_planes(view->level, planes);
     check(view->chunk == layers[layer].first_chunk + i, "chunk %d of layer %d is %d", i, layer,
           view->chunk);
+    check(view->chunks >= 1 && (view->chunks == 1 || view->borrowed == BAPQ_FROM_HOME) &&
+              i + view->chunks <= bapq_chunk_count(&layers[layer]),
+          "%d chunks from %d on", view->chunks, view->chunk);
     check(bapq_has_level(&layers[layer], view->level), "layer %d lacks level %d", layer,
           LEVEL_BITS[view->level]);
     int32_t rows = layers[layer].stored_rows - view->first_row;
-    check(view->rows == (rows < layers[layer].chunk_rows ? rows : layers[layer].chunk_rows),
-          "chunk %d has %d rows", view->chunk, view->rows);
+    int32_t most = view->chunks * layers[layer].chunk_rows;
+    check(view->rows == (rows < most ? rows : most), "%d chunks from %d on have %d rows",
+          view->chunks, view->chunk, view->rows);
     for (int32_t r = 1; view->level == BAPQ_SKIP && r < view->rows; r++)
         check(view->skip_values[r] == view->skip_values[0] + (float)r, "wrong values of chunk %d",
               view->chunk);
     for (int32_t p = 0; p < n; p++) {
         const bapq_extent *extent = &extents[planes[p]][view->chunk];
-        check(memcmp(view->records[p], content[planes[p]] + extent->offset, extent->bytes) == 0,
+        size_t bytes = 0;
+        for (int32_t c = 0; c < view->chunks; c++) bytes += extent[c].bytes;
+        check(memcmp(view->records[p], content[planes[p]] + extent->offset, bytes) == 0,
               "wrong bytes: plane %s, chunk %d, level %d, borrowed %d", bapq_plane_name(planes[p]),
               view->chunk, LEVEL_BITS[view->level], view->borrowed);
     }
@@ -229,7 +236,8 @@ static int32_t run_once(const user *u, uint64_t *state, bool faults) {
         int32_t l = swapped && step < 2 ? 1 - step : step;
         if (partial && draw(state, 2)) continue;
         int32_t chunks = bapq_chunk_count(&layers[l]);
-        for (int32_t j = 0; j < chunks && status == BAPQ_OK; j++) {
+        int32_t step_chunks = 1;
+        for (int32_t j = 0; j < chunks && status == BAPQ_OK; j += step_chunks) {
             bool by_row = layers[l].read_by_row || (layers[l].gathered && draw(state, 2));
             int32_t i = by_row ? (int32_t)draw(state, (uint32_t)chunks) : j;
             bapq_chunk_view view;
@@ -243,7 +251,9 @@ static int32_t run_once(const user *u, uint64_t *state, bool faults) {
             bool skipped = view.level == BAPQ_SKIP;
             /* Less the row's own share, which leaves the region's. */
             float value = skipped ? view.skip_values[0] - skip_value(0, row) : 0;
-            seen[seen_count++] = (seen_chunk){view.chunk, view.level, value};
+            step_chunks = view.chunks;
+            for (int32_t c = 0; c < view.chunks; c++)
+                seen[seen_count++] = (seen_chunk){view.chunk + c, view.level, value};
             if (by_row)
                 bapq_run_release_rows(run, &view);
             else
@@ -406,6 +416,30 @@ static void close_store(user *u, uint64_t *state) {
     check(bapq_store_close(u->store, &error) == BAPQ_OK, "close: %s", error.message);
 }
 
+/* A process that is forked in the middle of it all opens a store of its own. The thread sanitizer
+ * allows it no threads. */
+static void fork_once(uint64_t *state) {
+#if !defined(__SANITIZE_THREAD__)
+    static user own;
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        alarm(60);
+        atomic_store(&failed, 0);
+        atomic_store(&fault_percent, 0);
+        open_store(&own, false, state);
+        close_store(&own, state);
+        fflush(stdout);
+        _exit(atomic_load(&failed) > 0);
+    }
+    int status = -1;
+    check(child > 0 && waitpid(child, &status, 0) == child && status == 0,
+          "a forked process ended with %d", status);
+#else
+    (void)state;
+#endif
+}
+
 static void play_round(uint64_t *state, bool direct, bool faults) {
     if (!open_store(&users[0], direct, state)) return;
     for (int32_t i = 1; i < STORES; i++) open_store(&users[i], false, state);
@@ -423,6 +457,7 @@ static void play_round(uint64_t *state, bool direct, bool faults) {
         if (u->region_count < REGIONS_MOST && draw(state, 10) == 0) add_region(u);
         publish(u, state, false);
         record(u->store, state);
+        if (draw(state, 100) == 0) fork_once(state);
         usleep(draw(state, 4) == 0 ? 20000 : draw(state, 1500));
     }
     atomic_store(&stopping, true);

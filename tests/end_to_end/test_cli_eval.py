@@ -184,3 +184,24 @@ def test_slips_are_one_line_each(place, tmp_path):
         out, err = bapq(*command, *arguments, code=error.exit_code)
         assert out == "" and err.startswith("bapq: ") and err.count("\n") == 1
         assert words in err, err
+
+
+def test_a_report_draws_the_answers_of_its_own_bank_and_of_no_other(place, tmp_path):
+    bapq_eval = ("eval", place / "whole.bank", "--data", place / "test.npz", "--quiet", "--json")
+    result, page = tmp_path / "eval.json", tmp_path / "report.html"
+    out, _ = bapq(*bapq_eval, "--labels", "digit")
+    result.write_text(out)
+    bapq("report", place / "whole.bank", "--eval", result, "-o", page)
+    text = page.read_text()
+    assert "<h2>Answers</h2>" in text and "top1 on 60 samples" in text
+    for row in json.loads(out)["rows"]:
+        for score in row["scores"].values():
+            assert f"{score['mean']:.4f} ({score['low']:.4f} to {score['high']:.4f})" in text
+    code = errors.RequestError.exit_code
+    _, err = bapq("report", place / "small.bank", "--eval", result, "-o", page, code=code)
+    assert "is of a bank with digest" in err
+    for wrong in ("{}", "[1]", "not JSON", out.replace('"mean": ', '"mean": "x", "no": ')):
+        result.write_text(wrong)
+        _, err = bapq("report", place / "whole.bank", "--eval", result, "-o", page, code=code)
+        assert "is no result of bapq eval" in err
+    assert page.read_text() == text

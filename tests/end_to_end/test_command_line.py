@@ -21,7 +21,19 @@ from support.boundaries import model as boundary_model
 from support.boundaries import with_boundary
 
 COMMANDS = [
-    *("build", "eval", "fit", "report", "run", "bench", "profile", "doctor"),
+    *(
+        "build",
+        "eval",
+        "fit",
+        "keygen",
+        "monitor",
+        "report",
+        "sign",
+        "run",
+        "bench",
+        "profile",
+        "doctor",
+    ),
     *("inspect", "verify", "install", "unpack", "pack"),
 ]
 
@@ -61,7 +73,10 @@ def test_python_m_bapq_edge_is_the_command():
     ("arguments", "answer"),
     [
         (["isntall", "a", "b"], "there is no command 'isntall'; did you mean install?"),
-        (["xyz"], "there is no command 'xyz'; there are build, eval, fit, report, run"),
+        (
+            ["xyz"],
+            "there is no command 'xyz'; there are build, eval, fit, keygen, monitor, report, sign",
+        ),
         (["run", "a.bank", "--inptu", "a"], "there is no option --inptu; did you mean --input?"),
         (["run", "a.bank", "--memory-bugdet=1GiB"], "did you mean --memory-budget?"),
         (["bench", "a.bank", "--frmat", "md"], "did you mean --format?"),

@@ -64,11 +64,13 @@ def test_the_service_answers():
                 break
             except urllib.error.URLError:
                 assert service.poll() is None
-        assert stats["runs"] == 0
+        assert stats["stats"]["runs"] == 0
         body = np.zeros(64, np.float32).tobytes()
         answer = json.load(urllib.request.urlopen(f"{place}/classify", body))
         assert 0 <= answer["class"] <= 9
-        assert json.load(urllib.request.urlopen(f"{place}/stats"))["runs"] == 1
+        assert json.load(urllib.request.urlopen(f"{place}/stats"))["stats"]["runs"] == 1
+        metrics = urllib.request.urlopen(f"{place}/metrics").read().decode()
+        assert re.search(r"^bapq_runs_total\{.*\} 1$", metrics, re.MULTILINE)
         with pytest.raises(urllib.error.HTTPError, match="64 are needed"):
             urllib.request.urlopen(f"{place}/classify", b"1234")
     finally:

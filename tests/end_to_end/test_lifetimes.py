@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -412,3 +413,14 @@ for path, x in (({str(bank)!r}, (1, 96)), ({str(bank)!r}, (1, 95)), ({str(other)
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+# ---- all of it at once ----
+
+
+def test_a_short_soak_gives_no_other_answer_and_keeps_nothing():
+    """`make soak` takes an hour for it."""
+    soak = Path(__file__).parents[1] / "fuzz/soak.py"
+    command = [sys.executable, str(soak), "--seconds", "4"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -139,3 +140,11 @@ def test_an_install_killed_at_every_step_leaves_one_whole_bank(tmp_path, way):
     changes = [state for i, state in enumerate(found) if i == 0 or found[i - 1] != state]
     assert changes == [before, *(["aside"] if way == "two renames" else []), "new"]
     assert len(found) >= 20
+
+
+@pytest.mark.slow
+def test_build_fit_install_and_sign_survive_kills_full_disks_and_read_only_ones():
+    campaign = Path(__file__).parents[1] / "fuzz/kills.py"
+    command = [sys.executable, str(campaign), "--times", "15"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]

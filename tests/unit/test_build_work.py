@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import resource
+
 import numpy as np
 import pytest
 from onnx import helper
 
 import bapq_edge
 from bapq_edge.bank.reader import Bank
+from bapq_edge.errors import StorageError
 from bapq_tools import build_bank
+from bapq_tools.build_support.spill import Spill
 from bapq_tools.calibration import input_statistics
 from bapq_tools.quantize import sensitivity
 from support import onnx_models as models
@@ -123,3 +127,16 @@ def test_a_fast_build_takes_convolutions_with_groups_and_many_layers(tmp_path):
         (y,) = session.run(None, {"x": x})
     (wanted,) = models.run(model, {"x": x})
     assert np.linalg.norm(y - wanted) < 0.02 * np.linalg.norm(wanted)
+
+
+def test_arrays_that_the_disk_has_no_room_for_are_an_error_and_no_crash(tmp_path):
+    spill = Spill(tmp_path)
+    kept = spill.put(np.ones((1024, 512), np.float32))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(StorageError, match="File too large"):
+            spill.zeros((1024, 512))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert kept.sum() == 1024 * 512

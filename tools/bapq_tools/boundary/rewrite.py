@@ -21,8 +21,14 @@ from bapq_edge.bank.layout import TILE_ROWS
 from bapq_edge.bank.manifest import Manifest
 from bapq_edge.bank.npy import ROW_DTYPE
 from bapq_edge.bank.reader import Bank
+from bapq_edge.bank.signature import has_signature
 from bapq_edge.bank.writer import BankWriter
-from bapq_edge.errors import BankNotFoundError, BoundaryDroppedWarning, RequestError
+from bapq_edge.errors import (
+    BankNotFoundError,
+    BoundaryDroppedWarning,
+    RequestError,
+    SignatureDroppedWarning,
+)
 
 __all__ = ["Split", "output_rows", "rewrite"]
 
@@ -48,7 +54,8 @@ def rewrite(
     output rows, exactly those that the layer stores now (see `output_rows`). `chunk_rows` gives
     them another chunk size, a multiple of 16. The new bank has the boundary models and the split
     graph that are given: those of the old one depend on its rows and chunks, and are dropped with a
-    BoundaryDroppedWarning unless others of the same name take their place.
+    BoundaryDroppedWarning unless others of the same name take their place; so is a signature, with
+    a SignatureDroppedWarning.
 
     Raises:
         RequestError: a layer, an order or a chunk size that the bank cannot have.
@@ -140,6 +147,12 @@ def _say_dropped(path: Path, manifest: Manifest, given: set[str], split: Split |
     gone = [e.model.name for e in manifest.boundary if e.model.name not in given]
     what = [f"boundary model {name}" for name in gone]
     what += ["the split graph"] if manifest.split is not None and split is None else []
+    if has_signature(path):
+        warnings.warn(
+            f"{path}: its signature will not be in the rewritten bank: sign it again",
+            SignatureDroppedWarning,
+            stacklevel=3,
+        )
     if what:
         warnings.warn(
             f"{path}: {', '.join(what)} will not be in the rewritten bank: fit it again",

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import mmap
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+
+from bapq_edge.bank.staging import storage_errors
 
 _SMALLEST_BYTES = 1 << 20
 """Smaller arrays stay in memory."""
@@ -34,10 +37,14 @@ class Spill:
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype | type = np.float32) -> np.ndarray:
         """Return an array to be filled."""
-        if np.dtype(dtype).itemsize * int(np.prod(shape)) < _SMALLEST_BYTES:
+        size_bytes = np.dtype(dtype).itemsize * int(np.prod(shape))
+        if size_bytes < _SMALLEST_BYTES:
             return np.zeros(shape, dtype)
         path = self._folder / f"array_{next(self._numbers)}"
-        self._mapped.append(np.memmap(path, dtype, "w+", shape=shape))
+        with storage_errors(path), path.open("xb") as file:
+            # A write to a mapping that the disk has no room for would end the process.
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+        self._mapped.append(np.memmap(path, dtype, "r+", shape=shape))
         return np.asarray(self._mapped[-1])
 
     def release(self) -> None:

@@ -24,6 +24,9 @@ def add_report_command(commands: Any) -> None:
     report.add_argument(
         "--trace", type=Path, metavar="TRACE.json", help="trace of bapq profile, to be drawn"
     )
+    report.add_argument(
+        "--eval", type=Path, metavar="EVAL.json", help="result of bapq eval --json, to be drawn"
+    )
     report.set_defaults(command=_report)
 
 
@@ -35,11 +38,23 @@ def _report(arguments: argparse.Namespace) -> None:
     output: Path = arguments.output
     if output.suffix != ".html":
         raise RequestError(f"--output {output} must end in .html")
-    inputs = [arguments.trace] if arguments.trace else []
-    check_output(output, arguments.bank, *inputs)
+    check_output(output, arguments.bank, arguments.trace, arguments.eval)
     events = read_trace(arguments.trace) if arguments.trace else []
     bank = Bank.open(arguments.bank)
+    answers = [_answers(arguments.eval, bank)] if arguments.eval else []
     title = f"{bank.manifest.model.name}: {Path(bank.path).name}"
-    text = page(title, [*trace_sections(events), *bank_sections(bank)])
+    text = page(title, [*answers, *trace_sections(events), *bank_sections(bank)])
     put_text(text, output)
     print(f"{output}: {len(text) / 1e3:.0f} kB, open it in a browser")
+
+
+def _answers(path: Path, bank: Bank) -> str:
+    from ..evaluation.result_table import answers_section, read_result
+
+    found = read_result(path)
+    if found.digest != bank.manifest.digest:
+        raise RequestError(
+            f"{path} is of a bank with digest {found.digest:.16}..., {bank.path} has "
+            f"{bank.manifest.digest:.16}...: evaluate this bank"
+        )
+    return answers_section(found)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 from bapq_edge.commands.tables import markdown_table
+from bapq_edge.errors import RequestError
+from bapq_edge.input_files import input_file_errors
 from bapq_edge.units import counted
 
 from ..report.charts import line_chart
@@ -15,7 +18,7 @@ from .evaluate import Evaluation, Row
 from .intervals import Score
 from .metrics import BUILT_IN
 
-__all__ = ["FORMATS", "to_page"]
+__all__ = ["FORMATS", "answers_section", "read_result", "to_page"]
 
 
 def _markdown(found: Evaluation) -> str:
@@ -32,9 +35,31 @@ FORMATS = {"md": _markdown, "json": _json}
 
 def to_page(found: Evaluation) -> str:
     """A page with the table and, for each column, its scores over the bits per weight."""
+    return page(f"{found.bank}: answers", [answers_section(found)])
+
+
+def answers_section(found: Evaluation) -> str:
+    """The part of a page that has them."""
     charts = [_chart(found, column) for column in found.columns]
     cells = table(_heads(found), [_cells(row, found) for row in found.rows])
-    return page(f"{found.bank}: answers", [section("Answers", _explained(found), cells, *charts)])
+    return section("Answers", _explained(found), cells, *charts)
+
+
+def read_result(path: Path) -> Evaluation:
+    """What `bapq eval --json` wrote. Raises InputFileError or RequestError."""
+    with input_file_errors(path):
+        data = path.read_bytes()
+    try:
+        found = json.loads(data)
+        rows = [
+            Row(**{**row, "scores": {key: Score(**each) for key, each in row["scores"].items()}})
+            for row in found["rows"]
+        ]
+        result = Evaluation(**{**found, "rows": rows})
+        _markdown(result)  # every number is one
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RequestError(f"{path} is no result of bapq eval: write one with --json") from error
+    return result
 
 
 def _chart(found: Evaluation, column: str) -> str:

@@ -103,7 +103,7 @@ def _layers(bank: Bank) -> str:
 
 def _boundary(model: BoundaryModel) -> str:
     about = model.description
-    kind = "gate" if about.stage != "answer" else "escalation"
+    kind = "A gate" if about.stage != "answer" else "An escalation"
     points = [
         [f"{point.bits:.2f}", f"{point.agreement:.4f}", f"{point.agreement_bound:.4f}"]
         for point in model.points
@@ -112,7 +112,7 @@ def _boundary(model: BoundaryModel) -> str:
     bound = [(point.bits, point.agreement_bound) for point in model.points]
     return section(
         f"Boundary model {about.name}",
-        f"A {kind} at {about.tap}: {about.kind} of {counted(about.regions, 'region')}, held out "
+        f"{kind} at {about.tap}: {about.kind} of {counted(about.regions, 'region')}, held out "
         f"{counted(about.samples, 'sample')}; bounds at {about.confidence:.0%} confidence.",
         line_chart(
             [("measured", sorted(line)), ("or more", sorted(bound))],

@@ -9,7 +9,7 @@ from html import escape
 __all__ = ["line_chart"]
 
 _WIDTH, _HEIGHT = 640, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 18, 14, 46
 
 Points = Sequence[tuple[float, float]]
 
@@ -59,7 +59,7 @@ def line_chart(
         right = place(tick, some_y)[0]
         height = _HEIGHT - _BOTTOM
         parts.append(
-            f'<text x="{right:.1f}" y="{height + 16}" text-anchor="middle">{tick:g}</text>'
+            f'<text x="{right:.1f}" y="{height + 18}" text-anchor="middle">{tick:g}</text>'
         )
     parts.append(
         f'<text x="{(_WIDTH + _LEFT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">'
@@ -68,6 +68,11 @@ def line_chart(
     for number, (_, points) in enumerate(kept):
         corners = _corners([place(*point) for point in points], steps)
         parts.append(f'<polyline class="line s{number % 6}" points="{corners}"/>')
+        if len(points) == 1:  # which makes no line
+            right, down = place(*points[0])
+            parts.append(
+                f'<circle class="dot s{number % 6}" cx="{right:.1f}" cy="{down:.1f}" r="5"/>'
+            )
     for name, x, y in marked:
         if y > 0 or not logarithmic:
             right, down = place(x, y)

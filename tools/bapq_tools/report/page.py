@@ -19,22 +19,25 @@ font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.5rem;overflow-wrap:anywhere}h2{font-size:1.15rem;margin:2rem 0 .5rem}
 p{margin:.4rem 0}.soft,figcaption{color:var(--soft)}
 table{width:100%;border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
-td,th{padding:.2rem .35rem;border-bottom:1px solid var(--rule);text-align:right;
-overflow-wrap:anywhere}
-td:first-child,th:first-child{text-align:left}
+td,th{padding:.2rem .35rem;border-bottom:1px solid var(--rule);text-align:right}
+td{overflow-wrap:break-word}
+.wide{overflow-x:auto}td:first-child,th:first-child{text-align:left}
 figure{margin:1rem 0}svg{width:100%;height:auto}svg text{fill:var(--soft);font-size:12px}
+@media(max-width:40rem){svg text{font-size:18px}}
 .grid{stroke:var(--rule);fill:none}.line{fill:none;stroke:currentColor;stroke-width:2}
-.mark{fill:var(--ink)}.key{margin-left:.8rem}.key::before{content:"\\2501 "}
+.mark{fill:var(--ink)}.dot{fill:currentColor}.key{margin-left:.8rem}.key::before{content:"\\2501 "}
 .s0{color:var(--s0)}.s1{color:var(--s1)}.s2{color:var(--s2)}.s3{color:var(--s3)}
 .s4{color:var(--s4)}.s5{color:var(--s5)}
 """
 
 
-def page(title: str, sections: Sequence[str]) -> str:
-    """The whole document."""
+def page(title: str, sections: Sequence[str], *, refresh_s: int | None = None) -> str:
+    """The whole document; with `refresh_s` the browser loads it again after so many seconds."""
+    again = "" if refresh_s is None else f'<meta http-equiv="refresh" content="{refresh_s}">\n'
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
+        f"{again}"
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style></head>\n"
         f"<body><h1>{escape(title)}</h1>\n" + "\n".join(sections) + "\n</body></html>\n"
     )
@@ -51,4 +54,5 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     body = "".join(
         f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in cells)}</tr>" for cells in rows
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    drawn = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide">{drawn}</div>'  # which a phone scrolls, and not the page

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from bapq_edge.bank.boundary import Precision
 from bapq_edge.bank.reader import Bank
-from bapq_edge.errors import BoundaryDroppedWarning, RequestError
+from bapq_edge.errors import BoundaryDroppedWarning, RequestError, SignatureDroppedWarning
 
 from ..boundary.rewrite import output_rows, rewrite
 from ..boundary.runner import Feed, Runner
@@ -128,7 +128,8 @@ def prune_rows(
     with tempfile.TemporaryDirectory(prefix="bapq-rows-") as folder:
         path = Path(folder) / "trial.bank"
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", BoundaryDroppedWarning)  # it is only tried
+            for dropped in (BoundaryDroppedWarning, SignatureDroppedWarning):
+                warnings.simplefilter("ignore", dropped)  # it is only tried
             trial = Bank.open(rewrite(bank, path, row_order=orders, chunk_rows=sizes))
         candidates = [layer for layer in trial.manifest.layers if layer.name in found]
         with (

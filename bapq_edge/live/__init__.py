@@ -1,0 +1,1 @@
+"""A running session seen from outside: its status in numbers, and a socket that tells it."""

@@ -15,6 +15,7 @@ import gc
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -51,8 +52,12 @@ HANG_S = 120
 ROUND_S = 20.0
 """Time from one look at memory and handles to the next."""
 
-GROWTH_BYTES = 8 << 20
-"""Most that the memory of a process without sessions may differ by: the heap is never the same."""
+GROWTH_BYTES = 2 << 20
+"""Most that the memory of a process without sessions may grow by in the last quarter of an hour,
+by the medians: the heap is never the same, and takes a while to find its size."""
+
+SHORT_GROWTH_BYTES = 8 << 20
+"""In a run of few rounds."""
 
 POOL = 12
 """Samples that inputs are made of; the answers to each are known."""
@@ -233,14 +238,29 @@ def soak(seconds: float, seed: int, folder: Path) -> dict[str, Any]:
         print(
             f"{len(rounds)} rounds: {dict(play.counts)}, {rounds[-1]}", file=sys.stderr, flush=True
         )
-    first, rest = rounds[0], rounds[1:]
-    leaks = [
-        name
-        for name, most in (("rss_bytes", GROWTH_BYTES), ("handles", 0), ("threads", 0))
-        # What leaks, leaks in every round.
-        if rest and min(each[name] for each in rest[len(rest) // 2 :]) - first[name] > most
-    ]
-    return {"counts": dict(play.counts), "wrong": play.wrong, "leaks": leaks, "rounds": rounds}
+    return {
+        "counts": dict(play.counts),
+        "wrong": play.wrong,
+        "leaks": leaks_of(rounds),
+        "rounds": rounds,
+    }
+
+
+def leaks_of(rounds: list[dict[str, int]]) -> list[str]:
+    """What a process without sessions holds more of, round after round."""
+    quarter = max(1, len(rounds) // 4)
+    before, last = rounds[-2 * quarter : -quarter], rounds[-quarter:]
+
+    def grown(name: str) -> float:
+        middle = [statistics.median(each[name] for each in part) for part in (before, last)]
+        return middle[1] - middle[0]
+
+    most_bytes = GROWTH_BYTES if quarter >= 10 else SHORT_GROWTH_BYTES
+    leaks = ["rss_bytes"] if before and grown("rss_bytes") > most_bytes else []
+    for name in ("handles", "threads"):
+        if min(each[name] for each in last) > rounds[0][name]:
+            leaks.append(name)
+    return leaks
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """Fuzzes reader or session with damaged banks: `python tests/fuzz/fuzz.py reader --runs 1000`.
 
 `flips` turns over every bit of every file of a small bank, one by one. With atheris installed
-(`make fuzz`), `--coverage` lets it steer; its corpus is kept in tests/fuzz/corpus. A crash tells
-the bytes that led to it; a hang ends after a minute with the stack of every thread.
+(`make fuzz`), `--coverage` lets it steer: it begins with what tests/fuzz/corpus holds, and keeps
+what it finds, crashes too, in .cache/fuzz. A crash tells the bytes that led to it. A hang ends
+after a minute with the stack of every thread.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 MOST_BYTES = 96
 HANG_S = 60
 CORPUS = Path(__file__).with_name("corpus")
+FOUND = Path(__file__).resolve().parents[2] / ".cache/fuzz"
 
 
 def main() -> None:
@@ -92,11 +94,13 @@ def steer(arguments: argparse.Namespace, folder: Path) -> None:
                     if inspect.isfunction(member) and member.__module__ == name:
                         atheris.instrument_func(member)
     target = (mutants.Reader if arguments.target == "reader" else mutants.Runner)(folder)
-    corpus = CORPUS / arguments.target
-    corpus.mkdir(parents=True, exist_ok=True)
+    found = FOUND / arguments.target
+    found.mkdir(parents=True, exist_ok=True)
     command = [
         sys.argv[0],
-        str(corpus),
+        str(found),  # the first is written to, the second only read
+        str(CORPUS / arguments.target),
+        f"-artifact_prefix={found}-",
         f"-max_len={MOST_BYTES}",
         f"-timeout={HANG_S}",
         "-len_control=0",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -13,8 +14,8 @@ __all__ = ["open_settled"]
 
 T = TypeVar("T", bound=contextlib.AbstractContextManager[object])
 
-_ATTEMPTS = 20
-"""An update exchanges the banks in one step, or in two; who meets so many is refused."""
+_PATIENCE_S = 30.0
+"""An update exchanges the banks in one step, or in two; who meets them for so long is refused."""
 
 
 def open_settled(path: str | os.PathLike[str], make: Callable[[], T]) -> T:
@@ -23,24 +24,28 @@ def open_settled(path: str | os.PathLike[str], make: Callable[[], T]) -> T:
     `make` is called again where another directory stands at the path afterwards. Raises what it
     raises where the bank is still the same.
     """
-    for attempt in range(_ATTEMPTS):
+    end_s = time.monotonic() + _PATIENCE_S
+    while True:
         before = _identity(path)
+        last = time.monotonic() > end_s
         try:
             made = make()
         except (BankError, StorageError):
-            if attempt == _ATTEMPTS - 1 or _identity(path) == before:
+            if last or _identity(path) == before:
                 raise
             continue
-        if attempt == _ATTEMPTS - 1 or _identity(path) == before:
+        if last or _identity(path) == before:
             return made
         made.__exit__(None, None, None)
-    raise AssertionError("the last attempt returns or raises")
 
 
-def _identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
-    """What tells one directory at the path from another; None: there is none."""
+def _identity(path: str | os.PathLike[str]) -> tuple[int, int, int] | None:
+    """What tells one directory at the path from another; None: there is none.
+
+    A directory may get the number of one that was removed, but not its time.
+    """
     try:
         status = os.stat(path)
     except OSError:
         return None
-    return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_ctime_ns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -99,7 +100,8 @@ def test_peers_that_hang_talk_or_go_away_cost_the_session_nothing(bank):
             if number % 2:
                 peer.close()
             else:
-                peer.send(b'{"set_level": 1}' * 100)
+                with contextlib.suppress(BrokenPipeError):  # it was answered already
+                    peer.send(b'{"set_level": 1}' * 100)
         expected = run(session, X)
         assert read_status(path)["stats"]["level"] == 8
         np.testing.assert_array_equal(run(session, X), expected)

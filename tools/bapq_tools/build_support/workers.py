@@ -8,6 +8,7 @@ import functools
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -88,6 +89,8 @@ class Workers:
         if not self._has_processes:
             self._has_processes = True
             self._stack.callback(_end_processes)
+            # loky ends a worker that has grown, and starts another one: nothing is lost.
+            warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
         jobs = (joblib.delayed(_in_own_process)(function, *each) for each in arguments)
         parallel = joblib.Parallel(
             self.count, return_as="generator", temp_folder=self._folder, backend="loky"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import json
 import os
@@ -150,8 +151,13 @@ def test_an_image_of_no_size_is_not_guessed_and_external_weights_count(tmp_path)
 
 def test_an_interrupted_bench_says_one_line(place):
     command = [BAPQ, "bench", place / "digits.bank", "-r", "100000"]
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # nohup ignores it
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=heeding,
     ) as bench:
         while not _is_row_starting(bench.pid):
             time.sleep(0.01)

@@ -56,6 +56,7 @@
     ├── CalibrationWarning              calibration samples are too few, too alike, of one class
     ├── FrozenInputWarning              what a caller could override in the model is a constant now
     ├── DegradedWarning                 a run used a lower level than planned
+    ├── LateAnswerWarning               an answer in doubt stands for want of time
     ├── BudgetExceededWarning           a run needed more memory than the budget leaves
     ├── IgnoredSettingWarning           a setting of another library means nothing to a bank
     ├── EnergyWarning                   a power meter did not tell the energy of a window
@@ -390,6 +391,10 @@ class BoundaryWarning(BapqWarning):
 
 class DegradedWarning(BapqWarning):
     """A chunk could not be read at its level; the run used a lower one that was in memory."""
+
+
+class LateAnswerWarning(BapqWarning):
+    """An answer in doubt was not made again in time, so the one at fewer bits stands."""
 
 
 class BudgetExceededWarning(BapqWarning):

@@ -251,7 +251,8 @@ class Internals:
     def _open_runner(self, options: SessionOptions) -> PolicyRunner | None:
         if not options.steered:
             return None
-        from .adaptive.policies import open_policy  # only such a session pays for them
+        from .adaptive.batches import BatchTaker  # only such a session pays for them
+        from .adaptive.policies import open_policy
         from .adaptive.policy_runner import PolicyRunner
 
         policy = open_policy(
@@ -259,10 +260,15 @@ class Internals:
             options.policy,
             target_agreement=options.target_agreement,
             bits=options.bits,
-            latency_s=options.latency_s,
         )
         default = options.default_precision(self.bank.levels)
-        return PolicyRunner(policy, default, lambda *event: self.replanner.record(*event))
+        return PolicyRunner(
+            policy,
+            default,
+            lambda *event: self.replanner.record(*event),
+            batches=BatchTaker(self.bank.manifest.batched),
+            latency_s=options.latency_s,
+        )
 
     def _storage_bytes_s(self, options: SessionOptions) -> float | None:
         """What the board's profile states."""

@@ -22,6 +22,7 @@ __all__ = [
     "SessionOptions",
     "checked_bits",
     "checked_budget",
+    "checked_deadline",
     "checked_level",
     "checked_listener",
 ]
@@ -183,6 +184,23 @@ def checked_budget(budget: Any) -> int | Literal["auto"] | None:
     if isinstance(budget, str) and budget == "auto":
         return "auto"
     return _checked_size("memory_budget", budget)
+
+
+def checked_deadline(deadline_ms: Any, *, steered: bool) -> float | None:
+    """The deadline of a run in seconds; a run is steered where a policy may answer again.
+
+    Raises RequestError.
+    """
+    if deadline_ms is None:
+        return None
+    good = _is_number(deadline_ms) and deadline_ms > 0
+    _check(good, "deadline_ms", deadline_ms, "a number of milliseconds above 0, or None")
+    if not steered:
+        raise RequestError(
+            f"deadline_ms is {deadline_ms:g}, and the session has no policy, so no answer is made "
+            "again that could be given up: open it with policy='escalate', or leave it out"
+        )
+    return float(deadline_ms) / 1e3
 
 
 def checked_listener(on_switch: Any) -> Callable[[Event], None] | None:

@@ -9,7 +9,7 @@ split once more between head and body, and after the answer; what it returns is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -48,10 +48,21 @@ class Choice:
     region: int | None = None
     """Region of the input, for `stats()` and the drift detector."""
     late: bool = False
-    """Whether the answer stands for want of time; counted, and an event."""
+    """Whether the answer stands for want of time; counted, a LateAnswerWarning and an event."""
+    samples: Sequence[int] | None = None
+    """Samples of the batch, by position on the first axis, that are to be answered again; the
+    answers to the others stand. Where the bank does not know its samples to be apart, all are."""
+    regions: Sequence[int] | None = None
+    """Region of every sample of a batch, for `stats()` and the drift detector."""
 
     def __post_init__(self) -> None:
         """Refuse a level or a number of bits that is no Precision yet."""
+        for name in ("samples", "regions"):
+            value = getattr(self, name)
+            if not isinstance(value, Sequence | np.ndarray | None) or isinstance(value, str):
+                raise RequestError(
+                    f"{name} of a Choice is {value!r:.80}: give a list of numbers, or None"
+                )
         if not isinstance(self.precision, Precision):
             raise RequestError(
                 f"a Choice's precision is {self.precision!r}: give a Precision, such as "

@@ -33,6 +33,7 @@ from .options import (
     SessionOptions,
     checked_bits,
     checked_budget,
+    checked_deadline,
     checked_level,
     checked_listener,
 )
@@ -178,6 +179,8 @@ class Session(InferenceSessionMethods):
         output_names: Sequence[str] | None,
         input_feed: Mapping[str, Any],
         run_options: Any = None,
+        *,
+        deadline_ms: float | None = None,
     ) -> list[Any]:
         """Run the model; arguments and result as in `onnxruntime.InferenceSession.run`.
 
@@ -187,6 +190,8 @@ class Session(InferenceSessionMethods):
             input_feed: an array for every input, by name, in the shapes and types of `get_inputs`,
                 of either byte order.
             run_options: an `onnxruntime.RunOptions`, or None.
+            deadline_ms: time after which an answer that a policy has made again is given up: the
+                one before stands, with a LateAnswerWarning.
 
         Returns:
             One array per output, in the shapes and types of `get_outputs`.
@@ -194,7 +199,8 @@ class Session(InferenceSessionMethods):
         Raises:
             RunInputError: the feed or the output names do not fit the model, or an input is larger
                 than `max_shapes`.
-            RequestError: the run options are none, or the policy asks for what cannot be had.
+            RequestError: the run options or the deadline are none, or there is no policy that
+                answers again; or the policy asks for what cannot be had.
             ExecutionError: the graph fails.
             BankIntegrityError, BankTruncatedError, StorageError: weights cannot be read. A level
                 below that is in memory stands in, with a DegradedWarning and an event.
@@ -206,9 +212,10 @@ class Session(InferenceSessionMethods):
             check_feed(self._graphs.input_names, input_feed)
             names = checked_names(self._graphs.output_names, output_names)
             check_run_options(run_options)
+            deadline_s = checked_deadline(deadline_ms, steered=self._parts.runner is not None)
             check_shapes(self._most_shapes, input_feed)
             self._parts.replanner.make_room(input_feed, in_flight)
-            outputs = self._answer(input_feed, list(dict.fromkeys(names)), run_options)
+            outputs = self._answer(input_feed, list(dict.fromkeys(names)), run_options, deadline_s)
         return [outputs[name] for name in names]
 
     def submit(
@@ -230,7 +237,11 @@ class Session(InferenceSessionMethods):
             return self._queue.submit(self.run, list(names), dict(input_feed), run_options)
 
     def _answer(
-        self, feed: Mapping[str, Any], names: Sequence[str], run_options: Any
+        self,
+        feed: Mapping[str, Any],
+        names: Sequence[str],
+        run_options: Any,
+        deadline_s: float | None,
     ) -> dict[str, Any]:
         """Outputs by name: of one pass, or of those that the policy asks for."""
         if self._parts.runner is None:
@@ -241,10 +252,10 @@ class Session(InferenceSessionMethods):
                 self._totals.count(bits, degraded)
             return outputs
         run_part = partial(self._parts.passes.run, run_options=run_options)
-        answer = self._parts.runner.answer(run_part, feed, names)
+        answer = self._parts.runner.answer(run_part, feed, names, deadline_s)
         with self._lock:
             self._totals.count(answer.bits, answer.degraded)
-            self._totals.count_answer(answer.region, answer.escalated, answer.late)
+            self._totals.count_answer(answer.counts)
         self._parts.publisher.publish_main()
         return answer.outputs
 
@@ -340,6 +351,9 @@ class Session(InferenceSessionMethods):
                 switches=self._parts.log.count("switch"),
                 escalated=totals.escalated,
                 late=totals.late,
+                samples=totals.samples,
+                escalated_samples=totals.escalated_samples,
+                whole_batches=totals.whole_batches,
                 region=totals.region,
             )
 

@@ -13,11 +13,13 @@ import time
 import warnings
 from collections import Counter, deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .errors import BapqWarning, IgnoredSettingWarning, ResourceError
 from .units import format_size
 
 __all__ = [
+    "AnswerCounts",
     "Event",
     "EventLog",
     "RunTotals",
@@ -73,8 +75,32 @@ class SessionStats:
     """Number of runs that were answered again, at another precision."""
     late: int
     """Number of runs whose answer stands though in doubt, for want of time."""
+    samples: int
+    """Number of samples that a policy told regions of; a run without counts as one."""
+    escalated_samples: int
+    """Number of those that were answered again."""
+    whole_batches: int
+    """Number of runs that answered a batch again with the samples that were in no doubt, as the
+    bank does not know its samples to be apart."""
     region: int | None
     """Region of the last input, where a boundary model found one."""
+
+
+class AnswerCounts(NamedTuple):
+    """What a policy made of one run, as statistics count it."""
+
+    region: int | None
+    """Region of the input, of a batch the one most in doubt; None: the policy told none."""
+    escalated: bool
+    """Whether the input, or samples of it, were answered again."""
+    late: bool
+    """Whether it was not answered again for want of time."""
+    samples: int
+    """Samples of the input, as far as the policy told their regions; else 1."""
+    escalated_samples: int
+    """Samples that were answered again."""
+    whole_batch: bool
+    """Whether samples that were in no doubt were answered again with those that were."""
 
 
 @dataclass
@@ -89,6 +115,9 @@ class RunTotals:
     degraded: int = 0
     escalated: int = 0
     late: int = 0
+    samples: int = 0
+    escalated_samples: int = 0
+    whole_batches: int = 0
     region: int | None = None
 
     def count(self, bits: float, degraded: bool) -> None:
@@ -98,11 +127,14 @@ class RunTotals:
         self.last_bits = bits
         self.bits += bits
 
-    def count_answer(self, region: int | None, escalated: bool, late: bool) -> None:
+    def count_answer(self, answer: AnswerCounts) -> None:
         """Add what a policy made of a run."""
-        self.region = region
-        self.escalated += escalated
-        self.late += late
+        self.region = answer.region
+        self.escalated += answer.escalated
+        self.late += answer.late
+        self.samples += answer.samples
+        self.escalated_samples += answer.escalated_samples
+        self.whole_batches += answer.whole_batch
 
 
 @dataclass(frozen=True)

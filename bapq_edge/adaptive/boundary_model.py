@@ -5,6 +5,7 @@ The format, and what each array means, is in bank/boundary.py and docs/explanati
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,7 @@ def pooled(tap: NDArray[Any], pool: Sequence[int]) -> NDArray[np.float32]:
         sums = np.add.reduceat(values, edges[:-1], axis)
         lengths = np.diff(edges).astype(np.float32).reshape(shape)
         values = np.asarray(sums / lengths, np.float32)
-    return values.reshape(len(values), -1)
+    return values.reshape(len(values), math.prod(values.shape[1:]))
 
 
 def score_features(projected: NDArray[np.float32], scores: Scores) -> NDArray[np.float32]:
@@ -131,17 +132,22 @@ class BoundaryModel:
             found[i] = region[node]
         return found
 
-    def region_of(self, tap: NDArray[Any]) -> int:
-        """Region of a run's input: of several samples the one most in doubt decides.
-
-        What is no number is most in doubt.
-        """
+    def regions_of(self, tap: NDArray[Any]) -> NDArray[np.intp]:
+        """(n,): region of each sample of a run's input. What is no number is most in doubt."""
         with np.errstate(over="ignore", invalid="ignore"):
             features = self.features(tap)
-        if not np.isfinite(features).all():
-            return 0
-        found = self.regions(features)
-        return int(found.min()) if len(found) else len(self.region_shares) - 1
+        known = np.isfinite(features).all(1)
+        found = np.zeros(len(features), np.intp)
+        found[known] = self.regions(features[known])
+        return found
+
+    def region_of(self, tap: NDArray[Any]) -> int:
+        """Region of a run's input: of several samples the one most in doubt decides."""
+        return self.most_in_doubt(self.regions_of(tap))
+
+    def most_in_doubt(self, regions: NDArray[np.intp]) -> int:
+        """The region that decides for all; without a sample the one least in doubt."""
+        return int(regions.min()) if len(regions) else len(self.region_shares) - 1
 
     # ---- what a region is run at ----
 

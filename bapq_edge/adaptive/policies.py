@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from ..bank.boundary import Precision
 from ..bank.reader import Bank
 from ..errors import RequestError
@@ -39,18 +41,19 @@ class Gate:
         """At the tap the region's precision; before it, what the tap is computed at."""
         if context.stage != self.model.description.stage:
             return Choice(self.model.description.base) if context.stage == "start" else None
-        region = self.model.region_of(context.values[self.model.description.tap])
-        return Choice(self.point.precisions[region], region)
+        regions = self.model.regions_of(context.values[self.model.description.tap])
+        region = self.model.most_in_doubt(regions)
+        return Choice(self.point.precisions[region], region, regions=regions.tolist())
 
 
 class Escalate:
-    """Answers at a low precision, and again at a higher one where the answer is in doubt."""
+    """Answers at a low precision, and again at a higher one where the answer is in doubt.
 
-    def __init__(
-        self, model: BoundaryModel, point: OperatingPoint, latency_s: float | None = None
-    ) -> None:
-        """`latency_s`: an answer that would come later than this is not asked for."""
-        self.model, self.point, self._latency_s = model, point, latency_s
+    Of a batch the samples in doubt are asked for again, at the precision of the one most in doubt.
+    """
+
+    def __init__(self, model: BoundaryModel, point: OperatingPoint) -> None:
+        self.model, self.point = model, point
         self.expected_regions = _expected_regions(model)
         description = model.description
         self.reads = (description.tap,)
@@ -64,17 +67,15 @@ class Escalate:
             return Choice(description.base)
         if context.precision != description.base:
             return None
-        region = self.model.region_of(context.values[description.tap])
-        precision = self.point.precisions[region]
-        late = precision != description.base and self._is_late(context)
-        return Choice(description.base if late else precision, region, late=late)
-
-    def _is_late(self, context: PolicyContext) -> bool:
-        if self._latency_s is None:
-            return False
-        # Nothing is known of the first; what the base took is the least that it can take.
-        rerun_s = context.elapsed_s if context.rerun_s is None else context.rerun_s
-        return context.elapsed_s + rerun_s > self._latency_s
+        regions = self.model.regions_of(context.values[description.tap])
+        region = self.model.most_in_doubt(regions)
+        doubted = [self.point.precisions[each] != description.base for each in regions]
+        return Choice(
+            self.point.precisions[region],
+            region,
+            samples=np.flatnonzero(doubted).tolist(),
+            regions=regions.tolist(),
+        )
 
 
 def _expected_regions(model: BoundaryModel) -> ExpectedRegions:
@@ -87,7 +88,6 @@ def open_policy(
     *,
     target_agreement: float | None = None,
     bits: float | None = None,
-    latency_s: float | None = None,
 ) -> Policy:
     """The gate or escalate policy of a bank's boundary models, at its best operating point.
 
@@ -125,7 +125,7 @@ def open_policy(
     else:
         model, point = max(found, key=lambda each: (each[1].agreement, -each[1].bits))
     if model.description.stage == "answer":
-        return Escalate(model, point, latency_s)
+        return Escalate(model, point)
     return Gate(model, point)
 
 

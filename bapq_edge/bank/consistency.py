@@ -39,6 +39,11 @@ plane."""
 MAX_POINTS = 256
 """Most plans whose errors are stated."""
 
+MAX_BATCHED = 1024
+"""Most inputs, and outputs, that are told to hold samples."""
+
+_BATCHED = f"1 to {MAX_BATCHED} names, each once"
+
 MAX_TABLE_ROWS = 1 << 22
 """Most rows of a bank in layers that reorder or drop some: their tables stay under 17 MB each, and
 a small file cannot ask for a huge output."""
@@ -143,6 +148,7 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
     _check_files(manifest, check)
     _check_boundaries(manifest, check)
     _check_split(manifest, check)
+    _check_batched(manifest, check)
     _check_expected(manifest, check)
 
 
@@ -292,6 +298,17 @@ def _check_boundaries(manifest: Manifest, check: Check) -> None:
             dtype, shape = shapes[name]
             size = array_bytes(dtype, shape)
             check(file.bytes == size, f"{at}.arrays.{name}.bytes", file.bytes, size)
+
+
+def _check_batched(manifest: Manifest, check: Check) -> None:
+    if manifest.batched is None:
+        return
+    for key, names in (
+        ("inputs", manifest.batched.inputs),
+        ("outputs", manifest.batched.outputs),
+    ):
+        once = len(set(names)) == len(names)
+        check(once and 0 < len(names) <= MAX_BATCHED, f"batched.{key}", names, _BATCHED)
 
 
 def _check_split(manifest: Manifest, check: Check) -> None:

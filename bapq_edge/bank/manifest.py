@@ -33,6 +33,7 @@ __all__ = [
     "SENSITIVITY_FILE",
     "SIGNATURE_FILE",
     "UNFINISHED_SIGNATURE",
+    "Batched",
     "BoundaryEntry",
     "Calibration",
     "Expected",
@@ -183,6 +184,16 @@ class SplitGraph:
 
 
 @dataclass(frozen=True)
+class Batched:
+    """What a fit has seen of batches: their samples do not touch each other."""
+
+    inputs: tuple[Text, ...]
+    """Inputs whose first axis counts samples; the others are the same for all of them."""
+    outputs: tuple[Text, ...]
+    """Outputs whose first axis does."""
+
+
+@dataclass(frozen=True)
 class BoundaryEntry:
     """A boundary model and the files of its arrays."""
 
@@ -210,6 +221,8 @@ class Manifest:
     """tables/dropped_bias.npy, (dropped rows of all layers with a bias,) float32."""
     boundary: tuple[BoundaryEntry, ...] = ()
     split: SplitGraph | None = None
+    batched: Batched | None = None
+    """None: nobody knows whether the samples of a batch touch each other."""
     kept_in_float: tuple[KeptNode, ...] = ()
     calibration: Calibration | None = None
     expected: Expected | None = None

@@ -30,6 +30,7 @@ from .manifest import (
     SENSITIVITY_FILE,
     SIGNATURE_FILE,
     UNFINISHED_SIGNATURE,
+    Batched,
     BoundaryEntry,
     Calibration,
     Expected,
@@ -229,12 +230,15 @@ class BankWriter:
         boundary: Sequence[tuple[Boundary, BoundaryArrays]] = (),
         split: tuple[bytes, bytes, int] | None = None,
         expected: Expected | Callable[[Bank], Expected | None] | None = None,
+        *,
+        batched: Batched | None = None,
     ) -> Manifest:
         """Write graph, tables and manifest, then put the bank at its name in one step.
 
         `boundary` are models with their arrays; `split` the two halves of the graph and how many
         layers are the first half's. `expected` tells what plans lose, or is a function that runs
-        them on the finished bank, at its temporary place, and returns it.
+        them on the finished bank, at its temporary place, and returns it. `batched` is what
+        is known of batches.
 
         Raises BankFormatError when they do not fit together, StorageError.
         """
@@ -290,6 +294,7 @@ class BankWriter:
                 else SplitGraph(
                     self._write(HEAD_FILE, split[0]), self._write(BODY_FILE, split[1]), split[2]
                 ),
+                batched=batched,
             )
             if expected is not None and not isinstance(expected, Expected):
                 self._write(MANIFEST_FILE, manifest.to_json())

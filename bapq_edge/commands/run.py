@@ -47,6 +47,12 @@ def add_run(commands: Any) -> None:
         help="run N times, and tell the first, cold run from the others, and with a power meter "
         "the energy of these (default: 1)",
     )
+    run.add_argument(
+        "--deadline-ms",
+        type=float,
+        metavar="MS",
+        help="with a policy that answers again: give up a second answer at this time of a run",
+    )
     add_precision(run)
     add_session(run)
     add_energy(run)
@@ -78,7 +84,7 @@ def _run(arguments: argparse.Namespace) -> None:
         def run() -> None:
             nonlocal outputs
             started_s = time.perf_counter()
-            outputs = session.run(None, feed)
+            outputs = session.run(None, feed, deadline_ms=arguments.deadline_ms)
             times_ms.append((time.perf_counter() - started_s) * 1e3)
 
         run()
@@ -157,4 +163,6 @@ def _print_stats(stats: SessionStats) -> None:
         print(f"{runs} degraded: chunks that could not be read ran at a lower level")
     if stats.region is not None:
         again = ", answered again" if stats.escalated else ""
+        if stats.samples > stats.runs:
+            again = f", {stats.escalated_samples} of {counted(stats.samples, 'sample')} again"
         print(f"region {stats.region} of the boundary model{again}")

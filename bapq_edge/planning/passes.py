@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..bank.boundary import Precision
+from ..engine.cut_off import cut_off
 from ..engine.executor import execute
 from ..engine.feeds import check_max_shapes, element_count, has_open_axes, zeros, zeros_bytes
 from ..engine.graph import Graphs, Part
@@ -52,13 +53,17 @@ class Passes:
         feed: Mapping[str, Any],
         names: Sequence[str] | None,
         run_options: Any = None,
+        *,
+        until_s: float | None = None,
     ) -> tuple[dict[str, Any], float, bool]:
         """One pass; its outputs by name, all or those of `names`, the bits per weight that it
         read, and whether it is degraded: a lower level stood in for one that could not be read.
 
-        Raises what `execute` raises. A degraded pass is an event and a DegradedWarning.
+        Raises what `execute` raises, and TimeIsUpError where it is not done at `until_s` of
+        time.perf_counter(). A degraded pass is an event and a DegradedWarning.
         """
-        outputs, bits, report = self._pass(part, precision, feed, names, run_options)
+        with cut_off(run_options, until_s) as options:
+            outputs, bits, report = self._pass(part, precision, feed, names, options)
         if report is None:
             return outputs, bits, False
         if report.degraded_by is not None:

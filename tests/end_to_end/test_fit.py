@@ -19,6 +19,7 @@ from bapq_edge import Session, errors
 from bapq_edge.adaptive.boundary_model import BoundaryModel
 from bapq_edge.adaptive.policies import Escalate, Gate
 from bapq_edge.bank.boundary import Precision
+from bapq_edge.bank.manifest import Batched
 from bapq_edge.bank.reader import Bank
 from bapq_tools.boundary.agreement import Judge
 from bapq_tools.boundary.fit import fit_models
@@ -136,7 +137,11 @@ def test_escalation_saves_most_of_the_bits_and_keeps_the_agreement(place, tmp_pa
     with Session(tmp_path / "m.bank", policy="escalate", target_agreement=0.97) as session:
         session.run(None, {"pixels": IMAGES["mlp"][:1]})
         assert session.stats().bits_per_weight in (1.0, 9.0)
+    assert report.batched and Bank.open(tmp_path / "m.bank").manifest.batched == Batched(
+        ("pixels",), ("label", "probabilities")
+    )
     text = str(report)
+    assert "of a batch only its samples in doubt are answered again" in text
     assert "keeps 0.97" in text and "answer-1-8" in text and "static level 1: 1.00 bits" in text
 
 

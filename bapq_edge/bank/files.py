@@ -74,7 +74,7 @@ def exists(path: str | os.PathLike[str], *, follow_symlinks: bool = True) -> boo
     """
     try:
         os.stat(path, follow_symlinks=follow_symlinks)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # no name has a NUL
         return False
     except OSError as error:
         raise _unreadable(os.fspath(path), error) from error

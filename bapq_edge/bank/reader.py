@@ -24,6 +24,7 @@ from ..errors import (
     MissingPlaneWarning,
     RequestError,
 )
+from ..input_files import is_path
 from .boundary import Boundary, BoundaryArrays
 from .codes import LayerCodes, join_rows, unpack_chunk
 from .consistency import parse_manifest
@@ -116,7 +117,7 @@ class Bank:
         MissingPlaneWarning when plane files are absent, with InterruptedUpdateWarning when the old
         bank is opened where a cut-off update has left it.
         """
-        if not isinstance(path, str | os.PathLike):
+        if not is_path(path):
             raise RequestError(f"the bank is {path!r:.80}: give its path")
         path = Path(path)
         if not exists(path):

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from ..errors import BankSignatureError, InputFileError, KeyFileError, MissingExtraError
+from ..errors import BankSignatureError, KeyFileError, MissingExtraError
+from ..input_files import input_file_errors
 from .files import blake2b, exists, file_size, inside, read_at
 from .manifest import MANIFEST_FILE, SIGNATURE_FILE
 from .reader import Bank
@@ -82,13 +83,9 @@ def load_key(key: str | os.PathLike[str]) -> TrustedKey:
     if isinstance(key, str) and not os.path.exists(key) and _is_line(key):
         return _parsed_key(key, "trusted_key")
     path = os.fspath(key)
-    try:
-        with open(path, "rb") as file:
-            lines = key_lines(file.read(MAX_SIGNATURE_BYTES + 1), path, "a public key of minisign")
-    except OSError as error:
-        raise InputFileError(
-            f"{path}: the public key cannot be read: {error.strerror or error}"
-        ) from error
+    with input_file_errors(path), open(path, "rb") as file:
+        data = file.read(MAX_SIGNATURE_BYTES + 1)
+    lines = key_lines(data, path, "a public key of minisign")
     return _parsed_key(lines[-1] if 1 <= len(lines) <= 2 else "", path)
 
 

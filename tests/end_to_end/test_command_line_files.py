@@ -199,3 +199,11 @@ def test_files_that_hold_no_plain_arrays_are_refused_in_a_line(made, refused):
         refused(errors.CalibrationError, *build)
     np.savez("objects.npz", x=np.array([{}], object))
     refused(errors.RunInputError, "run", made / "one.bank", "--input", "objects.npz")
+
+
+def test_a_pipe_is_refused_where_arrays_are_read_in_any_order(made, bapq, refused, tmp_path):
+    os.mkfifo(tmp_path / "pipe.npz")  # nobody writes: to open it would wait for ever
+    message = refused(
+        errors.InputFileError, "run", made / "one.bank", "--input", tmp_path / "pipe.npz"
+    )
+    assert "is a pipe or a device" in message and "write it to a file first" in message

@@ -202,6 +202,9 @@ MISTAKES = [
     ({"policy": Choice}, RequestError, "policy is the class Choice: give an object of it"),
     ({"on_switch": 5}, RequestError, "on_switch is 5: give a function of one argument"),
     ({"profile": 5}, ProfileError, "profile is 5: give a board's name"),
+    ({"profile": "a\0"}, ProfileError, "profile is 'a.x00': give a board's name"),
+    ({"trusted_key": "a\0"}, RequestError, "trusted_key is 'a.x00': give a public key's file"),
+    ({"bank": "a\0"}, RequestError, "bank is 'a.x00': give the bank's directory"),
     ({"direct_io": "no"}, RequestError, "direct_io is 'no': give True or False"),
     ({"memory_budget": True}, SizeError, "memory_budget: True is not a size"),
     ({"memory_budget": "Auto"}, SizeError, "memory_budget: 'Auto' is not a size"),
@@ -214,7 +217,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("settings", "kind", "message"), MISTAKES)
 def test_a_setting_that_is_none_is_refused_before_anything_is_opened(settings, kind, message):
     with pytest.raises(kind, match=message) as error:
-        Session("no/such.bank", **settings)
+        Session(**{"bank": "no/such.bank", **settings})
     assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
 

@@ -33,12 +33,12 @@ from bapq_edge.bank.staging import lock_directory, storage_errors, sync_director
 from bapq_edge.bank.verify import verify
 from bapq_edge.errors import (
     BankIntegrityError,
-    InputFileError,
     KeyFileError,
     OutOfMemoryError,
     RequestError,
     StorageError,
 )
+from bapq_edge.input_files import input_file_errors
 
 __all__ = ["SecretKey", "is_under_password", "load_secret_key", "make_key", "sign"]
 
@@ -144,13 +144,8 @@ def load_secret_key(path: str | os.PathLike[str], password: str | None = None) -
 
 
 def _read_secret(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_SIGNATURE_BYTES + 1)
-    except OSError as error:
-        raise InputFileError(
-            f"{path}: the secret key cannot be read: {error.strerror or error}"
-        ) from error
+    with input_file_errors(path), path.open("rb") as file:
+        text = file.read(MAX_SIGNATURE_BYTES + 1)
     lines = key_lines(text, str(path), "a secret key of minisign")
     try:
         data = base64.b64decode(lines[-1], validate=True) if len(lines) == 2 else b""

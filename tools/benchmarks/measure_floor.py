@@ -37,14 +37,14 @@ def smallest(bank_path: str) -> int:
     """The smallest budget that errors name: that of opening, or that of runs on these inputs."""
     found = []
     try:
-        Session(bank_path, memory_budget="64KiB", level=8, threads=1)
+        Session(bank_path, memory_budget="1MiB", level=8, threads=1)
     except BudgetTooSmallError as error:
         found.append(_named(error))
     with Session(bank_path, memory_budget="1GiB", level=8, threads=1) as session:
         for _ in range(RUNS):
             session.run(None, _feed(session.get_inputs()))
         try:
-            session.set_memory_budget("64KiB")
+            session.set_memory_budget("1MiB")
         except BudgetTooSmallError as error:
             found.append(_named(error))
     return max(found)

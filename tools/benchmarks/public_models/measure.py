@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -136,7 +137,8 @@ def _costs(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
 def plan_rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
     """Every plan beside the best level of no more bits, and whether it is worse beyond doubt.
 
-    A plan is worse where that level's mean lies above the plan's interval of 95 %.
+    `lost` is what the level answers better, `lost_low` the lower bound of it at 95 %, out of the
+    intervals of both (Newcombe, 1998, method 10): a plan is worse where that is above zero.
     """
     scores = figures["scores"]
     rows = []
@@ -147,16 +149,26 @@ def plan_rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
             for name, score in scores.items()
             if name.startswith("level ") and score["bits"] <= plan["bits"] + 1e-6
         }
-        best = max(levels, key=lambda name: levels[name]["mean"])
-        high = plan["mean"] if plan["high"] is None else plan["high"]
+        name = max(levels, key=lambda each: levels[each]["mean"])
+        level = levels[name]
+        lost = level["mean"] - plan["mean"]
+        doubt = math.hypot(_half(level, "low"), _half(plan, "high"))
         rows.append(
             {
                 "model": figures["model"],
                 "asked": bits,
-                **{f"plan_{key}": value for key, value in plan.items()},
-                "level": best,
-                "level_mean": levels[best]["mean"],
-                "worse": levels[best]["mean"] > high + 1e-9,
+                "used": plan["bits"],
+                "plan": plan["mean"],
+                "level": name,
+                "level_mean": level["mean"],
+                "lost": lost,
+                "lost_low": lost - doubt,
+                "worse": lost - doubt > 1e-9,
             }
         )
     return rows
+
+
+def _half(score: dict[str, Any], end: str) -> float:
+    """Distance of the mean from an end of its interval; of one sample, none is known."""
+    return math.inf if score[end] is None else abs(score["mean"] - score[end])

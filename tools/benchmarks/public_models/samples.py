@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.zoo.lines import render
 from benchmarks.zoo.sentences import load_sentences
 from benchmarks.zoo.voice import RATE_HZ, frames, room, voice
 
@@ -141,8 +142,6 @@ def melodies(count: int, name: str) -> list[Feed]:
 
 def text_lines(count: int, height: int, width: int, *, turned: bool = False) -> list[Feed]:
     """Lines of text, every other one upside down where they are to be turned."""
-    from experiments.render_lines import render
-
     found = []
     for n, line in enumerate(render(count, seed=4)):
         image = Image.fromarray(np.uint8((line.transpose(1, 2, 0) * 0.5 + 0.5) * 255))

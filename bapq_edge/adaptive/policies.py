@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..bank.boundary import Precision
+from ..bank.boundary import Precision, StaticPoint
 from ..bank.reader import Bank
 from ..errors import RequestError
 from ..policy import Choice, Policy, PolicyContext
@@ -91,9 +91,10 @@ def open_policy(
 ) -> Policy:
     """The gate or escalate policy of a bank's boundary models, at its best operating point.
 
-    `policy` is "gate" or "escalate", or None: whichever meets the target with fewer bits. An object
-    is the caller's own policy, and is returned as it is. Raises RequestError where the bank has no
-    such model, or none that can keep the target.
+    `policy` is "gate" or "escalate", or None: whatever meets the target with the fewest bits, a
+    precision for all inputs that a fit has measured included. An object is the caller's own policy,
+    and is returned as it is. Raises RequestError where the bank has no such model, or none that can
+    keep the target.
     """
     if not isinstance(policy, str | None):
         return policy
@@ -107,7 +108,10 @@ def open_policy(
         for entry in bank.manifest.boundary
         if entry.model.stage in stages[policy]
     ]
-    if not models:
+    static = None
+    if policy is None and target_agreement is not None:
+        static = _static_point(bank, target_agreement)
+    if not models and static is None:
         wanted = "boundary model" if policy is None else f"boundary model to {policy} with"
         raise RequestError(f"{bank.path} has no {wanted}: make one with 'bapq fit'")
     found, refusals = [], []
@@ -116,10 +120,12 @@ def open_policy(
             found.append((model, model.point(target_agreement, bits)))
         except RequestError as error:
             refusals.append((model, error))
-    if not found:
+    if not found and static is None:
         # The model that comes nearest says what can be had.
         _, refusal = min(refusals, key=lambda each: _distance(each[0], bits is None))
         raise refusal
+    if static is not None and all(static.bits <= point.bits for _, point in found):
+        return Static(static.precision)
     if bits is None:
         model, point = min(found, key=lambda each: each[1].bits)
     else:
@@ -127,6 +133,12 @@ def open_policy(
     if model.description.stage == "answer":
         return Escalate(model, point)
     return Gate(model, point)
+
+
+def _static_point(bank: Bank, target_agreement: float) -> StaticPoint | None:
+    """The precision of fewest bits that was measured to keep the target for all inputs."""
+    points = [point for point in bank.manifest.static if point.agreement_bound >= target_agreement]
+    return min(points, key=lambda point: point.bits, default=None)
 
 
 def _distance(model: BoundaryModel, by_agreement: bool) -> float:

@@ -29,6 +29,7 @@ __all__ = [
     "BoundaryArrays",
     "Precision",
     "Stage",
+    "StaticPoint",
     "array_file",
 ]
 
@@ -70,6 +71,19 @@ class Precision:
         """The precision as a message names it."""
         precision = f"level {self.level}" if self.bits is None else f"{self.bits:g} bits"
         return precision if self.region is None else f"{precision}, rows of region {self.region}"
+
+
+@dataclass(frozen=True)
+class StaticPoint:
+    """One precision for all inputs, as a fit has measured it on samples that it held out."""
+
+    precision: Precision
+    bits: Annotated[float, number(1, 32)]
+    """Weight bits read per weight and run."""
+    agreement: Annotated[float, number(-1, 1)]
+    """Mean agreement with the float model."""
+    agreement_bound: Annotated[float, number(-1, 1)]
+    """Lower bound of the agreement, at the fit's confidence."""
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,7 @@ def _check_consistency(manifest: Manifest, where: str) -> None:
     _check_boundaries(manifest, check)
     _check_split(manifest, check)
     _check_batched(manifest, check)
+    _check_static(manifest, check)
     _check_expected(manifest, check)
 
 
@@ -298,6 +299,16 @@ def _check_boundaries(manifest: Manifest, check: Check) -> None:
             dtype, shape = shapes[name]
             size = array_bytes(dtype, shape)
             check(file.bytes == size, f"{at}.arrays.{name}.bytes", file.bytes, size)
+
+
+def _check_static(manifest: Manifest, check: Check) -> None:
+    static, levels = manifest.static or (), manifest.levels
+    check(len(static) <= MAX_POINTS, "static", f"{len(static)} points", f"at most {MAX_POINTS}")
+    for i, point in enumerate(static):
+        at, precision = f"static[{i}].precision", point.precision
+        one = (precision.level is None) != (precision.bits is None)
+        check(one and precision.region is None, at, precision, "a level or bits, and no region")
+        check(precision.level in (None, *levels), at, precision, f"of the levels {list(levels)}")
 
 
 def _check_batched(manifest: Manifest, check: Check) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .boundary import Boundary
+from .boundary import Boundary, StaticPoint
 from .fields import BankDigest, Digest, File, Fraction, Measure, Name, Share, Size, Text
 from .files import blake2b
 from .layer import Layer
@@ -220,6 +220,9 @@ class Manifest:
     dropped_bias: FileEntry | None = None
     """tables/dropped_bias.npy, (dropped rows of all layers with a bias,) float32."""
     boundary: tuple[BoundaryEntry, ...] = ()
+    static: tuple[StaticPoint, ...] | None = None
+    """Precisions for all inputs, by falling bits, each tried because the one before was enough;
+    None: no fit was asked for a target."""
     split: SplitGraph | None = None
     batched: Batched | None = None
     """None: nobody knows whether the samples of a batch touch each other."""

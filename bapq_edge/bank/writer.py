@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BankFormatError
-from .boundary import Boundary, BoundaryArrays, array_file
+from .boundary import Boundary, BoundaryArrays, StaticPoint, array_file
 from .codes import LayerCodes, pack_chunk
 from .fields import printable, safe_name
 from .files import digest_of, raw_digest_of
@@ -232,13 +232,14 @@ class BankWriter:
         expected: Expected | Callable[[Bank], Expected | None] | None = None,
         *,
         batched: Batched | None = None,
+        static: Sequence[StaticPoint] | None = None,
     ) -> Manifest:
         """Write graph, tables and manifest, then put the bank at its name in one step.
 
         `boundary` are models with their arrays; `split` the two halves of the graph and how many
         layers are the first half's. `expected` tells what plans lose, or is a function that runs
-        them on the finished bank, at its temporary place, and returns it. `batched` is what
-        is known of batches.
+        them on the finished bank, at its temporary place, and returns it. `batched` and
+        `static` are as in `Manifest`.
 
         Raises BankFormatError when they do not fit together, StorageError.
         """
@@ -295,6 +296,7 @@ class BankWriter:
                     self._write(HEAD_FILE, split[0]), self._write(BODY_FILE, split[1]), split[2]
                 ),
                 batched=batched,
+                static=None if static is None else tuple(static),
             )
             if expected is not None and not isinstance(expected, Expected):
                 self._write(MANIFEST_FILE, manifest.to_json())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from ..adaptive.boundary_model import BoundaryModel
+from ..bank.boundary import StaticPoint
 from ..bank.coverage import Coverage
 from ..bank.layer import Layer
 from ..bank.layout import Level
@@ -67,6 +69,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
         print(f"{layer.name:{width}}  {operators:14}  {shape:>15}  {layer.chunk_count:6}{values}")
     if levels:
         print("\nerror: relative, of the layer's output; codes: c compensated, n nearest")
+    if manifest.static:
+        _show_static(manifest.static)
     for entry in manifest.boundary:
         _show_boundary(BoundaryModel.of(bank, entry.model))
     if manifest.kept_in_float:
@@ -94,6 +98,14 @@ def _show_expected(expected: Expected, plot: bool) -> None:
         print(line)
     if plot:
         print("bars: logarithm of the error; a level drops below the mixtures where it does better")
+
+
+def _show_static(points: Sequence[StaticPoint]) -> None:
+    print("\nplans for all inputs, as a fit has measured them:")
+    print("    bits  agreement  bound   plan")
+    for point in sorted(points, key=lambda point: point.bits):
+        figures = f"{point.bits:8.2f}  {point.agreement:9.4f}  {point.agreement_bound:.4f}"
+        print(f"{figures}  {point.precision}")
 
 
 def _show_boundary(model: BoundaryModel) -> None:

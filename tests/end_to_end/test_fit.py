@@ -329,3 +329,29 @@ def test_the_command_fits_reports_and_refuses(place, tmp_path):
     assert done.returncode == errors.TargetNotMetError.exit_code
     assert done.stderr.startswith("bapq: agreement 0.9999 is not shown")
     assert done.stderr.count("\n") == 1
+
+
+def test_models_that_a_plan_for_all_inputs_makes_needless_are_left_out(place, tmp_path):
+    # At 0.9 level 2 answers all images well enough, in fewer bits than an escalation from it.
+    options = {"kind": "cnn", "escalate": ["2:8"], "target_agreement": 0.9}
+    report = fit(place, tmp_path / "m.bank", **options)
+    assert "answer-2-8" in report.left_out
+    manifest = Bank.open(tmp_path / "m.bank").manifest
+    assert [each.model.name for each in manifest.boundary] == [
+        each.name for each in report.models if each.name not in report.left_out
+    ]
+    best = min(manifest.static, key=lambda point: point.bits)
+    kept = [point for point in manifest.static if point.agreement_bound >= 0.9]
+    assert kept and len(manifest.static) - len(kept) <= 1  # it stops at the first that is too low
+    bounds = [point.agreement_bound for point in manifest.static]
+    assert bounds == sorted(bounds, reverse=True) and best.bits <= 2
+    assert "answer-2-8 left out: " in str(report).replace("gate, ", "")
+    with Session(tmp_path / "m.bank", target_agreement=0.9, threads=1) as session:
+        session.run(None, {"image": IMAGES["cnn"][:1]})
+        chosen = min(kept, key=lambda point: point.bits)
+        assert session.stats().bits_per_weight == pytest.approx(chosen.bits, rel=1e-3)
+        assert session.stats().region is None
+    kept_all = fit(place, tmp_path / "all.bank", **options, keep_all=True)
+    assert kept_all.left_out == []
+    names = [each.model.name for each in Bank.open(tmp_path / "all.bank").manifest.boundary]
+    assert "answer-2-8" in names

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from numpy.typing import ArrayLike
 
-from bapq_edge.bank.boundary import Boundary, BoundaryArrays
+from bapq_edge.bank.boundary import Boundary, BoundaryArrays, StaticPoint
 from bapq_edge.bank.manifest import Batched
 from bapq_edge.bank.writer import check_bank_target
 from bapq_edge.errors import (
@@ -31,7 +31,7 @@ from .batches import find_batched
 from .fitted_model import FittedModel
 from .model_fitter import ModelFitter
 from .precisions import default_pairs, parse_pair
-from .report import FitReport
+from .report import FitReport, ModelReport, StaticReport
 from .rewrite import Split, rewrite
 from .study import Study
 
@@ -46,6 +46,8 @@ class Fit:
     split: Split | None
     batched: Batched | None
     """What is known of batches, where a model escalates."""
+    static: list[StaticPoint]
+    """Plans for all inputs, where a target is asked for."""
     report: FitReport
 
 
@@ -63,6 +65,7 @@ def fit(
     groups: ArrayLike | None = None,
     confidence: float = 0.9,
     seed: int = 0,
+    keep_all: bool = False,
     progress: bool = True,
 ) -> FitReport:
     """Fit boundary models to a bank, and write it again with them in place of any others.
@@ -74,7 +77,8 @@ def fit(
             that the bank was not built with.
         model: the float model that answers are to agree with; None is level 32 of the bank.
         target_agreement: 0 to 1; the fit fails unless held-out samples show that some boundary
-            model keeps it.
+            model, or a plan for all inputs, keeps it. Models that need no fewer bits than such a
+            plan are left out.
         tap: tensors to try for the gate, in place of those that are found.
         agreement: argmax, cosine or tolerance:X; None: as the outputs look
             (docs/how-to/adaptive.md).
@@ -86,6 +90,7 @@ def fit(
             on both sides of a split.
         confidence: of every bound.
         seed: of the splits.
+        keep_all: leave no model out.
         progress: show it on stderr.
 
     Raises:
@@ -119,12 +124,20 @@ def fit(
             escalate=escalate,
             confidence=confidence,
             seed=seed,
+            keep_all=keep_all,
         )
     target = os.fspath(bank if out is None else out)
     with Progress(progress).stage("write"), warnings.catch_warnings():
         # Models of an earlier fit are to be replaced.
         warnings.simplefilter("ignore", BoundaryDroppedWarning)
-        rewrite(bank, target, boundary=found.models, split=found.split, batched=found.batched)
+        rewrite(
+            bank,
+            target,
+            boundary=found.models,
+            split=found.split,
+            batched=found.batched,
+            static=found.static,
+        )
     return replace(found.report, bank=target)
 
 
@@ -137,6 +150,7 @@ def fit_models(
     escalate: Sequence[str] = (),
     confidence: float = 0.9,
     seed: int = 0,
+    keep_all: bool = False,
 ) -> Fit:
     """Fit to the samples of these numbers (None: to all of them); writes nothing.
 
@@ -159,8 +173,15 @@ def fit_models(
     if not found:
         raise NoTapError("no boundary model can be fitted, for the reasons in the warnings above")
     reports = [each.report(target_agreement) for each in found]
-    if target_agreement is not None and all(each.chosen is None for each in reports):
-        raise TargetNotMetError(_refusal(target_agreement, fitter, found))
+    target = 0.0 if target_agreement is None else target_agreement
+    static = fitter.static_points(target) if target else []
+    enough = [point.bits for point in static if point.agreement_bound >= target]
+    if target and not enough and all(each.chosen is None for each in reports):
+        raise TargetNotMetError(_refusal(target, fitter, found))
+    left_out = [
+        each.name for each in reports if enough and not keep_all and _is_needless(each, min(enough))
+    ]
+    found = [each for each in found if each.model.name not in left_out]
     escalates = any(each.model.stage == "answer" for each in found)
     batched = find_batched(study) if escalates else None
     report = FitReport(
@@ -172,12 +193,27 @@ def fit_models(
         confidence=confidence,
         target_agreement=target_agreement,
         batched=batched is not None,
-        static=fitter.static(),
+        static=_all_static(fitter.static(), static),
         models=reports,
+        left_out=left_out,
     )
-    cut = None if gate is None else gate.cut
+    cut = next((each.cut for each in found if each.cut is not None), None)
     split = None if cut is None else (*study.halves(cut), cut.head_layers)
-    return Fit([(each.model, each.arrays) for each in found], split, batched, report)
+    return Fit([(each.model, each.arrays) for each in found], split, batched, static, report)
+
+
+def _is_needless(model: ModelReport, static_bits: float) -> bool:
+    """Whether a plan for all inputs keeps the target with no more bits than the model."""
+    return model.chosen is None or model.points[model.chosen].bits >= static_bits
+
+
+def _all_static(found: list[StaticReport], points: list[StaticPoint]) -> list[StaticReport]:
+    """What was measured for all inputs; of one precision the bound that holds for a choice."""
+    reports = {each.precision: each for each in found}
+    for point in points:
+        name = str(point.precision)
+        reports[name] = StaticReport(name, point.bits, point.agreement, point.agreement_bound)
+    return list(reports.values())
 
 
 def _check_request(target_agreement: object, confidence: object, seed: object) -> None:

@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bapq_edge.adaptive.boundary_model import BoundaryModel
-from bapq_edge.bank.boundary import Boundary, BoundaryArrays, Precision, Stage
+from bapq_edge.bank.boundary import (
+    Boundary,
+    BoundaryArrays,
+    Precision,
+    Stage,
+    StaticPoint,
+)
 from bapq_edge.errors import (
     BoundaryWarning,
     NoTapError,
@@ -41,6 +47,9 @@ __all__ = ["ModelFitter"]
 
 _LEAST_GROUPS = 8
 """Least number on both sides of the split: folds of one group would say nothing of others."""
+
+_STATIC_BITS = (32.0, 8.0, 6.0, 5.0, 4.5, 4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0)
+"""Plans for all inputs that are tried, in this order."""
 
 _MOST_CUTS = 3
 """Most cuts that are tried: each is run over all samples, at two precisions."""
@@ -92,6 +101,28 @@ class ModelFitter:
                 self._precisions, self._bits.tolist(), self.held.losses.T, strict=True
             )
         ]
+
+    def static_points(self, target: float) -> list[StaticPoint]:
+        """Plans for all inputs, from the highest level down to the first that misses the target.
+
+        A bound is the least of its own and those of all plans before: whoever takes the last that
+        keeps the target has tested them in a fixed order and stopped at the first failure.
+        """
+        study, tried, bound = self._study, set(), 1.0
+        points: list[StaticPoint] = []
+        levels = study.bank.levels[1 if study.bank.levels[0] == 32 else 0 :] or (32,)
+        for bits in (bits for bits in _STATIC_BITS if min(levels) <= bits <= max(levels)):
+            precision = Precision(int(bits)) if bits in levels else Precision(bits=bits)  # type: ignore[arg-type]
+            used = study.runner.bits(precision)
+            if used in tried:
+                continue
+            tried.add(used)
+            held = self._held(study.losses(precision)[:, None])
+            bound = min(bound, 1 - held.upper(held.losses[:, 0]))
+            points.append(StaticPoint(precision, used, 1 - float(held.losses.mean()), bound))
+            if bound < target:
+                break
+        return points
 
     def answer(self, base: Precision, goal: Precision) -> FittedModel:
         """Fit a model that tells from the answer at `base` whether `goal` must answer again.

@@ -77,6 +77,13 @@ class FitReport:
     answered again alone; false, too, where no model escalates."""
     static: list[StaticReport]
     models: list[ModelReport]
+    """All that were fitted; those of `left_out` are not in the bank."""
+    left_out: list[str]
+    """Names of models that a static plan makes needless: it keeps the target with no more bits."""
+
+    @property
+    def _target(self) -> float:
+        return 1.0 if self.target_agreement is None else self.target_agreement
 
     def __str__(self) -> str:
         """List what people want to know: one line per precision and operating point."""
@@ -102,7 +109,19 @@ class FitReport:
                 )
                 kept = f", keeps {self.target_agreement:g}" if i == model.chosen else ""
                 lines.append(f"  {_figures(point)}; {shares}{kept}")
-        if any(model.stage == "answer" for model in self.models):
+        if self.left_out:
+            plan = min(
+                (each for each in self.static if each.agreement_bound >= self._target),
+                key=lambda each: each.bits,
+            )
+            lines.append(
+                f"{', '.join(self.left_out)} left out: {plan.precision} for all inputs keeps "
+                f"{self.target_agreement:g} with no more bits, {plan.bits:.2f}; --keep-all keeps "
+                "what was fitted"
+            )
+        if any(
+            model.stage == "answer" and model.name not in self.left_out for model in self.models
+        ):
             again = "only its samples in doubt are" if self.batched else "all of it is"
             lines.append(f"of a batch {again} answered again")
         return "\n".join(lines)

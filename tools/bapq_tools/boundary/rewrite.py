@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from bapq_edge.bank.boundary import Boundary, BoundaryArrays
+from bapq_edge.bank.boundary import Boundary, BoundaryArrays, StaticPoint
 from bapq_edge.bank.layer import Layer
 from bapq_edge.bank.layout import TILE_ROWS
 from bapq_edge.bank.manifest import Batched, Manifest
@@ -48,6 +48,7 @@ def rewrite(
     boundary: Sequence[tuple[Boundary, BoundaryArrays]] = (),
     split: Split | None = None,
     batched: Batched | None = None,
+    static: Sequence[StaticPoint] | None = None,
 ) -> Path:
     """Write a bank again and return its path; `out` may be the bank itself.
 
@@ -56,7 +57,8 @@ def rewrite(
     them another chunk size, a multiple of 16. The new bank has the boundary models and the split
     graph that are given: those of the old one depend on its rows and chunks, and are dropped with a
     BoundaryDroppedWarning unless others of the same name take their place; so is a signature, with
-    a SignatureDroppedWarning. `batched` is what is known of batches; None: what the bank knows.
+    a SignatureDroppedWarning. `batched` and `static` are what is known of batches and of
+    plans for all inputs; None: what the bank knows.
 
     Raises:
         RequestError: a layer, an order or a chunk size that the bank cannot have.
@@ -100,6 +102,7 @@ def rewrite(
             split,
             manifest.expected,
             batched=manifest.batched if batched is None else batched,
+            static=manifest.static if static is None else static,
         )
     return Path(out)
 

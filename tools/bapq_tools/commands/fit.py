@@ -76,6 +76,11 @@ def add_fit_command(commands: Any) -> None:
         "--seed", type=int, default=0, metavar="N", help="seed of the splits (default: 0)"
     )
     fit.add_argument(
+        "--keep-all",
+        action="store_true",
+        help="keep models that a plan for all inputs makes needless at the target",
+    )
+    fit.add_argument(
         "-o",
         "--output",
         type=Path,
@@ -106,6 +111,7 @@ def run_fit(arguments: argparse.Namespace) -> None:
         out=out,
         confidence=arguments.confidence,
         seed=arguments.seed,
+        keep_all=arguments.keep_all,
         progress=not arguments.quiet,
     )
     if arguments.json:

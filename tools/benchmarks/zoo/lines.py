@@ -1,4 +1,4 @@
-"""Lines of text as images, for models that read: dark on light, in fonts that come with matplotlib."""
+"""Lines of text as images, for models that read; their fonts come with matplotlib."""
 
 from __future__ import annotations
 

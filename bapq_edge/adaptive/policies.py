@@ -137,7 +137,9 @@ def open_policy(
 
 def _static_point(bank: Bank, target_agreement: float) -> StaticPoint | None:
     """The precision of fewest bits that was measured to keep the target for all inputs."""
-    points = [point for point in bank.manifest.static if point.agreement_bound >= target_agreement]
+    points = [
+        point for point in bank.manifest.static or () if point.agreement_bound >= target_agreement
+    ]
     return min(points, key=lambda point: point.bits, default=None)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from onnx import helper, numpy_helper, parser
 
@@ -12,6 +14,7 @@ from bapq_edge import Session
 from bapq_edge.bank.boundary import Precision
 from bapq_edge.bank.codes import dequantize
 from bapq_edge.bank.reader import Bank
+from bapq_edge.cli import main
 from bapq_edge.errors import BoundaryWarning, RequestError
 from bapq_tools import build_bank
 from bapq_tools.boundary.rewrite import output_rows, rewrite
@@ -206,3 +209,26 @@ def test_a_gate_of_rows_is_for_classifiers(model, bank, inputs):
         pytest.raises(RequestError, match="a gate of rows is for classifiers"),
     ):
         fit_row_gate(study, np.arange(100), 8, tolerance=0.05)
+
+
+def test_the_command_fits_a_gate_of_rows(bank, model, inputs, tmp_path, capsys):
+    onnx.save(model, tmp_path / "m.onnx")
+    np.savez(tmp_path / "x.npz", x=inputs)
+    command = ["fit", str(bank), "--calibration", str(tmp_path / "x.npz"), "--quiet", "--json"]
+    command += ["--model", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "rows.bank")]
+    assert main([*command, "--skip-rows", "8", "--tolerance", "0.05"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["bits"] < report["bits_whole"] and report["agreement"] > 0.9
+    assert 0.1 < max(report["skipped"].values()) < 1
+    with Session(tmp_path / "rows.bank", policy="gate", threads=1) as session:
+        session.run(None, {"x": inputs[-1:]})
+        assert session.stats().bits_per_weight < report["bits_whole"]
+    for more, told in (
+        (("--skip-rows", "8", "--tolerance", "1e-6"), "no region can spare rows at a tolerance of"),
+        (("--skip-rows", "4"), "level 4 is not in the bank, it has 8, 2"),
+        (("--skip-rows", "8", "--tolerance", "2"), "tolerance is 2, must be above 0 and below 1"),
+        (("--tolerance", "0.1"), "--tolerance is for --skip-rows"),
+        (("--skip-rows", "8", "--escalate", "2:8"), "--escalate is for precisions"),
+    ):
+        assert main([*command, *more]) != 0
+        assert told in capsys.readouterr().err

@@ -11,6 +11,7 @@ from typing import Any
 
 from bapq_edge.commands.options import add_json
 from bapq_edge.commands.paths import check_outside
+from bapq_edge.errors import RequestError
 
 from ..build_support.extras import host_packages
 
@@ -65,6 +66,19 @@ def add_fit_command(commands: Any) -> None:
         help="precisions to go from and to, such as 2:8, or 4.6b:8 from a plan of 4.6 bits "
         "(default: every level to the highest)",
     )
+    rows = fit.add_argument_group("rows that a region can do without, in place of precisions")
+    rows.add_argument(
+        "--skip-rows",
+        type=int,
+        metavar="LEVEL",
+        help="fit a gate that skips rows at this level; for classifiers",
+    )
+    rows.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="T",
+        help="share of its answers that a region may lose by it (default: 0.01)",
+    )
     fit.add_argument(
         "--confidence",
         type=float,
@@ -97,8 +111,27 @@ def run_fit(arguments: argparse.Namespace) -> None:
     bank, out = arguments.bank, arguments.output
     if out is not None and os.path.realpath(out) != os.path.realpath(bank):
         check_outside(bank, out)
+    _check_rows(arguments)
     with host_packages("fitting a boundary model"):
         from ..boundary.fit import fit
+        from ..row_skipping.fit_rows import fit_rows
+    if arguments.skip_rows is not None:
+        _print(
+            arguments,
+            fit_rows(
+                bank,
+                arguments.calibration,
+                arguments.model,
+                level=arguments.skip_rows,
+                tolerance=0.01 if arguments.tolerance is None else arguments.tolerance,
+                judge=arguments.judge,
+                out=out,
+                confidence=arguments.confidence,
+                seed=arguments.seed,
+                progress=not arguments.quiet,
+            ),
+        )
+        return
     report = fit(
         bank,
         arguments.calibration,
@@ -114,6 +147,22 @@ def run_fit(arguments: argparse.Namespace) -> None:
         keep_all=arguments.keep_all,
         progress=not arguments.quiet,
     )
+    _print(arguments, report)
+
+
+def _check_rows(arguments: argparse.Namespace) -> None:
+    """Refuse options that mean nothing beside each other."""
+    if arguments.skip_rows is None:
+        if arguments.tolerance is not None:
+            raise RequestError("--tolerance is for --skip-rows: name its level, or leave it out")
+        return
+    for name in ("target_agreement", "tap", "agreement", "escalate", "keep_all"):
+        if getattr(arguments, name):
+            option = "--" + name.replace("_", "-")
+            raise RequestError(f"{option} is for precisions, not for --skip-rows: leave one out")
+
+
+def _print(arguments: argparse.Namespace, report: Any) -> None:
     if arguments.json:
         print(json.dumps(dataclasses.asdict(report)))
     elif not arguments.quiet:

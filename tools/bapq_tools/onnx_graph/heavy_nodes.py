@@ -12,9 +12,9 @@ from onnx import TensorProto
 
 from bapq_edge.errors import ModelError, UnsupportedModelError
 
-from . import graphs
+from . import graphs, recurrent_node
 from .ir import AutoPad, ConvGeometry, Operator
-from .recurrent_node import GATES, read_recurrent
+from .recurrent_node import GATES
 
 MIN_WEIGHTS = 1024
 """A layer with fewer saves less than its chunk table, scales and operator call cost."""
@@ -125,8 +125,8 @@ def _refuse_others(node: onnx.NodeProto, scope: graphs.Scope) -> Refusal | None:
         return Refusal(weights, f"operator of domain {node.domain}")
     if node.op_type in _READERS and TensorProto.DOUBLE in [t.data_type for t in constants]:
         return Refusal(weights, "its weights are float64")
-    if node.op_type in GATES and isinstance(reason := read_recurrent(node, scope), str):
-        return Refusal(weights, reason)
+    if node.op_type in GATES:
+        return Refusal(weights, recurrent_node.refusal(node, scope))
     return Refusal(weights, _REASONS.get(node.op_type, f"no chunk operator for {node.op_type}"))
 
 

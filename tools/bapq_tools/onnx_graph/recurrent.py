@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from . import graphs
 from .node_rewriter import NodeRewriter
-from .recurrent_cells import Cell, Place, State
+from .recurrent_cells import Cell, Place, Size, State
 from .recurrent_node import GATES, Recurrent, read_recurrent
 
 Nodes = list[onnx.NodeProto]
@@ -36,11 +36,15 @@ class Recurrents(NodeRewriter):
         facts = read_recurrent(node, scope)
         if isinstance(facts, str) or (_input(node, _LENGTHS) and self.opset < 11):
             return None
-        layer = _Layer(self, node, facts)
         x = node.input[0]
-        if self._is_single_step(x, scope):
-            x = self.without_axis(layer.nodes, x, 0)
-            layer.write_step(x)
+        single = self._is_single_step(x, scope)
+        if not single and not facts.worth_a_loop:
+            return None
+        shape = self.shapes.get(x)
+        batch = shape[1] if shape else None
+        layer = _Layer(self, node, facts, batch or self.name("bapq_batch"))
+        if single:
+            layer.write_step(self.without_axis(layer.nodes, x, 0))
         else:
             layer.write_scan(x)
         return layer.nodes
@@ -71,7 +75,7 @@ class Recurrents(NodeRewriter):
             return self.apply(nodes, kind, [source], axes=[axis])
         return self.apply(nodes, kind, [source, self.integers([axis], f"{source}_axis")])
 
-    def declare(self, name: str, *shape: int | None) -> None:
+    def declare(self, name: str, *shape: Size) -> None:
         """Say in the graph what shape a tensor has, where inference may not find it."""
         self.graph.value_info.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
 
@@ -87,6 +91,8 @@ class _Layer:
     write: Recurrents
     node: onnx.NodeProto
     facts: Recurrent
+    batch: int | str
+    """Its size, or a name for it."""
     nodes: Nodes = field(default_factory=list)
 
     def write_step(self, x: str) -> None:
@@ -108,7 +114,7 @@ class _Layer:
         active = self._active(rank=3)
         projected = self._projected(x, rank=3)
         wants_answers = bool(self.node.output[0])
-        body = _Body(self.write)
+        body = _Body(self.write, self.batch)
         cells = self._cells(body)
         body.write(cells, bool(active), wants_answers)
         scanned = [*projected, *[active for _ in self.facts.reverse if active]]
@@ -140,7 +146,7 @@ class _Layer:
 
     def _cells(self, place: Place) -> list[Cell]:
         return [
-            Cell(self.write, place, self.facts, number, f"{self._title}_state{ending}")
+            Cell(self.write, place, self.facts, number, self.batch, f"{self._title}_state{ending}")
             for number, ending in enumerate(("", "_reverse")[: len(self.facts.reverse)])
         ]
 
@@ -152,7 +158,7 @@ class _Layer:
         bias = write.constant(_input_bias(facts).ravel(), f"{self._title}_input_bias")
         product, total = self._name("input_product"), self._name("input_sum")
         for name in (product, total):
-            write.declare(name, *[None] * (rank - 1), matrix.shape[1])
+            write.declare(name, *[None] * (rank - 2), self.batch, matrix.shape[1])
         self.nodes.append(
             helper.make_node("MatMul", [x, weight], [product], f"{self._title}_input")
         )
@@ -183,9 +189,9 @@ class _Layer:
 
     def _zeros(self) -> str:
         write, x = self.write, self.node.input[0]
-        shape, hidden = write.shapes.get(x), self.facts.hidden
-        if shape and isinstance(shape[1], int):
-            zeros = np.zeros((shape[1], hidden), np.float32)
+        hidden = self.facts.hidden
+        if isinstance(self.batch, int):
+            zeros = np.zeros((self.batch, hidden), np.float32)
             return write.constant(zeros, f"{self._title}_zeros")
         sizes = write.apply(self.nodes, "Shape", [x])
         batch = write.apply(self.nodes, "Gather", [sizes, write.integers([1], f"{x}_batch")])
@@ -226,22 +232,23 @@ def _input_bias(facts: Recurrent) -> np.ndarray:
     of_input, of_state = facts.bias[:, 0], facts.bias[:, 1].copy()
     if facts.kind == "GRU" and facts.linear_before_reset:
         of_state[:, 2 * facts.hidden :] = 0
-    return of_input + of_state
+    return np.asarray(of_input + of_state)
 
 
 def _split(
     write: NodeRewriter, source: str, parts: Sequence[str], axis: int = -1
 ) -> onnx.NodeProto:
     """Cut a tensor into equal parts."""
-    outputs = {"num_outputs": len(parts)} if write.opset >= 18 else {}
+    outputs: dict[str, Any] = {"num_outputs": len(parts)} if write.opset >= 18 else {}
     return helper.make_node("Split", [source], parts, axis=axis, **outputs)
 
 
 class _Body:
     """The body of a Scan: one step of each direction."""
 
-    def __init__(self, write: NodeRewriter) -> None:
+    def __init__(self, write: NodeRewriter, batch: int | str) -> None:
         self._write = write
+        self._batch = batch
         self._nodes: Nodes = []
         self._constants: list[onnx.TensorProto] = []
         self._known: list[onnx.ValueInfoProto] = []
@@ -254,7 +261,7 @@ class _Body:
         self._constants.append(numpy_helper.from_array(np.asarray(values, order="C"), name))
         return name
 
-    def declare(self, name: str, *shape: int | None) -> None:
+    def declare(self, name: str, *shape: Size) -> None:
         """Say in the body what shape a tensor has."""
         self._known.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
 
@@ -288,9 +295,9 @@ class _Body:
 
     def _input(self, title: str, size: int, kind: int = TensorProto.FLOAT) -> str:
         name = self._write.name(f"{title}_given")
-        self._inputs.append(helper.make_tensor_value_info(name, kind, [None, size]))
+        self._inputs.append(helper.make_tensor_value_info(name, kind, [self._batch, size]))
         return name
 
     def _output(self, name: str, size: int) -> None:
-        info = helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, size])
+        info = helper.make_tensor_value_info(name, TensorProto.FLOAT, [self._batch, size])
         self._outputs.append(info)

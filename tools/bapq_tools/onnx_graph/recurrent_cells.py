@@ -15,6 +15,9 @@ from .recurrent_node import Recurrent
 
 Nodes = list[onnx.NodeProto]
 
+Size = int | str | None
+"""Of an axis; of an open one its name, None without one."""
+
 
 class Place(Protocol):
     """The graph or body that a step is written into."""
@@ -22,7 +25,7 @@ class Place(Protocol):
     def constant(self, values: Any, wanted: str) -> str:
         """Add an initializer; returns its name."""
 
-    def declare(self, name: str, *shape: int | None) -> None:
+    def declare(self, name: str, *shape: Size) -> None:
         """Say what shape a tensor has."""
 
 
@@ -48,6 +51,8 @@ class Cell:
     place: Place
     facts: Recurrent
     direction: int
+    batch: int | str
+    """Its size, or a name for it: by it a sum with the product is known to be of one shape."""
     title: str
     """Of the product with the state, by which its layer is named."""
 
@@ -95,10 +100,8 @@ class Cell:
         return State(self._apply(nodes, "Add", candidate, part))
 
     def _candidate_bias(self) -> np.ndarray:
-        bias = np.zeros_like(self.facts.bias[self.direction, 1])
-        size = 2 * self.facts.hidden
-        bias[size:] = self.facts.bias[self.direction, 1, size:]
-        return bias
+        own, size = self.facts.bias[self.direction, 1], 2 * self.facts.hidden
+        return np.concatenate([np.zeros(size, np.float32), own[size:]])
 
     def _lstm(self, nodes: Nodes, x: str, state: State) -> State:
         """Gates in the order input, output, forget; then the candidate."""
@@ -155,7 +158,7 @@ class Cell:
 
     def _declared(self, wanted: str, size: int) -> str:
         name = self.write.name(wanted)
-        self.place.declare(name, None, size)
+        self.place.declare(name, self.batch, size)
         return name
 
     def _activated(self, nodes: Nodes, which: int, source: str) -> str:
@@ -171,7 +174,7 @@ class Cell:
         return output
 
     def _split(self, nodes: Nodes, source: str, sizes: Sequence[int]) -> list[str]:
-        parts = [self.write.name(f"{self.title}_part") for _ in sizes]
+        parts = [self._declared(f"{self.title}_part", size) for size in sizes]
         if self.write.opset < 13:
             nodes.append(helper.make_node("Split", [source], parts, axis=-1, split=[*sizes]))
         else:

@@ -15,8 +15,11 @@ Kind = Literal["LSTM", "GRU", "RNN"]
 
 GATES: dict[Kind, int] = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
-MIN_RECURRENT_WEIGHTS = 4096
-"""Of one direction. With fewer, a step of ONNX Runtime's node is over before a loop has begun one."""
+MIN_STEP_WEIGHTS = 4096
+"""Of the state, in one direction: with fewer, a node of one step is not worth ten others."""
+
+MIN_LOOP_WEIGHTS = 49152
+"""The same of more steps. With fewer, the node's step is over long before that of a loop."""
 
 _ACTIVATIONS: dict[Kind, tuple[str, ...]] = {
     "LSTM": ("Sigmoid", "Tanh", "Tanh"),
@@ -57,6 +60,11 @@ class Recurrent:
     linear_before_reset: bool
     """Whether the GRU's reset gate comes behind the product with the state."""
 
+    @property
+    def worth_a_loop(self) -> bool:
+        """Whether a loop over steps is about as fast as the node, or faster."""
+        return bool(self.recurrence[0].size >= MIN_LOOP_WEIGHTS)
+
 
 def read_recurrent(node: onnx.NodeProto, scope: graphs.Scope) -> Recurrent | str:
     """Read a recurrent node, or tell why it stays as it is."""
@@ -77,8 +85,8 @@ def read_recurrent(node: onnx.NodeProto, scope: graphs.Scope) -> Recurrent | str
     activations = _activations(node, kind, len(reverse))
     if activations is None:
         return "recurrent operator with activations that have parameters"
-    if recurrence[0].size < MIN_RECURRENT_WEIGHTS:
-        return f"recurrent operator of fewer than {MIN_RECURRENT_WEIGHTS} weights for its state"
+    if recurrence[0].size < MIN_STEP_WEIGHTS:
+        return f"recurrent operator of fewer than {MIN_STEP_WEIGHTS} weights for its state"
     bias = arrays.get("bias", np.zeros((len(reverse), 2 * gates * hidden), np.float32))
     peepholes = arrays.get("peepholes")
     return Recurrent(
@@ -94,6 +102,16 @@ def read_recurrent(node: onnx.NodeProto, scope: graphs.Scope) -> Recurrent | str
         bool(graphs.attribute(node, "input_forget", 0)),
         bool(graphs.attribute(node, "linear_before_reset", 0)),
     )
+
+
+def refusal(node: onnx.NodeProto, scope: graphs.Scope) -> str:
+    """Why a recurrent node has stayed as it is."""
+    found = read_recurrent(node, scope)
+    if isinstance(found, str):
+        return found
+    if not found.worth_a_loop:
+        return f"recurrent operator of fewer than {MIN_LOOP_WEIGHTS} weights for its state"
+    return "recurrent operator with sequence lengths before opset 11"
 
 
 _CONSTANTS = {"weight": 1, "recurrence": 2, "bias": 3, "peepholes": 7}

@@ -94,6 +94,8 @@ class _Layer:
     batch: int | str
     """Its size, or a name for it."""
     nodes: Nodes = field(default_factory=list)
+    has_steps: str = ""
+    """Which of the batch have any, (batch, 1); empty where all have all."""
 
     def write_step(self, x: str) -> None:
         """The nodes of a single step; `x` is (batch, inputs)."""
@@ -201,15 +203,15 @@ class _Layer:
 
     def _active(self, rank: int) -> str:
         """Which of the batch still have steps, (steps, batch, 1) or of one step (batch, 1)."""
-        write, lengths = self.write, _input(self.node, _LENGTHS)
+        write, lengths, nodes = self.write, _input(self.node, _LENGTHS), self.nodes
         if not lengths:
             return ""
-        nodes = self.nodes
         wide = write.apply(nodes, "Cast", [lengths], to=TensorProto.INT64)
         column = write.with_axis(nodes, wide, 1)
         zero = write.integers(0, "first_step")
+        self.has_steps = write.apply(nodes, "Less", [zero, column])
         if rank == 2:
-            return write.apply(nodes, "Less", [zero, column])
+            return self.has_steps
         sizes = write.apply(nodes, "Shape", [self.node.input[0]])
         steps = write.apply(nodes, "Gather", [sizes, zero])
         numbers = write.apply(nodes, "Range", [zero, steps, write.integers(1, "next_step")])
@@ -217,14 +219,26 @@ class _Layer:
             numbers = write.with_axis(nodes, numbers, 1)
         return write.apply(nodes, "Less", [numbers, column])
 
+    def _last(self, name: str) -> str:
+        """A last state: of a sequence without a step it is zero, as ONNX Runtime has it."""
+        if not self.has_steps:
+            return name
+        zero = self.write.constant(np.float32(0), f"{self._title}_nothing")
+        return self.write.apply(self.nodes, "Where", [self.has_steps, name, zero])
+
     def _give(self, ends: Sequence[State], answers: Sequence[str]) -> None:
         """Write the node's outputs: all answers (steps, directions, batch, hidden), last states."""
         found = [answers, [end.hidden for end in ends], [end.cell for end in ends]]
         for output, names, axis in zip(self.node.output, found, (1, 0, 0), strict=False):
             if not output:
                 continue
+            if names is not answers:
+                names = [self._last(name) for name in names]
             parts = [self.write.with_axis(self.nodes, name, axis) for name in names]
-            self.nodes.append(helper.make_node("Concat", parts, [output], axis=axis))
+            if len(parts) == 1:
+                self.nodes[-1].output[0] = output
+            else:
+                self.nodes.append(helper.make_node("Concat", parts, [output], axis=axis))
 
 
 def _input_bias(facts: Recurrent) -> np.ndarray:

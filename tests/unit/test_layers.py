@@ -102,7 +102,7 @@ def test_all_tensors_of_a_recurrent_node_count() -> None:
     lstm = node("LSTM", ["x", *shapes], ["y"], hidden_size=64)
     count, reason = kept_reason(lstm, **{name: weights(*shape) for name, shape in shapes.items()})
     assert count == 256 * 32 + 256 * 64 + 512
-    assert reason == "recurrent operator of fewer than 49152 weights for its state"
+    assert reason == "recurrent operator of fewer than 65536 weights for its state"
 
 
 def test_kept_by_another_domain() -> None:

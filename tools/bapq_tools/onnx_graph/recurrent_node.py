@@ -18,7 +18,7 @@ GATES: dict[Kind, int] = {"LSTM": 4, "GRU": 3, "RNN": 1}
 MIN_STEP_WEIGHTS = 4096
 """Of the state, in one direction: with fewer, a node of one step is not worth ten others."""
 
-MIN_LOOP_WEIGHTS = 49152
+MIN_LOOP_WEIGHTS = 65536
 """The same of more steps. With fewer, the node's step is over long before that of a loop."""
 
 _ACTIVATIONS: dict[Kind, tuple[str, ...]] = {

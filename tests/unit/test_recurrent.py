@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 import bapq_edge
 from bapq_edge.bank.reader import Bank
+from bapq_edge.planning.planner import Request, chunk_costs, plan, smallest_limit
 from bapq_tools import build_bank
 from bapq_tools.onnx_graph import recurrent_node
 from bapq_tools.onnx_graph.fold import fold
@@ -308,3 +309,37 @@ def test_a_loop_must_be_worth_it(monkeypatch) -> None:
     assert "LSTM" not in models.operators(fold(stepped))
     monkeypatch.setattr(recurrent_node, "MIN_STEP_WEIGHTS", 4 * HIDDEN * HIDDEN + 1)
     assert "LSTM" in models.operators(fold(stepped))
+
+
+@pytest.mark.filterwarnings("ignore::bapq_edge.errors.UncalibratedWarning")
+def test_a_budget_keeps_what_every_step_reads(tmp_path) -> None:
+    """All other layers are streamed before that of the state is."""
+    hidden, steps = 128, 20
+    constants = {"w": weights(1, 4 * hidden, 512) / 20, "r": weights(1, 4 * hidden, hidden) / 20}
+    constants |= {"v": weights(hidden, 16384) / 20, "u": weights(16384, 64) / 20}
+    source = models.model(
+        [
+            node("LSTM", ["x", "w", "r"], ["", "last"], "layer", hidden_size=hidden),
+            node("MatMul", ["last", "v"], ["wide"], "wide"),
+            node("MatMul", ["wide", "u"], ["y"], "narrow"),
+        ],
+        {"x": (FLOAT, [steps, 1, 512])},
+        {"y": (FLOAT, None)},
+        constants,
+    )
+    bank, feeds = tmp_path / "m.bank", {"x": weights(steps, 1, 512)}
+    build_bank(source, bank, levels=[8], workers=1, progress=False)
+    layers = {layer.name: layer for layer in Bank.open(bank).manifest.layers}
+    assert [name for name, layer in layers.items() if layer.looped] == ["layer_state"]
+    costs = chunk_costs(Bank.open(bank))
+    total, state = int(costs.level_bytes.sum()), layers["layer_state"].chunk_range
+    with bapq_edge.Session(bank, level=8) as session:
+        wanted = session.run(None, feeds)
+    for limit in range(smallest_limit(costs, Request(level=8)), total, total // 8):
+        found = plan(costs, Request(level=8, weight_bytes_limit=limit))
+        room = limit - found.ring_bytes
+        assert found.pinned[state].all() == (costs.level_bytes[state].sum() <= room)
+    with bapq_edge.Session(bank, level=8, memory_budget=4 << 20) as session:
+        for _ in range(2):
+            np.testing.assert_array_equal(session.run(None, feeds)[0], wanted[0])
+        assert session.stats().streamed_bytes > 0

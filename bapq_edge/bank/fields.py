@@ -27,6 +27,7 @@ __all__ = [
     "Size",
     "Steps",
     "Text",
+    "Yes",
     "integer",
     "number",
     "printable",
@@ -57,6 +58,7 @@ _FILE = re.compile(r"(boundary|graph|planes|tables)/(?!\.{1,2}\Z)[A-Za-z0-9._-]{
 _HEX = re.compile("[0-9a-f]{32}")
 _LONG_HEX = re.compile("[0-9a-f]{64}")
 
+Yes = Annotated[bool, Rule("true, or absent", bool)]
 Text = Annotated[str, Rule("at most 1024 characters without control characters", _TEXT.fullmatch)]
 Name = Annotated[
     str,

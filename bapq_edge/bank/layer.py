@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .fields import ChunkRows, Columns, Fraction, Name, Rows, ScaleColumns, Size, Steps
+from .fields import ChunkRows, Columns, Fraction, Name, Rows, ScaleColumns, Size, Steps, Yes
 from .layout import LEVELS, Level, Plane, TileGeometry, planes_for
 from .strict_json import Place, decode, encode
 
@@ -42,6 +42,8 @@ class Layer:
     method: dict[Level, Method]
     """How the codes of most rows were chosen, for the levels below 32: as the nearest to each
     weight, or such that they make up for each other's errors."""
+    looped: Yes | None = None
+    """Whether a Loop or Scan runs it, so that a run asks for it again and again."""
     relative_error: dict[Level, Fraction]
     """||(w - w_level) x|| / ||w x|| on the calibration data (uncalibrated: x = 1s), for the levels
     that the layer has: those of the bank, or some of them."""

@@ -41,6 +41,8 @@ class ChunkCosts:
     """Whether the sensitivities are a guess: the bank was built without calibration data."""
     expected: Expected | None = None
     """What the build has measured of plans."""
+    looped: NDArray[np.bool_] | None = None
+    """(chunks,): asked for again and again in a run, in a loop; None: none is."""
 
     def error_of(self, columns: NDArray[np.intp]) -> float:
         """Squared relative error of the outputs, as predicted; columns (chunks,).
@@ -99,12 +101,14 @@ def chunk_costs(bank: Bank) -> ChunkCosts:
     chunk_count = manifest.chunk_count
     weights = np.empty(chunk_count, np.int64)
     row_read = np.empty(chunk_count, np.bool_)
+    looped = np.zeros(chunk_count, np.bool_)
     runs_at = np.empty((chunk_count, len(bank.levels)), np.uint8)
     for layer in manifest.layers:
         chunks = layer.chunk_range
         weights[chunks] = layer.chunk_rows * layer.columns
         last_rows = layer.chunk_slice(chunks.stop - 1)
         weights[chunks.stop - 1] = (last_rows.stop - last_rows.start) * layer.columns
+        looped[chunks] = bool(layer.looped)
         row_read[chunks] = layer.operators == ("Gather",)
         runs_at[chunks] = [bank.level_of(layer, level) for level in bank.levels]
     level_bytes = np.zeros((chunk_count, len(bank.levels)), np.int64)
@@ -123,6 +127,7 @@ def chunk_costs(bank: Bank) -> ChunkCosts:
         row_read,
         runs_at,
         np.array([layer.chunk_count for layer in manifest.layers]),
+        looped=looped if looped.any() else None,
         guessed=manifest.calibration is None,
         expected=manifest.expected,
     )

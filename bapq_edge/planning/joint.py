@@ -150,6 +150,8 @@ def _keep_planes(
         if whole and (main or 2 * largest > limit):
             ring_bytes = 0
             value = np.where(wanted.planes, 2.0, value)  # its own first
+        if joint.costs.looped is not None:  # a run would read them in every turn of the loop
+            value = value + 2.0 * ((value > 0) & joint.costs.looped[:, None])
         kept = _most_valuable(sizes, value, limit - ring_bytes, resident)
         if not (wanted.planes & ~kept).any():
             ring_bytes = 0

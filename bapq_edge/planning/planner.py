@@ -173,10 +173,7 @@ def _pin(
             raise BudgetTooSmallError(
                 f"{limit} bytes are allowed for weights, {precision} needs {smallest}: allow more"
             )
-        streamable = np.flatnonzero(pinned)
-        stay = None if resident is None else resident[streamable]
-        share = np.repeat(placed.pinned_share, costs.chunks_of_layer)[streamable]
-        pinned[streamable] = pin_evenly(sizes[streamable], limit - ring_bytes, stay, share)
+        pinned = _pinned(costs, sizes, limit - ring_bytes, placed.pinned_share, resident)
         pinned_bytes = int(sizes[pinned].sum())
         reason = (
             f"{precision}: {format_size(pinned_bytes)} of {format_size(total)} pinned, "
@@ -197,3 +194,27 @@ def _pin(
         predicted_s=placed.run_s,
         held_back=chosen.held_back,
     )
+
+
+def _pinned(
+    costs: ChunkCosts,
+    sizes: NDArray[np.int64],
+    pinned_bytes: int,
+    layer_share: NDArray[np.float64],
+    resident: NDArray[np.bool_] | None,
+) -> NDArray[np.bool_]:
+    """(chunks,): those in loops first, which a run would read in every turn, then of all alike."""
+    pinned = np.zeros(len(sizes), np.bool_)
+    others = ~costs.row_read
+    share: NDArray[np.float64] | None = np.repeat(layer_share, costs.chunks_of_layer)
+    if costs.looped is not None:
+        looped = np.flatnonzero(costs.looped & others)
+        fitting = looped[np.cumsum(sizes[looped]) <= pinned_bytes]
+        pinned[fitting] = True
+        pinned_bytes -= int(sizes[fitting].sum())
+        others, share = others & ~costs.looped, None
+    if others.any():
+        stay = None if resident is None else resident[others]
+        due = None if share is None else share[others]
+        pinned[others] = pin_evenly(sizes[others], pinned_bytes, stay, due)
+    return pinned

@@ -104,6 +104,8 @@ def test_calibration_is_optional_and_kept(document):
         ("layers/0/chunk_rows", 24, "layers[0].chunk_rows is 24, must be an integer from 16"),
         ("layers/1/first_chunk", 2, "layers[1].first_chunk is 2, must be 1"),
         ("layers/0/has_bias", 1, "layers[0].has_bias is 1, must be true or false"),
+        ("layers/0/looped", False, "layers[0].looped is false, must be true, or absent"),
+        ("layers/0/looped", 1, "layers[0].looped is 1, must be true or false"),
         ("layers/0/residual_steps", 7, "is 7, must be an integer from 8 to 16"),
         ("layers/0/residual_steps", 17, "is 17, must be an integer from 8 to 16"),
         ("layers/0/scale_columns/4", 48, "layers[0].scale_columns.4 is 48, must be an integer"),

@@ -273,6 +273,27 @@ def test_pinned_chunks_are_spread_evenly():
         assert np.abs(pinned - even).max() <= 2 * largest
 
 
+def test_chunks_in_loops_are_pinned_first():
+    costs = random_problem(5)
+    looped = np.zeros(60, bool)
+    looped[20:30] = True
+    streamable = looped & ~costs.row_read
+    costs = dataclasses.replace(costs, looped=looped)
+    column = costs.levels.index(8)
+    need, total = int(costs.level_bytes[streamable, column].sum()), total_bytes(costs, column)
+    for limit in (total // 4, total // 2, total * 3 // 4):
+        found = plan(costs, request := Request(level=8, weight_bytes_limit=limit))
+        check(costs, request, found)
+        if need <= limit - found.ring_bytes:
+            assert found.pinned[streamable].all()
+        else:
+            sizes = costs.level_bytes[:, column]
+            left = limit - found.ring_bytes - sizes[found.pinned & streamable].sum()
+            assert left < sizes[streamable].max()
+        again = plan(costs, request, found.pinned)
+        assert (again.pinned == found.pinned).all()
+
+
 def test_a_plan_made_again_is_the_same_and_a_near_one_reads_little():
     """Little: what the limit grew by, or a chunk or two."""
     costs = random_problem(7, chunks=400)

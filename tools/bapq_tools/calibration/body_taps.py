@@ -29,23 +29,22 @@ class Tap:
 
 
 def tapped(
-    node: onnx.NodeProto, use: LayerUse, taken: set[str]
-) -> tuple[list[onnx.NodeProto], Tap] | None:
-    """Nodes that run a node with bodies and record the input of a layer's use inside of it.
+    node: onnx.NodeProto, uses: Sequence[LayerUse], taken: set[str]
+) -> tuple[list[onnx.NodeProto], list[tuple[LayerUse, Tap]]]:
+    """Nodes that run a node with bodies and record the inputs of uses of layers inside of it.
 
-    `node` stays as it is; the outputs of its copy have new names. None where no tap can be: below a
-    Scan whose body holds an If or Loop around the use, and below other operators.
+    `node` stays as it is; the outputs of its copy have new names. A use is left out where no tap
+    can be: below a Scan whose body holds an If or Loop around the use, below other operators, and
+    outside of the node.
     """
     graph = onnx.GraphProto()
     graph.node.append(node)
-    tap = _Tapper(use, taken).tap(graph)
-    if tap is None:
-        return None
+    found = [(use, tap) for use in uses if (tap := _Tapper(use, taken).tap(graph)) is not None]
     (copy,) = [each for each in graph.node if list(graphs.bodies(each))]
     for index, name in enumerate(copy.output):
         if name in node.output and name:
             copy.output[index] = graphs.fresh_name(f"{name}_tapped", taken)
-    return list(graph.node), tap
+    return list(graph.node), found
 
 
 def recorded(values: np.ndarray, shapes: np.ndarray) -> list[np.ndarray]:

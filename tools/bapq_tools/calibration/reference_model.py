@@ -30,26 +30,29 @@ _WEIGHT, _BIAS = "bapq.weight.", "bapq.bias."
 
 @dataclass(frozen=True)
 class Observation:
-    """Where the input of a layer is seen: a tensor, or what a tap in a body recorded of it."""
+    """Where the input of a layer is seen: a tensor, or what taps in bodies recorded of it."""
 
     use: LayerUse
     tensors: tuple[str, ...]
-    """The input itself, or values and shapes as a `Tap` names them."""
+    """The input itself, or values and shapes as each `Tap` names them."""
 
     @classmethod
-    def inside(cls, use: LayerUse, tap: Tap) -> Observation:
-        """That of a use inside a body."""
-        return cls(use, (tap.values, tap.shapes))
+    def inside(cls, use: LayerUse, taps: Iterable[Tap]) -> Observation:
+        """That of a use inside a body, and of others in other bodies that are like it."""
+        return cls(use, tuple(name for tap in taps for name in (tap.values, tap.shapes)))
 
     @property
-    def key(self) -> tuple[str, ConvGeometry | None]:
+    def key(self) -> tuple[tuple[str, ...], ConvGeometry | None]:
         """A key that is equal for layers that multiply the same rows."""
-        return self.tensors[0], self.use.conv
+        return self.tensors, self.use.conv
 
     def inputs(self, tensors: Mapping[str, Any]) -> list[np.ndarray]:
         """The inputs, one for each time that the layer ran."""
         found = [tensors[name] for name in self.tensors]
-        return found if len(found) == 1 else recorded(*found)
+        if len(found) == 1:
+            return found
+        pairs = zip(found[::2], found[1::2], strict=True)
+        return [each for values, shapes in pairs for each in recorded(values, shapes)]
 
 
 @dataclass(frozen=True)
@@ -217,20 +220,21 @@ class Reference:
         node = self.graph.node[index]
         names = {self._layers[name].name for name in self.needs(node) if name in self._layers}
         waiting = [layer for layer in pending if layer.name in names]
-        for use in _telling_uses(waiting[0]):
-            found = tapped(node, use, self._taken) if use.is_body else None
-            if found is not None:
-                taps, tap = found
-                same = {
-                    layer.name: Observation.inside(other, tap)
-                    for layer in waiting
-                    for other in _telling_uses(layer)
-                    if other.graph is use.graph and other.activation_input == use.activation_input
-                    if (other.operator == "Gather") == (use.operator == "Gather")
-                }
-                layers = tuple(layer for layer in waiting if layer.name in same)
-                in_float = frozenset(layer.name for layer in waiting)
-                return _PlannedStage(taps, layers, same, in_float)
+        uses = _uses_in_bodies(waiting[0])
+        nodes_with_taps, found = tapped(node, uses, self._taken)
+        if found:
+            places = {_place(use) for use, _ in found}
+            taps = [tap for _, tap in found]
+            same = {
+                layer.name: Observation.inside(others[0], taps)
+                for layer in waiting
+                if (others := _uses_in_bodies(layer))
+                if places <= (own := {_place(use) for use in others})
+                if len(own) == len(uses)
+            }
+            layers = tuple(layer for layer in waiting if layer.name in same)
+            in_float = frozenset(layer.name for layer in waiting)
+            return _PlannedStage(nodes_with_taps, layers, same, in_float)
         return _PlannedStage([], (waiting[0],))
 
     def _with_names(self, planned: list[_PlannedStage], outputs: set[str]) -> Iterator[Stage]:
@@ -358,6 +362,17 @@ def _tensors(observation: Observation | None) -> tuple[str, ...]:
 def _telling_uses(layer: HeavyLayer) -> list[LayerUse]:
     """The uses whose input tells what matters: of a gathered table, which rows are read."""
     return [use for use in layer.uses if not layer.gathered or use.operator == "Gather"]
+
+
+def _uses_in_bodies(layer: HeavyLayer) -> list[LayerUse]:
+    """Those of the telling uses that stand in bodies, one for each input."""
+    uses = {_place(use): use for use in reversed(_telling_uses(layer)) if use.is_body}
+    return list(reversed(uses.values()))
+
+
+def _place(use: LayerUse) -> tuple[int, str, bool]:
+    """What is equal for uses of one input; indices of a Gather are recorded in a form of theirs."""
+    return id(use.graph), use.activation_input, use.operator == "Gather"
 
 
 def weight_inputs(layer: HeavyLayer) -> set[str]:

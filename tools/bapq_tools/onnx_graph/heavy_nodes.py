@@ -12,8 +12,9 @@ from onnx import TensorProto
 
 from bapq_edge.errors import ModelError, UnsupportedModelError
 
-from . import graphs
+from . import graphs, recurrent_node
 from .ir import AutoPad, ConvGeometry, Operator
+from .recurrent_node import GATES
 
 MIN_WEIGHTS = 1024
 """A layer with fewer saves less than its chunk table, scales and operator call cost."""
@@ -71,9 +72,6 @@ _MICROSOFT_REASONS = {
 _REASONS = {
     "ConvTranspose": "transposed convolution with output_shape, of open size with uneven strides, "
     "of 3 dimensions or before opset 11",
-    "RNN": "recurrent operator",
-    "LSTM": "recurrent operator",
-    "GRU": "recurrent operator",
 }
 
 _WEIGHT_TYPES = frozenset(
@@ -127,6 +125,8 @@ def _refuse_others(node: onnx.NodeProto, scope: graphs.Scope) -> Refusal | None:
         return Refusal(weights, f"operator of domain {node.domain}")
     if node.op_type in _READERS and TensorProto.DOUBLE in [t.data_type for t in constants]:
         return Refusal(weights, "its weights are float64")
+    if node.op_type in GATES:
+        return Refusal(weights, recurrent_node.refusal(node, scope))
     return Refusal(weights, _REASONS.get(node.op_type, f"no chunk operator for {node.op_type}"))
 
 

@@ -56,6 +56,8 @@ class LayerUse:
     """The graph or body that holds the node."""
     is_body: bool
     """True inside an If, Loop or Scan body, where no activation can be observed from outside."""
+    in_loop: bool = False
+    """True inside a Loop or Scan body, which runs again and again."""
     activation: Activation = field(default_factory=Activation)
     conv: ConvGeometry | None = None
     function: Function | None = None
@@ -85,6 +87,11 @@ class HeavyLayer:
     def gathered(self) -> bool:
         """Whether a Gather reads the rows by their number."""
         return any(use.operator == "Gather" for use in self.uses)
+
+    @property
+    def looped(self) -> bool:
+        """Whether a run of the model may ask for it again and again."""
+        return any(use.in_loop for use in self.uses)
 
     @property
     def depthwise(self) -> bool:

@@ -38,6 +38,7 @@ class _PlacedNode:
     graph: onnx.GraphProto
     scope: graphs.Scope
     is_body: bool
+    in_loop: bool
     bias: Bias | None = None
 
 
@@ -79,14 +80,16 @@ class _Search:
         self.groups: dict[tuple[bool, tuple[int, ...], bytes], list[_PlacedNode]] = {}
         self.kept: list[tuple[str, KeptNode]] = []  # with the node's first output
 
-    def visit(self, graph: onnx.GraphProto, outer: graphs.Scope | None) -> None:
+    def visit(
+        self, graph: onnx.GraphProto, outer: graphs.Scope | None, in_loop: bool = False
+    ) -> None:
         scope = graphs.Scope.of(graph, outer)
         for node in graph.node:
             for body in graphs.bodies(node):
-                self.visit(body, scope)
+                self.visit(body, scope, in_loop or node.op_type in ("Loop", "Scan"))
             heavy = recognise(node, scope)
             if isinstance(heavy, HeavyNode):
-                self._group(_PlacedNode(node, heavy, graph, scope, outer is not None))
+                self._group(_PlacedNode(node, heavy, graph, scope, outer is not None, in_loop))
             elif isinstance(heavy, Refusal):
                 name = node.name or node.output[0]
                 entry = KeptNode(name, node.op_type, heavy.weights, heavy.reason)
@@ -214,6 +217,7 @@ def _use(found: _PlacedNode, shapes: _Shapes, around: Neighbours) -> LayerUse:
         output=replaced[-1].output[0],
         graph=found.graph,
         is_body=found.is_body,
+        in_loop=found.in_loop,
         conv=found.heavy.conv,
     )
     if use.operator == "Gather":

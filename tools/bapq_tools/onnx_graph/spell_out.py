@@ -19,6 +19,7 @@ from .einsum import Einsums
 from .heavy_nodes import MIN_WEIGHTS
 from .lookups import Lookups
 from .node_rewriter import MICROSOFT, NodeRewriter, renamed
+from .recurrent import Recurrents
 from .transformer_blocks import TransformerBlocks
 
 _MOST_MATRICES = 256
@@ -37,7 +38,7 @@ _ACTIVATIONS: dict[str, tuple[str, ...]] = {
 
 def spell_out(model: onnx.ModelProto) -> None:
     """Replace such nodes, in place, where their weights are worth it."""
-    for kind in (TransformerBlocks, Lookups, Einsums, Convolutions, _Products):
+    for kind in (TransformerBlocks, Recurrents, Lookups, Einsums, Convolutions, _Products):
         kind(model).rewrite()
 
 

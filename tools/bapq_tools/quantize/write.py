@@ -52,6 +52,7 @@ def write_layer(
             residual_steps=quantized.residual_steps,
             scale_columns=quantized.scale_columns,
             has_bias=has_bias,
+            looped=layer.looped or None,
             method=quantized.method,
             relative_error=quantized.relative_error,
         ),

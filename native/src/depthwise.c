@@ -49,11 +49,6 @@ typedef struct {
 
 /* ---- weights ---- */
 
-static float zero_of(int32_t level, int32_t residual_steps) {
-    static const float zeros[BAPQ_LEVELS] = {[BAPQ_L4] = 7.5f, [BAPQ_L2] = 1.5f, [BAPQ_L1] = 0.5f};
-    return level == BAPQ_L8 ? 7.5f * (float)(residual_steps + 1) : zeros[level];
-}
-
 /* Codes of tap k of all rows. */
 static inline void codes_of(int32_t level, const bapq_tile *tile, int32_t k,
                             int32_t code[BAPQ_TILE_ROWS]) {
@@ -72,7 +67,7 @@ static inline void codes_of(int32_t level, const bapq_tile *tile, int32_t k,
 /* The tile's weights, a row after the other. */
 static void decode_weights(const depthwise_job *j, const bapq_tile *tile, float *weight) {
     int32_t level = j->view.level;
-    float zero = zero_of(level, tile->residual_steps);
+    float zero = bapq_zero_of(level, tile->residual_steps);
     float part = level == BAPQ_L8 ? 1.0f / (float)tile->residual_steps : 1.0f;
     for (int32_t k = 0; k < j->layer->columns; k++) {
         float value[BAPQ_TILE_ROWS];

@@ -30,6 +30,12 @@ static inline void bapq_constants(const bapq_kernels *kernels, bapq_function fun
     for (int32_t r = 0; r < BAPQ_TILE_ROWS; r++) out[r] += 0.0f;
 }
 
+/* The code that stands for the weight 0; see bapq_tile. */
+static inline float bapq_zero_of(int level, int32_t residual_steps) {
+    static const float zeros[BAPQ_LEVELS] = {[BAPQ_L4] = 7.5f, [BAPQ_L2] = 1.5f, [BAPQ_L1] = 0.5f};
+    return level == BAPQ_L8 ? 7.5f * (float)(residual_steps + 1) : zeros[level];
+}
+
 /* Four outputs at a time. */
 typedef float bapq_float4 __attribute__((vector_size(16)));
 typedef int32_t bapq_int4 __attribute__((vector_size(16)));

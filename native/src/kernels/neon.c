@@ -15,7 +15,7 @@ BAPQ_INLINE void add_codes(int level, const bapq_tile *w, const stripe *s, int32
                            int32_t total[BAPQ_TILE_ROWS]) {
     (void)level, (void)w;
     for (int half = 0; half < 2; half++, total += OUTPUTS) {
-        const int8_t *code = s->code[0] + (2 * b + half) * 256;
+        const int8_t *code = s->code[0] + half * HALF_BYTES + b * 256;
         int16x8_t sum = vdupq_n_s16(0); /* of 32 codes of at most 128 */
         for (int t = 0; t < 16; t++) {
             sum = vpadalq_s8(sum, vld1q_s8(code + t * 16));
@@ -34,20 +34,47 @@ BAPQ_INLINE int16x8x4_t pairs_at(const int8_t **q) {
     return pair;
 }
 
-/* Columns 8p..8p+7. */
-BAPQ_INLINE void codes_at(const source *from, int p, int8x16_t code[4]) {
-#pragma GCC unroll 4
-    for (int t = 0; t < 4; t++) {
-        code[t] = vld1q_s8(from->decoded + p * 64 + t * 16);
-    }
-}
-
 /* 16 activations, each four of them repeated. */
 BAPQ_INLINE int32x4x4_t fours_at(const int8_t **q) {
     const int32x4x4_t four = vld4q_dup_s32((const int32_t *)(const void *)*q);
     *q += 16;
     __asm__("" : "+r"(*q));
     return four;
+}
+
+/* Level 8: |code| <= 128 and |q| <= 127, so two products fit int16. Four sums are under way, so
+ * that an in-order core need not wait for the one before; two rows at once would not fit the
+ * registers. */
+BAPQ_INLINE void add_full(int n, int fresh, source *from, const int8_t *q[4],
+                          int32x4_t dot[4][GROUPS]) {
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; p++) {
+        const int8x16x4_t code = take_codes(&from->decoded); /* columns 8p..8p+7 */
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++) {
+            const int16x8x4_t pair = pairs_at(&q[i]);
+            int16x8_t low[2], high[2];
+#pragma GCC unroll 2
+            for (int k = 0; k < 2; k++) {
+                const int8x16_t qt = vreinterpretq_s8_s16(pair.val[2 * k]);
+                low[k] = vmull_s8(vget_low_s8(code.val[2 * k]), vget_low_s8(qt));
+                high[k] = vmull_high_s8(code.val[2 * k], qt);
+            }
+#pragma GCC unroll 2
+            for (int k = 0; k < 2; k++) {
+                const int8x16_t qt = vreinterpretq_s8_s16(pair.val[2 * k + 1]);
+                low[k] = vmlal_s8(low[k], vget_low_s8(code.val[2 * k + 1]), vget_low_s8(qt));
+                high[k] = vmlal_high_s8(high[k], code.val[2 * k + 1], qt);
+            }
+#pragma GCC unroll 2
+            for (int k = 0; k < 2; k++) {
+                const int begins = fresh && p == 0 && k == 0;
+                dot[i][0] = begins ? vpaddlq_s16(low[k]) : vpadalq_s16(dot[i][0], low[k]);
+                dot[i][1] = begins ? vpaddlq_s16(high[k]) : vpadalq_s16(dot[i][1], high[k]);
+                IN_ORDER(dot[i][0], dot[i][1]);
+            }
+        }
+    }
 }
 
 /* Two rows at a time, so that an in-order core need not wait for the sum before. gcc would move the
@@ -58,55 +85,12 @@ enum { ROWS = 2 };
 enum { ROWS = 1 };
 #endif
 
-/* Level 8: |code| <= 128 and |q| <= 127, so two products fit int16. */
-BAPQ_INLINE void add_full(int n, int fresh, const source *from, const int8_t *q[4],
-                          int32x4_t dot[4][GROUPS]) {
-#pragma GCC unroll 4
-    for (int p = 0; p < 4; p++) {
-        int8x16_t code[4];
-        codes_at(from, p, code);
-#pragma GCC unroll 4
-        for (int first = 0; first < n; first += ROWS) {
-            const int end = first + ROWS < n ? first + ROWS : n;
-            int16x8x4_t pair[4];
-#pragma GCC unroll 2
-            for (int i = first; i < end; i++) {
-                pair[i] = pairs_at(&q[i]);
-            }
-#pragma GCC unroll 2
-            for (int t = 0; t < 4; t += 2) {
-                int16x8_t low[4], high[4];
-#pragma GCC unroll 2
-                for (int i = first; i < end; i++) {
-                    const int8x16_t qt = vreinterpretq_s8_s16(pair[i].val[t]);
-                    low[i] = vmull_s8(vget_low_s8(code[t]), vget_low_s8(qt));
-                    high[i] = vmull_high_s8(code[t], qt);
-                }
-#pragma GCC unroll 2
-                for (int i = first; i < end; i++) {
-                    const int8x16_t qt = vreinterpretq_s8_s16(pair[i].val[t + 1]);
-                    low[i] = vmlal_s8(low[i], vget_low_s8(code[t + 1]), vget_low_s8(qt));
-                    high[i] = vmlal_high_s8(high[i], code[t + 1], qt);
-                }
-                const int begins = fresh && p == 0 && t == 0;
-#pragma GCC unroll 2
-                for (int i = first; i < end; i++) {
-                    dot[i][0] = begins ? vpaddlq_s16(low[i]) : vpadalq_s16(dot[i][0], low[i]);
-                    dot[i][1] = begins ? vpaddlq_s16(high[i]) : vpadalq_s16(dot[i][1], high[i]);
-                    IN_ORDER(dot[i][0], dot[i][1]);
-                }
-            }
-        }
-    }
-}
-
 /* Levels 4, 2, 1: |code| <= 15, so a block's 16 products per int16 fit: 16 * 15 * 127 = 30480. */
-BAPQ_INLINE void add_small(int n, int fresh, const source *from, const int8_t *q[4],
+BAPQ_INLINE void add_small(int n, int fresh, source *from, const int8_t *q[4],
                            int16x8_t chain[4][GROUPS]) {
 #pragma GCC unroll 4
     for (int p = 0; p < 4; p++) {
-        int8x16_t code[4];
-        codes_at(from, p, code);
+        const int8x16x4_t code = take_codes(&from->decoded); /* columns 8p..8p+7 */
 #pragma GCC unroll 4
         for (int first = 0; first < n; first += ROWS) {
             const int end = first + ROWS < n ? first + ROWS : n;
@@ -120,12 +104,12 @@ BAPQ_INLINE void add_small(int n, int fresh, const source *from, const int8_t *q
 #pragma GCC unroll 2
                 for (int i = first; i < end; i++) {
                     const int8x16_t qt = vreinterpretq_s8_s16(pair[i].val[t]);
-                    const int8x8_t code_low = vget_low_s8(code[t]), q_low = vget_low_s8(qt);
+                    const int8x8_t code_low = vget_low_s8(code.val[t]), q_low = vget_low_s8(qt);
                     const int begins = fresh && p == 0 && t == 0;
                     chain[i][0] =
                         begins ? vmull_s8(code_low, q_low) : vmlal_s8(chain[i][0], code_low, q_low);
-                    chain[i][1] = begins ? vmull_high_s8(code[t], qt)
-                                         : vmlal_high_s8(chain[i][1], code[t], qt);
+                    chain[i][1] = begins ? vmull_high_s8(code.val[t], qt)
+                                         : vmlal_high_s8(chain[i][1], code.val[t], qt);
                     IN_ORDER(chain[i][0], chain[i][1]);
                 }
             }
@@ -147,8 +131,6 @@ BAPQ_INLINE void add_chain(int n, variant v, int fresh, int32_t blocks, source *
         int16x8_t chain[4][GROUPS];
         add_small(n, 1, from, q, chain);
         for (; blocks != 1; blocks--) {
-            from->decoded += 512;
-            STEP_WITH_LOAD(from->decoded);
             add_small(n, 0, from, q, chain);
         }
 #pragma GCC unroll 4
@@ -159,8 +141,6 @@ BAPQ_INLINE void add_chain(int n, variant v, int fresh, int32_t blocks, source *
             }
         }
     }
-    from->decoded += 512;
-    STEP_WITH_LOAD(from->decoded);
 }
 
 /* A block whose codes come from the planes: registers of 4 rows x 4 columns meet 4 activations

@@ -10,7 +10,7 @@ BAPQ_INLINE void add_codes(int level, const bapq_tile *w, const stripe *s, int32
                            int32_t total[BAPQ_TILE_ROWS]) {
     (void)level, (void)w;
     for (int g = 0; g < 4; g++, total += 4) {
-        const int8_t *code = s->code[0] + (2 * b + g / 2) * 256 + g % 2 * 16;
+        const int8_t *code = s->code[0] + g / 2 * HALF_BYTES + b * 256 + g % 2 * 16;
         int32x4_t sum = vld1q_s32(total);
         for (int j = 0; j < 8; j++) {
             sum = vdotq_s32(sum, vld1q_s8(code + j * 32), vdupq_n_s8(1));
@@ -47,6 +47,7 @@ BAPQ_INLINE void dot_run(int n, variant v, int32_t run, source *from, const int8
     }
     do {
         int8x16_t qi[4][2];
+        int8x16x4_t codes;
         cutting c[GROUPS];
         if (v.straight) {
             cut(v.level, 0, from->w, from->b, from->half, c);
@@ -57,18 +58,19 @@ BAPQ_INLINE void dot_run(int n, variant v, int32_t run, source *from, const int8
         }
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++) {
+            if (!v.straight && j % 2 == 0) {
+                codes = take_codes(&from->decoded);
+            }
 #pragma GCC unroll 2
             for (int g = 0; g < GROUPS; g++) {
-                const int8x16_t code = v.straight ? straight_code(v, &from->t, &c[g], j)
-                                                  : vld1q_s8(from->decoded + j * 32 + g * 16);
+                const int8x16_t code =
+                    v.straight ? straight_code(v, &from->t, &c[g], j) : codes.val[j % 2 * 2 + g];
 #pragma GCC unroll 4
                 for (int i = 0; i < n; i++) {
                     dot[i][g] = dot_lane(dot[i][g], code, qi[i][j / 4], j % 4);
                 }
             }
         }
-        from->decoded += 512;
-        STEP_WITH_LOAD(from->decoded);
         from->b++;
     } while (v.grouped && --run != 0);
 }

@@ -212,9 +212,12 @@ static bapq_panel build_panel(const conv_job *j, worker_buffers *buffers, int64_
 /* ---- product ---- */
 
 /* Finishes `rows` rows of a tile from r on, and writes them to y from `at` on: of each row its
- * first pixel. */
-static inline void write_rows(const conv_job *j, const float *out, int32_t rows, int32_t r,
-                              const float biases[BAPQ_TILE_ROWS], const int64_t at[4], int32_t m) {
+ * first pixel. Compiled for capped outputs, and for those without an upper end, as after Relu. */
+static inline __attribute__((always_inline)) void write_rows(int capped, const conv_job *j,
+                                                             const float *out, int32_t rows,
+                                                             int32_t r,
+                                                             const float biases[BAPQ_TILE_ROWS],
+                                                             const int64_t at[4], int32_t m) {
     const bapq_epilogue epilogue = j->epilogue; /* which no output can overwrite */
     const float *residual[4] = {0};
     float *y[4];
@@ -230,7 +233,7 @@ static inline void write_rows(const conv_job *j, const float *out, int32_t rows,
         for (int32_t k = 0; k < 4; k++) {
             v[k] += bapq_splat(biases[r + k]);
             if (residual[0]) v[k] += bapq_load4(residual[k] + i);
-            v[k] = bapq_clip4(v[k], &epilogue);
+            v[k] = capped ? bapq_clip4(v[k], &epilogue) : bapq_raise4(v[k], epilogue.clip_low);
             memcpy(y[k] + i, &v[k], sizeof v[k]);
         }
     }
@@ -262,7 +265,10 @@ static void multiply_tile(const conv_job *j, const bapq_panel *panel, const uint
         int64_t at[4];
         for (int32_t k = 0; k < rows; k++)
             at[k] = bapq_output_row(j->layer, j->view.first_row + row + k) * pixels + pixel;
-        write_rows(j, out, rows, row % BAPQ_TILE_ROWS, biases, at, m);
+        if (j->epilogue.clip_high < INFINITY)
+            write_rows(1, j, out, rows, row % BAPQ_TILE_ROWS, biases, at, m);
+        else
+            write_rows(0, j, out, rows, row % BAPQ_TILE_ROWS, biases, at, m);
     }
 }
 

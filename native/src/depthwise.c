@@ -91,20 +91,6 @@ static void decode_weights(const depthwise_job *j, const bapq_tile *tile, float 
 
 /* ---- input ---- */
 
-/* Of eight values the even ones, then the odd ones. */
-static inline void part4(const float *from, float *even, float *odd) {
-    bapq_float4 a = bapq_load4(from), b = bapq_load4(from + 4);
-#if defined(__clang__) || __GNUC__ >= 12
-    bapq_float4 evens = __builtin_shufflevector(a, b, 0, 2, 4, 6);
-    bapq_float4 odds = __builtin_shufflevector(a, b, 1, 3, 5, 7);
-#else
-    bapq_float4 evens = __builtin_shuffle(a, b, (bapq_int4){0, 2, 4, 6});
-    bapq_float4 odds = __builtin_shuffle(a, b, (bapq_int4){1, 3, 5, 7});
-#endif
-    memcpy(even, &evens, sizeof evens);
-    memcpy(odd, &odds, sizeof odds);
-}
-
 /* Not inlined, so that the compiler has registers for what its loops need. */
 __attribute__((noinline)) static void fill_values(const float *from, int64_t count, float *to) {
     int64_t i = 0;
@@ -127,10 +113,12 @@ __attribute__((noinline)) static void fill_phases(const depthwise_job *j, const 
         float *evens = to + even * j->phase_floats + own[even].first;
         float *odds = to + !even * j->phase_floats + own[!even].first;
         int64_t both = own[0].count < own[1].count ? own[0].count : own[1].count;
-        for (; done + 4 <= both; done += 4) part4(x + 2 * done, evens + done, odds + done);
-        if (both >= 4) { /* what is left of both, and some again */
-            done = both;
-            part4(x + 2 * (done - 4), evens + done - 4, odds + done - 4);
+        for (; done < both && both >= 4; done += 4) {
+            done = done + 4 > both ? both - 4 : done; /* what is left of both, and some again */
+            bapq_float4 parts[2];
+            bapq_part4(x + 2 * done, &parts[0], &parts[1]);
+            memcpy(evens + done, &parts[0], sizeof parts[0]);
+            memcpy(odds + done, &parts[1], sizeof parts[1]);
         }
     }
     for (int64_t i = 0; i < j->phases; i++, to += j->phase_floats) {

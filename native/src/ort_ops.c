@@ -1,4 +1,5 @@
-/* The operators of domain "bapq" for ONNX Runtime: MatMul, Gemm, Conv, DepthwiseConv and Gather.
+/* The operators of domain "bapq" for ONNX Runtime: MatMul, Gemm, Conv, DepthwiseConv and Gather,
+ * which read a layer; MaxPool and LayerNormalization, which do not.
  *
  * An operator holds no weights. Its second input, "bapq.run", is the ticket of the run it computes
  * for; everything else follows from that and from its attribute `layer`. So one session serves
@@ -18,11 +19,27 @@
 #include "depthwise.h"
 #include "error.h"
 #include "ops.h"
+#include "plain.h"
 #include "shapes.h"
 
-typedef enum { MATMUL, GEMM, CONV, DEPTHWISE_CONV, GATHER, KINDS } op_kind;
+typedef enum {
+    MATMUL,
+    GEMM,
+    CONV,
+    DEPTHWISE_CONV,
+    GATHER,
+    MAX_POOL,
+    LAYER_NORMALIZATION,
+    KINDS
+} op_kind;
 
-static bool takes_residual(op_kind kind) { return kind != GATHER && kind != DEPTHWISE_CONV; }
+static bool takes_residual(op_kind kind) { return kind <= CONV; }
+
+static bool reads_layer(op_kind kind) { return kind <= GATHER; }
+
+static bool has_windows(op_kind kind) {
+    return kind == CONV || kind == DEPTHWISE_CONV || kind == MAX_POOL;
+}
 
 typedef struct {
     OrtCustomOp callbacks; /* first: ORT hands back a pointer to it */
@@ -33,9 +50,10 @@ typedef struct {
     const OrtApi *api;
     op_kind kind;
     int64_t store_id; /* whose runs it computes for */
-    int64_t layer;
+    int64_t layer;    /* -1: it reads none */
     bapq_epilogue epilogue;
     bapq_conv_params conv;
+    float epsilon;
 } op_kernel;
 
 typedef struct {
@@ -59,8 +77,26 @@ static OrtStatus *read_ints(const OrtApi *api, const OrtKernelInfo *info, const 
     return NULL;
 }
 
+static OrtStatus *read_window(op_kernel *kernel, const OrtKernelInfo *info) {
+    bapq_conv_params *p = &kernel->conv;
+    static const char *const names[] = {"kernel_h",   "kernel_w",   "stride_h",   "stride_w",
+                                        "pad_top",    "pad_left",   "pad_bottom", "pad_right",
+                                        "dilation_h", "dilation_w", "auto_pad",   "group"};
+    int64_t *const targets[] = {&p->kernel_h,   &p->kernel_w,   &p->stride_h,   &p->stride_w,
+                                &p->pad_top,    &p->pad_left,   &p->pad_bottom, &p->pad_right,
+                                &p->dilation_h, &p->dilation_w, &p->auto_pad,   &p->group};
+    size_t count = sizeof names / sizeof *names;
+    p->group = 1;
+    return read_ints(kernel->api, info, names, targets,
+                     kernel->kind == MAX_POOL ? count - 1 : count);
+}
+
 static OrtStatus *read_attributes(op_kernel *kernel, const OrtKernelInfo *info) {
     const OrtApi *api = kernel->api;
+    kernel->layer = -1;
+    if (kernel->kind == MAX_POOL) return read_window(kernel, info);
+    if (kernel->kind == LAYER_NORMALIZATION)
+        return ORT_KernelInfoGetAttribute_float(api)(info, "epsilon", &kernel->epsilon);
     TRY(ORT_KernelInfoGetAttribute_int64(api)(info, "layer", &kernel->layer));
     if (kernel->kind == GATHER) return NULL;
     int64_t use_bias, function;
@@ -80,15 +116,7 @@ static OrtStatus *read_attributes(op_kernel *kernel, const OrtKernelInfo *info) 
         return ORT_CreateStatus(api)(ORT_INVALID_ARGUMENT,
                                      "bapq: an operator's clip or function is none that there is");
     epilogue->function = (bapq_function)function;
-    if (kernel->kind != CONV && kernel->kind != DEPTHWISE_CONV) return NULL;
-    bapq_conv_params *p = &kernel->conv;
-    static const char *const names[] = {"group",     "kernel_h",   "kernel_w",   "stride_h",
-                                        "stride_w",  "pad_top",    "pad_left",   "pad_bottom",
-                                        "pad_right", "dilation_h", "dilation_w", "auto_pad"};
-    int64_t *const targets[] = {&p->group,     &p->kernel_h,   &p->kernel_w,   &p->stride_h,
-                                &p->stride_w,  &p->pad_top,    &p->pad_left,   &p->pad_bottom,
-                                &p->pad_right, &p->dilation_h, &p->dilation_w, &p->auto_pad};
-    return read_ints(api, info, names, targets, sizeof names / sizeof *names);
+    return has_windows(kernel->kind) ? read_window(kernel, info) : NULL;
 }
 
 static OrtStatus *create_kernel(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info,
@@ -144,8 +172,10 @@ static OrtStatus *get_run(const op_kernel *kernel, OrtKernelContext *context, ba
     *run = NULL;
     if (ticket.shape.rank == 0 && ticket.data != NULL)
         *run = bapq_run_of(*(const int64_t *)ticket.data);
-    if (*run == NULL || bapq_run_store_id(*run) != kernel->store_id || kernel->layer < 0 ||
-        kernel->layer >= bapq_run_layer_count(*run))
+    bool fits = *run != NULL && bapq_run_store_id(*run) == kernel->store_id;
+    if (fits && reads_layer(kernel->kind))
+        fits = kernel->layer >= 0 && kernel->layer < bapq_run_layer_count(*run);
+    if (!fits)
         return ORT_CreateStatus(kernel->api)(ORT_INVALID_ARGUMENT,
                                              "bapq.run is no open run of this bank");
     return NULL;
@@ -238,6 +268,49 @@ static OrtStatus *compute_gather(call *c) {
     return NULL;
 }
 
+static OrtStatus *compute_max_pool(call *c, const bapq_parallel *parallel) {
+    bapq_shape y_shape;
+    bapq_conv pool;
+    float *y;
+    c->status = bapq_pool_shape(&c->kernel->conv, &c->x.shape, &pool, &y_shape, &c->failure);
+    if (c->status != BAPQ_OK) return NULL;
+    TRY(make_output(c->kernel, c->context, &y_shape, &y));
+    c->status = bapq_max_pool(c->run, &pool, parallel, c->x.data, y, &c->failure);
+    return NULL;
+}
+
+static OrtStatus *compute_normalization(call *c, const bapq_parallel *parallel) {
+    tensor scale, bias;
+    bapq_normalization job = {.epsilon = c->kernel->epsilon, .n = 1};
+    TRY(get_input(c->kernel, c->context, 2, ORT_FLOAT, &scale));
+    TRY(get_input(c->kernel, c->context, 3, ORT_FLOAT, &bias));
+    if (!scale.there)
+        return ORT_CreateStatus(c->kernel->api)(ORT_INVALID_ARGUMENT, "bapq: an input is missing");
+    c->status = bapq_normalization_shape(&c->x.shape, &scale.shape, bias.there ? &bias.shape : NULL,
+                                         &job.m, &c->failure);
+    if (c->status != BAPQ_OK) return NULL;
+    TRY(make_output(c->kernel, c->context, &c->x.shape, &job.y));
+    job.n = c->x.shape.dims[c->x.shape.rank - 1];
+    job.x = c->x.data;
+    job.scale = scale.data;
+    job.bias = bias.there ? bias.data : NULL;
+    bapq_normalize(&job, parallel);
+    return NULL;
+}
+
+static OrtStatus *compute_of_layer(call *c, const bapq_parallel *parallel) {
+    op_kind kind = c->kernel->kind;
+    if (takes_residual(kind)) TRY(get_input(c->kernel, c->context, 2, ORT_FLOAT, &c->residual));
+    c->layer = bapq_run_layer(c->run, (int32_t)c->kernel->layer);
+    if (c->layer->depthwise != (kind == DEPTHWISE_CONV)) {
+        c->status = bapq_fail(&c->failure, BAPQ_ARGUMENT, "%s",
+                              "only DepthwiseConv reads a depthwise layer, and it reads no other");
+        return NULL;
+    }
+    if (has_windows(kind)) return compute_conv(c, parallel);
+    return kind == GATHER ? compute_gather(c) : compute_matmul(c, parallel);
+}
+
 static OrtStatus *compute(void *state, OrtKernelContext *context) {
     const op_kernel *kernel = state;
     call c = {.kernel = kernel, .context = context};
@@ -245,19 +318,15 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     TRY(get_input(kernel, context, 0, kernel->kind == GATHER ? ORT_INT64 : ORT_FLOAT, &c.x));
     if (!c.x.there)
         return ORT_CreateStatus(kernel->api)(ORT_INVALID_ARGUMENT, "bapq: an input is missing");
-    if (takes_residual(kernel->kind)) TRY(get_input(kernel, context, 2, ORT_FLOAT, &c.residual));
-    c.layer = bapq_run_layer(c.run, (int32_t)kernel->layer);
     ort_parallel pool = {kernel->api, context};
     bapq_parallel parallel = {ort_for_each, &pool};
-    if (c.layer->depthwise != (kernel->kind == DEPTHWISE_CONV))
-        c.status = bapq_fail(&c.failure, BAPQ_ARGUMENT, "%s",
-                             "only DepthwiseConv reads a depthwise layer, and it reads no other");
-    else if (kernel->kind == CONV || kernel->kind == DEPTHWISE_CONV)
-        TRY(compute_conv(&c, &parallel));
-    else if (kernel->kind == GATHER)
-        TRY(compute_gather(&c));
+    c.failure.layer = -1;
+    if (kernel->kind == MAX_POOL)
+        TRY(compute_max_pool(&c, &parallel));
+    else if (kernel->kind == LAYER_NORMALIZATION)
+        TRY(compute_normalization(&c, &parallel));
     else
-        TRY(compute_matmul(&c, &parallel));
+        TRY(compute_of_layer(&c, &parallel));
     if (c.status == BAPQ_OK) return NULL;
     if (c.failure.layer < 0) c.failure.layer = (int32_t)kernel->layer;
     bapq_run_fail(c.run, &c.failure);
@@ -266,7 +335,8 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
 
 /* ---- registration ---- */
 
-static const char *const NAMES[KINDS] = {"MatMul", "Gemm", "Conv", "DepthwiseConv", "Gather"};
+static const char *const NAMES[KINDS] = {
+    "MatMul", "Gemm", "Conv", "DepthwiseConv", "Gather", "MaxPool", "LayerNormalization"};
 
 static const char *get_name(const OrtCustomOp *op) { return NAMES[((const custom_op *)op)->kind]; }
 static const char *get_provider(const OrtCustomOp *op) {
@@ -278,7 +348,8 @@ static int get_input_type(const OrtCustomOp *op, size_t index) {
     return index == 1 || ids ? ORT_INT64 : ORT_FLOAT;
 }
 static size_t get_input_count(const OrtCustomOp *op) {
-    return takes_residual(((const custom_op *)op)->kind) ? 3 : 2;
+    op_kind kind = ((const custom_op *)op)->kind;
+    return kind == LAYER_NORMALIZATION ? 4 : takes_residual(kind) ? 3 : 2;
 }
 static int get_output_type(const OrtCustomOp *op, size_t index) {
     (void)op, (void)index;
@@ -290,7 +361,7 @@ static size_t get_output_count(const OrtCustomOp *op) {
 }
 static int get_input_characteristic(const OrtCustomOp *op, size_t index) {
     (void)op;
-    return index == 2 ? ORT_OPTIONAL : ORT_REQUIRED;
+    return index >= 2 ? ORT_OPTIONAL : ORT_REQUIRED;
 }
 static int get_output_characteristic(const OrtCustomOp *op, size_t index) {
     (void)op, (void)index;

@@ -58,12 +58,13 @@ int32_t bapq_matmul_shape(const bapq_layer *layer, int gemm, const bapq_shape *x
 
 /* ---- convolution ---- */
 
-static int32_t check_attributes(const bapq_layer *layer, const bapq_conv_params *p,
-                                bapq_error *error) {
+/* `what`: of the convolution, or of another operator with windows. */
+static int32_t check_window(const char *what, const bapq_conv_params *p, int64_t most_groups,
+                            bapq_error *error) {
     const struct {
         const char *name;
         int64_t value, least, most;
-    } attributes[] = {{"group", p->group, 1, layer->rows},
+    } attributes[] = {{"group", p->group, 1, most_groups},
                       {"kernel_h", p->kernel_h, 1, MOST_ATTRIBUTE},
                       {"kernel_w", p->kernel_w, 1, MOST_ATTRIBUTE},
                       {"stride_h", p->stride_h, 1, MOST_ATTRIBUTE},
@@ -78,12 +79,9 @@ static int32_t check_attributes(const bapq_layer *layer, const bapq_conv_params 
     for (size_t i = 0; i < sizeof attributes / sizeof *attributes; i++)
         if (attributes[i].value < attributes[i].least || attributes[i].value > attributes[i].most)
             return bapq_fail(error, BAPQ_ARGUMENT,
-                             "the convolution's %s is %lld, it can be from %lld to %lld",
+                             "the %s's %s is %lld, it can be from %lld to %lld", what,
                              attributes[i].name, (long long)attributes[i].value,
                              (long long)attributes[i].least, (long long)attributes[i].most);
-    if (layer->rows % p->group != 0)
-        return bapq_fail(error, BAPQ_ARGUMENT, "the convolution has %d rows in %lld groups",
-                         layer->rows, (long long)p->group);
     return BAPQ_OK;
 }
 
@@ -102,54 +100,122 @@ static int64_t slide(int64_t length, int64_t kernel, int64_t stride, int64_t dil
     return room < 0 ? 0 : room / stride + 1;
 }
 
-int32_t bapq_conv_shape(const bapq_layer *layer, const bapq_conv_params *params,
-                        const bapq_shape *x, bapq_conv *conv, bapq_shape *y, bapq_error *error) {
-    bool flat = x->rank == 3;
-    if (!flat && x->rank != 4)
-        return bapq_fail(error, BAPQ_ARGUMENT, "Conv's input has %zu axes, it can have 3 or 4",
-                         x->rank);
-    int32_t status = check_attributes(layer, params, error);
-    int64_t elements;
-    if (status != BAPQ_OK) return status;
-    if (!count_elements(x->dims, x->rank, &elements)) return too_large(error, "the input");
-    bapq_conv_params p = *params;
-    if (flat && (p.kernel_h != 1 || p.pad_top != 0 || p.pad_bottom != 0))
+/* An input without height has windows without. */
+static int32_t check_flat(const char *what, const bapq_conv_params *p, const bapq_shape *x,
+                          bapq_error *error) {
+    if (x->rank == 3 && (p->kernel_h != 1 || p->pad_top != 0 || p->pad_bottom != 0))
         return bapq_fail(error, BAPQ_ARGUMENT,
-                         "the convolution's input has 3 axes, its window is %lld high with pads "
+                         "the %s's input has 3 axes, its window is %lld high with pads "
                          "%lld and %lld, it must be flat",
-                         (long long)p.kernel_h, (long long)p.pad_top, (long long)p.pad_bottom);
-    int64_t batch = x->dims[0], channels = x->dims[1];
+                         what, (long long)p->kernel_h, (long long)p->pad_top,
+                         (long long)p->pad_bottom);
+    return BAPQ_OK;
+}
+
+/* The input's image, and the outputs that windows on it give: all of `conv`, with the pads
+ * resolved.
+ */
+static int32_t place_windows(const char *what, const bapq_conv_params *params, const bapq_shape *x,
+                             bapq_conv *conv, bapq_error *error) {
+    bool flat = x->rank == 3;
+    bapq_conv_params p = *params;
     int64_t height = flat ? 1 : x->dims[2], width = x->dims[x->rank - 1];
-    int64_t columns = channels / p.group; /* attributes are small: these products fit */
-    if (channels % p.group != 0 || !multiply(&columns, p.kernel_h * p.kernel_w, INT32_MAX) ||
-        columns != layer->columns)
-        return bapq_fail(error, BAPQ_ARGUMENT,
-                         "the convolution's input has %lld channels in %lld groups, a window of "
-                         "%lld x %lld: its weights have %d columns",
-                         (long long)channels, (long long)p.group, (long long)p.kernel_h,
-                         (long long)p.kernel_w, layer->columns);
-    if (layer->depthwise && p.group != channels)
-        return bapq_fail(error, BAPQ_ARGUMENT,
-                         "the depthwise convolution has %lld groups, its input %lld channels",
-                         (long long)p.group, (long long)channels);
     int64_t out_h =
         slide(height, p.kernel_h, p.stride_h, p.dilation_h, p.auto_pad, &p.pad_top, &p.pad_bottom);
     int64_t out_w =
         slide(width, p.kernel_w, p.stride_w, p.dilation_w, p.auto_pad, &p.pad_left, &p.pad_right);
     if (out_h == 0 || out_w == 0)
         return bapq_fail(error, BAPQ_ARGUMENT,
-                         "the convolution's input of %lld x %lld is smaller than its window",
+                         "the %s's input of %lld x %lld is smaller than its window", what,
                          (long long)height, (long long)width);
     int64_t pixels = out_h, area = height;
-    int64_t macs = layer->columns;
     if (!multiply(&area, width, INT32_MAX)) return too_large(error, "the input's image");
     if (!multiply(&pixels, out_w, INT32_MAX)) return too_large(error, "the output's image");
-    if (!multiply(&macs, pixels, MOST_MACS) || !multiply(&macs, layer->rows, MOST_MACS) ||
-        !multiply(&macs, batch, MOST_MACS))
+    *conv = (bapq_conv){p, x->dims[0], x->dims[1], height, width, out_h, out_w};
+    return BAPQ_OK;
+}
+
+/* What windows give of `rows` channels, each output from `values` of the input. */
+static int32_t check_outputs(const bapq_conv *conv, const bapq_shape *x, int64_t rows,
+                             int64_t values, bapq_shape *y, bapq_error *error) {
+    int64_t macs = values, elements;
+    if (!multiply(&macs, conv->out_h * conv->out_w, MOST_MACS) ||
+        !multiply(&macs, rows, MOST_MACS) || !multiply(&macs, conv->batch, MOST_MACS))
         return too_large(error, "the product");
-    *y = (bapq_shape){{batch, layer->rows, flat ? out_w : out_h, out_w}, x->rank};
+    *y = (bapq_shape){{conv->batch, rows, x->rank == 3 ? conv->out_w : conv->out_h, conv->out_w},
+                      x->rank};
     if (!count_elements(y->dims, y->rank, &elements)) return too_large(error, "the output");
-    *conv = (bapq_conv){p, batch, channels, height, width, out_h, out_w};
+    return BAPQ_OK;
+}
+
+int32_t bapq_conv_shape(const bapq_layer *layer, const bapq_conv_params *params,
+                        const bapq_shape *x, bapq_conv *conv, bapq_shape *y, bapq_error *error) {
+    if (x->rank != 3 && x->rank != 4)
+        return bapq_fail(error, BAPQ_ARGUMENT, "Conv's input has %zu axes, it can have 3 or 4",
+                         x->rank);
+    const bapq_conv_params *p = params;
+    int32_t status = check_window("convolution", p, layer->rows, error);
+    if (status != BAPQ_OK) return status;
+    if (layer->rows % p->group != 0)
+        return bapq_fail(error, BAPQ_ARGUMENT, "the convolution has %d rows in %lld groups",
+                         layer->rows, (long long)p->group);
+    int64_t elements;
+    if (!count_elements(x->dims, x->rank, &elements)) return too_large(error, "the input");
+    status = check_flat("convolution", p, x, error);
+    if (status != BAPQ_OK) return status;
+    int64_t channels = x->dims[1];
+    int64_t columns = channels / p->group; /* attributes are small: these products fit */
+    if (channels % p->group != 0 || !multiply(&columns, p->kernel_h * p->kernel_w, INT32_MAX) ||
+        columns != layer->columns)
+        return bapq_fail(error, BAPQ_ARGUMENT,
+                         "the convolution's input has %lld channels in %lld groups, a window of "
+                         "%lld x %lld: its weights have %d columns",
+                         (long long)channels, (long long)p->group, (long long)p->kernel_h,
+                         (long long)p->kernel_w, layer->columns);
+    if (layer->depthwise && p->group != channels)
+        return bapq_fail(error, BAPQ_ARGUMENT,
+                         "the depthwise convolution has %lld groups, its input %lld channels",
+                         (long long)p->group, (long long)channels);
+    status = place_windows("convolution", p, x, conv, error);
+    if (status != BAPQ_OK) return status;
+    return check_outputs(conv, x, layer->rows, layer->columns, y, error);
+}
+
+int32_t bapq_pool_shape(const bapq_conv_params *params, const bapq_shape *x, bapq_conv *pool,
+                        bapq_shape *y, bapq_error *error) {
+    if (x->rank != 3 && x->rank != 4)
+        return bapq_fail(error, BAPQ_ARGUMENT, "MaxPool's input has %zu axes, it can have 3 or 4",
+                         x->rank);
+    int32_t status = check_window("pooling", params, 1, error);
+    if (status != BAPQ_OK) return status;
+    int64_t elements;
+    if (!count_elements(x->dims, x->rank, &elements)) return too_large(error, "the input");
+    status = check_flat("pooling", params, x, error);
+    if (status != BAPQ_OK) return status;
+    status = place_windows("pooling", params, x, pool, error);
+    if (status != BAPQ_OK) return status;
+    return check_outputs(pool, x, pool->channels, params->kernel_h * params->kernel_w, y, error);
+}
+
+int32_t bapq_normalization_shape(const bapq_shape *x, const bapq_shape *scale,
+                                 const bapq_shape *bias, int64_t *m, bapq_error *error) {
+    int64_t elements, n = x->rank ? x->dims[x->rank - 1] : 0;
+    if (!count_elements(x->dims, x->rank, &elements)) return too_large(error, "the input");
+    const struct {
+        const char *name;
+        const bapq_shape *shape;
+    } factors[] = {{"scale", scale}, {"bias", bias}};
+    for (size_t i = 0; i < 2; i++) {
+        const bapq_shape *shape = factors[i].shape;
+        if (n < 1 || (shape && (shape->rank != 1 || shape->dims[0] != n)))
+            return bapq_fail(error, BAPQ_ARGUMENT,
+                             "the normalization's input has %lld values a row, its %s %lld on %zu "
+                             "axes; give it as many on one, and one at least",
+                             (long long)n, factors[i].name,
+                             shape && shape->rank ? (long long)shape->dims[0] : 0LL,
+                             shape ? shape->rank : 0);
+    }
+    count_elements(x->dims, x->rank - 1, m);
     return BAPQ_OK;
 }
 

@@ -28,6 +28,13 @@ int32_t bapq_matmul_shape(const bapq_layer *layer, int gemm, const bapq_shape *x
  * `conv`: the same in words, with the pads resolved. */
 int32_t bapq_conv_shape(const bapq_layer *layer, const bapq_conv_params *params,
                         const bapq_shape *x, bapq_conv *conv, bapq_shape *y, bapq_error *error);
+/* The same of windows that hold no weights, on every channel by itself. */
+int32_t bapq_pool_shape(const bapq_conv_params *params, const bapq_shape *x, bapq_conv *pool,
+                        bapq_shape *y, bapq_error *error);
+/* x (..., n) -> y the same; `scale` and, unless it is NULL, `bias` are (n,), and n is not 0; `m`:
+ * rows of x. */
+int32_t bapq_normalization_shape(const bapq_shape *x, const bapq_shape *scale,
+                                 const bapq_shape *bias, int64_t *m, bapq_error *error);
 /* What is added to the output has its shape. */
 int32_t bapq_residual_shape(const bapq_shape *residual, const bapq_shape *y, bapq_error *error);
 /* x: indices; y: as x, with one more axis; `count`: indices in all. */

@@ -54,21 +54,35 @@ static inline bapq_int4 bapq_choose4(bapq_int4 mask, bapq_int4 yes, bapq_int4 no
     return (mask & yes) | (~mask & no);
 }
 
-/* Four rows of four columns, turned. */
-static inline void bapq_turn4(bapq_float4 v[4]) {
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
 #else
 #define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (bapq_int4){i, j, k, l})
 #endif
+
+/* Four rows of four columns, turned. */
+static inline void bapq_turn4(bapq_float4 v[4]) {
     bapq_float4 a = SHUFFLE(v[0], v[2], 0, 4, 1, 5), b = SHUFFLE(v[1], v[3], 0, 4, 1, 5);
     bapq_float4 c = SHUFFLE(v[0], v[2], 2, 6, 3, 7), d = SHUFFLE(v[1], v[3], 2, 6, 3, 7);
     v[0] = SHUFFLE(a, b, 0, 4, 1, 5);
     v[1] = SHUFFLE(a, b, 2, 6, 3, 7);
     v[2] = SHUFFLE(c, d, 0, 4, 1, 5);
     v[3] = SHUFFLE(c, d, 2, 6, 3, 7);
-#undef SHUFFLE
 }
+
+/* Of eight values the even ones and the odd ones. */
+static inline void bapq_part4(const float *from, bapq_float4 *even, bapq_float4 *odd) {
+#if defined(__aarch64__)
+    const float32x4x2_t parts = vld2q_f32(from);
+    *even = (bapq_float4)parts.val[0];
+    *odd = (bapq_float4)parts.val[1];
+#else
+    bapq_float4 a = bapq_load4(from), b = bapq_load4(from + 4);
+    *even = SHUFFLE(a, b, 0, 2, 4, 6);
+    *odd = SHUFFLE(a, b, 1, 3, 5, 7);
+#endif
+}
+#undef SHUFFLE
 
 /* The bias of a tile's outputs, or zeros. What it is added to keeps no negative zero: so the CPUs'
  * own minima and maxima agree. */
@@ -76,14 +90,25 @@ static inline void bapq_tile_bias(const float *bias, float out[BAPQ_TILE_ROWS]) 
     for (int32_t r = 0; r < BAPQ_TILE_ROWS; r++) out[r] = (bias ? bias[r] : 0.0f) + 0.0f;
 }
 
-static inline bapq_float4 bapq_clip4(bapq_float4 v, const bapq_epilogue *epilogue) {
-    bapq_float4 low = bapq_splat(epilogue->clip_low), high = bapq_splat(epilogue->clip_high);
+static inline bapq_float4 bapq_raise4(bapq_float4 v, float clip_low) {
+    bapq_float4 low = bapq_splat(clip_low);
 #if defined(__aarch64__)
-    return (bapq_float4)vminq_f32(vmaxq_f32((float32x4_t)v, (float32x4_t)low), (float32x4_t)high);
+    return (bapq_float4)vmaxq_f32((float32x4_t)v, (float32x4_t)low);
 #elif defined(__SSE__)
-    return (bapq_float4)_mm_min_ps((__m128)high, _mm_max_ps((__m128)low, (__m128)v));
+    return (bapq_float4)_mm_max_ps((__m128)low, (__m128)v);
 #else
-    v = (bapq_float4)bapq_choose4(v < low, (bapq_int4)low, (bapq_int4)v);
+    return (bapq_float4)bapq_choose4(v < low, (bapq_int4)low, (bapq_int4)v);
+#endif
+}
+
+static inline bapq_float4 bapq_clip4(bapq_float4 v, const bapq_epilogue *epilogue) {
+    bapq_float4 high = bapq_splat(epilogue->clip_high);
+    v = bapq_raise4(v, epilogue->clip_low);
+#if defined(__aarch64__)
+    return (bapq_float4)vminq_f32((float32x4_t)v, (float32x4_t)high);
+#elif defined(__SSE__)
+    return (bapq_float4)_mm_min_ps((__m128)high, (__m128)v);
+#else
     return (bapq_float4)bapq_choose4(v > high, (bapq_int4)high, (bapq_int4)v);
 #endif
 }

@@ -32,12 +32,12 @@ struct OrtValue {
     bool no_tensor;
 };
 struct OrtKernelContext {
-    OrtValue *input[3];
+    OrtValue *input[4];
     OrtValue output;
 };
 struct OrtKernelInfo {
     int64_t layer, use_bias, function;
-    float clip_low, clip_high;
+    float clip_low, clip_high, epsilon;
     bapq_conv_params conv;
 };
 
@@ -68,7 +68,9 @@ static OrtStatus *get_int(const OrtKernelInfo *info, const char *name, int64_t *
     return make_status(ORT_FAIL, name);
 }
 static OrtStatus *get_float(const OrtKernelInfo *info, const char *name, float *out) {
-    *out = strcmp(name, "clip_low") == 0 ? info->clip_low : info->clip_high;
+    *out = strcmp(name, "epsilon") == 0    ? info->epsilon
+           : strcmp(name, "clip_low") == 0 ? info->clip_low
+                                           : info->clip_high;
     return NULL;
 }
 static OrtStatus *get_input(OrtKernelContext *context, size_t index, const OrtValue **out) {
@@ -166,7 +168,8 @@ static const OrtApi *get_api(uint32_t version) {
 
 /* ---- two banks ---- */
 
-enum { ALL = (1 << BAPQ_LEVELS) - 1, CHUNKS_MOST = 32, MATMUL = 0, GEMM, CONV, DEPTHWISE, GATHER };
+enum { ALL = (1 << BAPQ_LEVELS) - 1, CHUNKS_MOST = 32 };
+enum { MATMUL, GEMM, CONV, DEPTHWISE, GATHER, POOL, NORMALIZATION, KINDS };
 static const int32_t row_order[] = {3, 1, 0, 2, 5, 4, 7, 6, 15, 9, 10, 11, 12, 13, 14, 8};
 /* rows, stored_rows, columns, chunk_rows, first_chunk, residual_steps, has_bias, gathered,
  * depthwise, read_by_row, levels, scale_columns, row_order, dropped_bias */
@@ -305,7 +308,7 @@ static int64_t answered, refused;
 
 static void run_case(bytes *b) {
     static const uint8_t bits[] = {32, 8, 4, 2, 1};
-    int kind = (int)take(b, 5);
+    int kind = (int)take(b, KINDS);
     int32_t layer = (int32_t)take(b, LAYERS);
     if (kind == DEPTHWISE && take(b, 4)) layer = LAYERS - 1;
     const int64_t *w = windows[layer];
@@ -317,7 +320,7 @@ static void run_case(bytes *b) {
                           .conv = {w[1], w[2], w[3], 1, 1, 1, 1, 1, 1, 1, 1, 0}};
     OrtValue x = {.type = kind == GATHER ? ORT_INT64 : ORT_FLOAT},
              ticket_value = {.type = ORT_INT64};
-    if (kind == CONV || kind == DEPTHWISE) {
+    if (kind == CONV || kind == DEPTHWISE || kind == POOL) {
         int flat = take(b, 4) == 0;
         int64_t image[] = {1 + take(b, 2), w[0], 1 + take(b, 12), 1 + take(b, 12)};
         x.rank = flat ? 3 : 4;
@@ -370,12 +373,18 @@ static void run_case(bytes *b) {
     ticket_value.data = &ticket;
     OrtValue residual = {.type = take(b, 8) ? ORT_FLOAT : ORT_INT64, .rank = x.rank};
     memcpy(residual.dims, x.dims, sizeof x.dims);
-    if (kind != GATHER && x.rank > 0)
+    if (kind <= DEPTHWISE && x.rank > 0)
         residual.dims[kind <= GEMM ? x.rank - 1 : 1] = layers[layer].rows;
+    if (kind == NORMALIZATION) { /* its scale and bias, mostly as long as a row */
+        residual.rank = take(b, 8) ? 1 : 2;
+        residual.dims[0] = take(b, 8) && x.rank > 0 ? x.dims[x.rank - 1] : 1 + take(b, 9);
+        residual.dims[1] = 1;
+    }
     size_t residual_elements = 1;
     for (size_t i = 0; i < residual.rank; i++) residual_elements *= (size_t)residual.dims[i];
     residual.data = residual_elements ? calloc(residual_elements, 8) : NULL;
-    OrtKernelContext context = {.input = {&x, &ticket_value, take(b, 2) ? &residual : NULL}};
+    OrtValue *third = take(b, 2) || kind == NORMALIZATION ? &residual : NULL;
+    OrtKernelContext context = {.input = {&x, &ticket_value, third, take(b, 2) ? third : NULL}};
     switch (take(b, 24)) {
         case 0:
             ticket = tickets[1], forged = true;

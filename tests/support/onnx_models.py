@@ -15,6 +15,7 @@ from bapq_edge.engine.graph import RUN_INPUT
 from bapq_tools.onnx_graph import graphs
 from bapq_tools.onnx_graph.importers.onnx_file import load_model
 from bapq_tools.onnx_graph.ir import LayerPlan, LayerUse
+from bapq_tools.onnx_graph.plain_nodes import PLAIN_OPERATORS
 
 NEWEST_OPSET = 26
 """Newest that the newest ONNX Runtime supports; the onnx package may know more."""
@@ -120,6 +121,8 @@ def _spelled(
     node: onnx.NodeProto, plan: LayerPlan
 ) -> tuple[dict[str, np.ndarray], list[onnx.NodeProto]]:
     at = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+    if node.op_type in PLAIN_OPERATORS:
+        return {}, [_plain(node, at)]
     layer, out = plan.layers[at["layer"]], node.output[0]
     w, source = layer.weight, node.input[0]
     if node.op_type == "Gather":
@@ -150,6 +153,22 @@ def _spelled(
         helper.make_node("Min", [f"{out}.m", f"{out}.high"], [out]),
     ]
     return constants, [*product, *behind]
+
+
+def _plain(node: onnx.NodeProto, at: dict[str, Any]) -> onnx.NodeProto:
+    """An operator that reads no layer."""
+    inputs = [node.input[0], *node.input[2:]]
+    if node.op_type == "MaxPool":
+        pads = [at[f"pad_{side}"] for side in ("top", "left", "bottom", "right")]
+        shape = {
+            name: [at[f"{short}_h"], at[f"{short}_w"]]
+            for name, short in {"kernel_shape": "kernel", "strides": "stride"}.items()
+        }
+        if at["dilation_h"] != 1 or at["dilation_w"] != 1:  # unknown before opset 10
+            shape["dilations"] = [at["dilation_h"], at["dilation_w"]]
+        padding = ("NOTSET", "SAME_UPPER", "SAME_LOWER")[at["auto_pad"]]
+        at = shape | ({"pads": pads} if padding == "NOTSET" else {"auto_pad": padding})
+    return helper.make_node(node.op_type, inputs, list(node.output), **at)
 
 
 def chain(x: str, y: str, *steps: tuple[Any, ...]) -> tuple[list[onnx.NodeProto], dict[str, float]]:

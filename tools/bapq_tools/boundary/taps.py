@@ -12,7 +12,7 @@ from bapq_edge.bank.reader import Bank
 from bapq_edge.errors import NoTapError
 
 from ..onnx_graph import graphs
-from ..onnx_graph.assemble import DOMAIN
+from ..onnx_graph.assemble import reads_layer
 
 __all__ = ["BankGraph", "Cut"]
 
@@ -142,7 +142,7 @@ def _reads(node: onnx.NodeProto) -> set[str]:
 def _layers_of(node: onnx.NodeProto) -> set[int]:
     """The layers that a node and its bodies read."""
     nodes = [node, *(n for body in graphs.bodies(node) for g in graphs.walk(body) for n in g.node)]
-    return {int(graphs.attribute(n, "layer", 0)) for n in nodes if n.domain == DOMAIN}
+    return {int(graphs.attribute(n, "layer", 0)) for n in nodes if reads_layer(n)}
 
 
 def _extract(

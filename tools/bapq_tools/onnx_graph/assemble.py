@@ -15,6 +15,7 @@ from bapq_edge.errors import BankFormatError, UnsupportedModelError
 
 from . import graphs
 from .ir import Function, HeavyLayer, LayerPlan, LayerUse
+from .plain_nodes import PLAIN_OPERATORS, PlainNode, find_plain_nodes
 
 DOMAIN = "bapq"
 DOMAIN_VERSION = 1
@@ -28,6 +29,11 @@ _FUNCTIONS: tuple[Function | None, ...] = (None, "hard_swish", "silu", "gelu", "
 _AUTO_PAD = {"NOTSET": 0, "SAME_UPPER": 1, "SAME_LOWER": 2}
 
 _MIB = 1 << 20
+
+
+def reads_layer(node: onnx.NodeProto) -> bool:
+    """Whether the node of a bank's graph is an operator on one of the bank's layers."""
+    return node.domain == DOMAIN and node.op_type not in PLAIN_OPERATORS
 
 
 def assemble(model: onnx.ModelProto, plan: LayerPlan) -> bytes:
@@ -44,7 +50,8 @@ def assemble(model: onnx.ModelProto, plan: LayerPlan) -> bytes:
         raise UnsupportedModelError(
             f"the model has a tensor named {RUN_INPUT!r}, which banks use; rename it"
         )
-    operators = _operators(model, plan, taken)
+    plain_nodes = list(find_plain_nodes(model, plan.ranks))  # held: protobuf's identities last so
+    operators = _operators(model, plan, plain_nodes, taken)
     result = onnx.ModelProto(ir_version=model.ir_version)
     for name in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
         setattr(result, name, getattr(model, name))
@@ -78,7 +85,7 @@ def split_residuals(graph: onnx.GraphProto) -> None:
         nodes: list[onnx.NodeProto] = []
         for node in part.node:
             nodes.append(node)
-            if node.domain != DOMAIN or len(node.input) < 3:
+            if not reads_layer(node) or len(node.input) < 3:
                 continue
             output, residual = node.output[0], node.input.pop()
             product, total, raised = (
@@ -133,9 +140,9 @@ def drop_replaced(model: onnx.ModelProto, plan: LayerPlan) -> onnx.ModelProto:
 
 
 def _operators(
-    model: onnx.ModelProto, plan: LayerPlan, taken: set[str]
+    model: onnx.ModelProto, plan: LayerPlan, plain_nodes: list[PlainNode], taken: set[str]
 ) -> dict[int, list[onnx.NodeProto]]:
-    """Make what stands in place of each node of the plan, by the node's identity."""
+    """Make what stands in place of each node of the plan and each plain one, by its identity."""
     operators: dict[int, list[onnx.NodeProto]] = {}
     replaced = {id(node) for layer in plan.layers for use in layer.uses for node in use.replaced}
     # ORT refuses a graph in which two custom operators, or one and another node, share a name.
@@ -151,7 +158,22 @@ def _operators(
             name = graphs.fresh_name(use.node.name or layer.name, node_names)
             # Not before the last of them, where all that it reads is computed.
             operators[id(use.replaced[-1])] = _operator(index, layer, use, name, taken)
+    for plain in plain_nodes:
+        if id(plain.node) not in replaced:
+            name = graphs.fresh_name(plain.node.name or plain.node.output[0], node_names)
+            operators[id(plain.node)] = [_plain_operator(plain, name)]
     return operators
+
+
+def _plain_operator(plain: PlainNode, name: str) -> onnx.NodeProto:
+    return helper.make_node(
+        plain.node.op_type,
+        [plain.source, RUN_INPUT, *plain.constants],
+        [plain.node.output[0]],
+        name=name,
+        domain=DOMAIN,
+        **plain.attributes,
+    )
 
 
 def _operator(

@@ -239,6 +239,23 @@ def shapes(model: onnx.ModelProto) -> dict[str, Shape | None]:
     return found
 
 
+def float_ranks(model: onnx.ModelProto) -> dict[str, int]:
+    """The numbers of axes of the float32 tensors outside of bodies, as far as they are known."""
+    try:
+        inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
+    except Exception:  # as in `shapes`
+        return {}
+    kinds = {
+        info.name: info.type.tensor_type
+        for info in (*inferred.input, *inferred.value_info, *inferred.output)
+    }
+    return {
+        name: len(kind.shape.dim)
+        for name, kind in kinds.items()
+        if kind.HasField("shape") and kind.elem_type == onnx.TensorProto.FLOAT
+    }
+
+
 def _size(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
     return dim.dim_value if dim.dim_value > 0 else dim.dim_param or None
 

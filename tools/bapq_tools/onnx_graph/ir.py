@@ -100,3 +100,5 @@ class LayerPlan:
     """In execution order."""
     kept_in_float: list[KeptNode]
     """Nodes with weights that stay with the graph engine."""
+    ranks: dict[str, int]
+    """Axes of what a MaxPool or LayerNormalization reads, where that is known to be float32."""

@@ -25,6 +25,7 @@ from .fusion import (
 from .heavy_nodes import MIN_WEIGHTS, QUANTIZED, HeavyNode, Refusal, recognise
 from .ir import HeavyLayer, LayerPlan, LayerUse
 from .neighbours import Neighbours
+from .plain_nodes import ranks_of_plain_nodes
 
 _NAME_LENGTH = 80
 
@@ -69,7 +70,7 @@ def find_layers(model: onnx.ModelProto) -> LayerPlan:
     layers = [_layer(group, shapes, around, names) for group in search.groups.values()]
     fused = {node.output[0] for layer in layers for use in layer.uses for node in use.replaced}
     kept = [entry for output, entry in search.kept if output not in fused]
-    return LayerPlan(layers, kept)
+    return LayerPlan(layers, kept, ranks_of_plain_nodes(model))
 
 
 class _Search:

@@ -23,7 +23,7 @@ from bapq_edge.bank.reader import Bank
 
 from ..boundary.runner import Feed, Runner
 from ..onnx_graph import graphs
-from ..onnx_graph.assemble import DOMAIN, split_residuals
+from ..onnx_graph.assemble import reads_layer, split_residuals
 from .downstream_weights import DownstreamWeights
 
 __all__ = ["Contribution", "contributions"]
@@ -95,7 +95,7 @@ def _observed(bank: Bank, graph: onnx.GraphProto) -> Iterator[tuple[Layer, onnx.
     outside = {node.output[0] for node in graph.node}
     for part in graphs.walk(graph):
         for node in part.node:
-            if node.domain == DOMAIN:
+            if reads_layer(node):
                 nodes.setdefault(int(graphs.attribute(node, "layer")), []).append(node)
     answers = {item.name for item in graph.output}
     for index, layer in enumerate(bank.manifest.layers):

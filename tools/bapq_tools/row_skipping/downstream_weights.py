@@ -12,7 +12,7 @@ from bapq_edge.bank.reader import Bank
 
 from ..boundary.rewrite import output_rows
 from ..onnx_graph import graphs
-from ..onnx_graph.assemble import DOMAIN
+from ..onnx_graph.assemble import DOMAIN, reads_layer
 
 __all__ = ["DownstreamWeights"]
 
@@ -71,7 +71,7 @@ class DownstreamWeights:
     def _sum(self, node: onnx.NodeProto) -> np.ndarray | None:
         if node.domain == DOMAIN and node.op_type == "DepthwiseConv":
             return None  # it is looked through: see `_filters`
-        if node.domain == DOMAIN and node.op_type != "Gather":
+        if reads_layer(node) and node.op_type != "Gather":
             layer = self._bank.manifest.layers[int(graphs.attribute(node, "layer", 0))]
             group = int(graphs.attribute(node, "group", 1))
             squares = self._squares_of_layer(layer, group)
@@ -108,7 +108,8 @@ class DownstreamWeights:
 
     def _filters(self, node: onnx.NodeProto, name: str, channels: int) -> np.ndarray | None:
         """Squared gain of a node that keeps channels apart, (channels,); None where it does not."""
-        if graphs.is_standard(node, *_CHANNELWISE):
+        plain_pool = node.domain == DOMAIN and node.op_type == "MaxPool"
+        if plain_pool or graphs.is_standard(node, *_CHANNELWISE):
             return np.ones(channels)
         if node.domain == DOMAIN and node.op_type == "DepthwiseConv" and node.input[0] == name:
             layer = self._bank.manifest.layers[int(graphs.attribute(node, "layer", 0))]

@@ -91,16 +91,21 @@ static bool same_tile(const bapq_kernels *k, operands *o, int level, int extreme
         .scale_blocks = random_in(1, random_in(0, 1) ? 4 : 20),
         .residual_steps = extreme > 0 ? 16 : random_in(8, 16),
     };
-    const int32_t uniform = random_in(0, 1);
+    const int32_t uniform = random_in(0, 1), columns = blocks * BAPQ_BLOCK;
+    static int8_t q[MAX_ROWS * MAX_COLUMNS]; /* as a panel has it: 0 in the padding */
+    memcpy(q, o->q, (size_t)(m * columns));
+    for (int32_t i = 0; i < m; i++) {
+        memset(q + (i + 1) * columns - tile.padding, 0, (size_t)tile.padding);
+    }
     const bapq_panel panel = {
-        .q = o->q,
+        .q = q,
         .scale = o->scale,
         .sum = o->sum,
         .x = o->x,
         .uniform = uniform,
         .zero_point = uniform ? random_in(-3, 3) * random_in(0, 42) : 0,
     };
-    bapq_kernels_scalar.block_sums(o->q, m, blocks, o->sum);
+    bapq_kernels_scalar.block_sums(q, m, blocks, o->sum);
     const size_t count = (size_t)m * BAPQ_TILE_ROWS;
     memset(got, 0xff, sizeof got);
     bapq_kernels_scalar.tile[level](&tile, &panel, m, want);

@@ -45,10 +45,11 @@ BAPQ_INLINE int32x4x4_t fours_at(const int8_t **q) {
 /* Level 8: |code| <= 128 and |q| <= 127, so two products fit int16. Four sums are under way, so
  * that an in-order core need not wait for the one before; two rows at once would not fit the
  * registers. */
-BAPQ_INLINE void add_full(int n, int fresh, source *from, const int8_t *q[4],
+BAPQ_INLINE void add_full(int n, int fresh, int is_short, source *from, const int8_t *q[4],
                           int32x4_t dot[4][GROUPS]) {
+    const int parts = is_short ? 2 : 4;
 #pragma GCC unroll 4
-    for (int p = 0; p < 4; p++) {
+    for (int p = 0; p < parts; p++) {
         const int8x16x4_t code = take_codes(&from->decoded); /* columns 8p..8p+7 */
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++) {
@@ -86,10 +87,11 @@ enum { ROWS = 1 };
 #endif
 
 /* Levels 4, 2, 1: |code| <= 15, so a block's 16 products per int16 fit: 16 * 15 * 127 = 30480. */
-BAPQ_INLINE void add_small(int n, int fresh, source *from, const int8_t *q[4],
+BAPQ_INLINE void add_small(int n, int fresh, int is_short, source *from, const int8_t *q[4],
                            int16x8_t chain[4][GROUPS]) {
+    const int parts = is_short ? 2 : 4;
 #pragma GCC unroll 4
-    for (int p = 0; p < 4; p++) {
+    for (int p = 0; p < parts; p++) {
         const int8x16x4_t code = take_codes(&from->decoded); /* columns 8p..8p+7 */
 #pragma GCC unroll 4
         for (int first = 0; first < n; first += ROWS) {
@@ -122,16 +124,17 @@ BAPQ_INLINE int32_t chain_of(int level) {
     return level == BAPQ_L1 ? BAPQ_RUN_BLOCKS : level == BAPQ_L2 ? 4 : 1;
 }
 
-/* Adds a chain of blocks to the dot products, or begins them with it. */
-BAPQ_INLINE void add_chain(int n, variant v, int fresh, int32_t blocks, source *from,
+/* Adds a chain of blocks to the dot products, or begins them with it. A short one is the first half
+ * of a block. */
+BAPQ_INLINE void add_chain(int n, variant v, int fresh, int is_short, int32_t blocks, source *from,
                            const int8_t *q[4], int32x4_t dot[4][GROUPS]) {
     if (v.level == BAPQ_L8) {
-        add_full(n, fresh, from, q, dot);
+        add_full(n, fresh, is_short, from, q, dot);
     } else {
         int16x8_t chain[4][GROUPS];
-        add_small(n, 1, from, q, chain);
-        for (; blocks != 1; blocks--) {
-            add_small(n, 0, from, q, chain);
+        add_small(n, 1, is_short, from, q, chain);
+        for (; !is_short && blocks != 1; blocks--) {
+            add_small(n, 0, 0, from, q, chain);
         }
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++) {
@@ -193,11 +196,26 @@ BAPQ_INLINE void dot_straight(int n, variant v, const source *from, const int8_t
     }
 }
 
-BAPQ_INLINE void dot_run(int n, variant v, int32_t run, source *from, const int8_t *q[4],
-                         int32x4_t dot[4][GROUPS]) {
+BAPQ_INLINE void dot_run(int n, variant v, int32_t run, int ends_short, source *from,
+                         const int8_t *q[4], int32x4_t dot[4][GROUPS]) {
     if (v.straight) {
         dot_straight(n, v, from, q, dot);
         from->b++;
+        return;
+    }
+    if (ends_short && !v.grouped) {
+        add_chain(n, v, 1, 1, 1, from, q, dot);
+        return;
+    }
+    if (ends_short) {
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++) {
+            dot[i][0] = dot[i][1] = vdupq_n_s32(0);
+        }
+        while (--run != 0) {
+            add_chain(n, v, 0, 0, 1, from, q, dot);
+        }
+        add_chain(n, v, 0, 1, 1, from, q, dot);
         return;
     }
     const int32_t longest = v.grouped ? chain_of(v.level) : 1;
@@ -205,10 +223,10 @@ BAPQ_INLINE void dot_run(int n, variant v, int32_t run, source *from, const int8
     if (longest == 1) {
         chain = 1; /* which the compiler does not see by itself */
     }
-    add_chain(n, v, 1, chain, from, q, dot);
+    add_chain(n, v, 1, 0, chain, from, q, dot);
     while (v.grouped && (run -= chain) != 0) {
         chain = longest == 1 || run >= longest ? longest : run;
-        add_chain(n, v, 0, chain, from, q, dot);
+        add_chain(n, v, 0, 0, chain, from, q, dot);
     }
 }
 

@@ -39,40 +39,54 @@ BAPQ_INLINE void take_block(const int8_t **q, int8x16_t block[2]) {
             : "m"(*(const int8_t(*)[BAPQ_BLOCK]) * q));
 }
 
-BAPQ_INLINE void dot_run(int n, variant v, int32_t run, source *from, const int8_t *q[4],
-                         int32x4_t dot[4][GROUPS]) {
+/* A block, or its first half. */
+BAPQ_INLINE void add_block(int n, variant v, int is_short, source *from, const int8_t *q[4],
+                           int32x4_t dot[4][GROUPS]) {
+    int8x16_t qi[4][2];
+    int8x16x4_t codes;
+    cutting c[GROUPS];
+    if (v.straight) {
+        cut(v.level, 0, from->w, from->b, from->half, c);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < n; i++) {
+        take_block(&q[i], qi[i]);
+    }
+    const int parts = is_short ? 4 : 8;
+#pragma GCC unroll 8
+    for (int j = 0; j < parts; j++) {
+        if (!v.straight && j % 2 == 0) {
+            codes = take_codes(&from->decoded);
+        }
+#pragma GCC unroll 2
+        for (int g = 0; g < GROUPS; g++) {
+            const int8x16_t code =
+                v.straight ? straight_code(v, &from->t, &c[g], j) : codes.val[j % 2 * 2 + g];
+#pragma GCC unroll 4
+            for (int i = 0; i < n; i++) {
+                dot[i][g] = dot_lane(dot[i][g], code, qi[i][j / 4], j % 4);
+            }
+        }
+    }
+    from->b++;
+}
+
+BAPQ_INLINE void dot_run(int n, variant v, int32_t run, int ends_short, source *from,
+                         const int8_t *q[4], int32x4_t dot[4][GROUPS]) {
 #pragma GCC unroll 4
     for (int i = 0; i < n; i++) {
         dot[i][0] = dot[i][1] = vdupq_n_s32(0);
     }
-    do {
-        int8x16_t qi[4][2];
-        int8x16x4_t codes;
-        cutting c[GROUPS];
-        if (v.straight) {
-            cut(v.level, 0, from->w, from->b, from->half, c);
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < n; i++) {
-            take_block(&q[i], qi[i]);
-        }
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; j++) {
-            if (!v.straight && j % 2 == 0) {
-                codes = take_codes(&from->decoded);
-            }
-#pragma GCC unroll 2
-            for (int g = 0; g < GROUPS; g++) {
-                const int8x16_t code =
-                    v.straight ? straight_code(v, &from->t, &c[g], j) : codes.val[j % 2 * 2 + g];
-#pragma GCC unroll 4
-                for (int i = 0; i < n; i++) {
-                    dot[i][g] = dot_lane(dot[i][g], code, qi[i][j / 4], j % 4);
-                }
-            }
-        }
-        from->b++;
-    } while (v.grouped && --run != 0);
+    if (!ends_short) {
+        do {
+            add_block(n, v, 0, from, q, dot);
+        } while (v.grouped && --run != 0);
+        return;
+    }
+    while (v.grouped && --run != 0) {
+        add_block(n, v, 0, from, q, dot);
+    }
+    add_block(n, v, 1, from, q, dot);
 }
 
 #include "depthwise.inc"

@@ -337,6 +337,58 @@ assert all((y == outputs[-1]).all() for y in outputs)
     )
 
 
+def test_a_switch_to_a_budget_that_streams_takes_no_memory_meanwhile(large):
+    """The peak of the call and of the runs after it, not only what is held once it is over."""
+    python(
+        """
+import sys
+import numpy as np
+from bapq_edge import Session
+from bapq_edge.telemetry import peak_rss_bytes, rss_bytes
+
+MIB = 1 << 20
+x = np.linspace(-1, 1, 4096, dtype=np.float32)[None]
+before = rss_bytes()
+with Session(sys.argv[1], memory_budget="200MiB", level=8, threads=1) as session:
+    session.run(None, {"x": x})
+    for mib in (52, 200, 44, 64, 44):
+        held = rss_bytes() - before
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        session.set_memory_budget(mib * MIB)
+        at_once = peak_rss_bytes() - before
+        for _ in range(3):
+            session.run(None, {"x": x})
+        grown = peak_rss_bytes() - before
+        assert at_once <= held + 4.5 * MIB, (mib, held / MIB, at_once / MIB)  # the ring
+        assert grown <= max(held + MIB / 2, mib * MIB), (mib, held / MIB, grown / MIB)
+        assert ("streamed" in session.stats().plan) == (mib < 200)
+        assert rss_bytes() - before <= mib * MIB
+""",
+        large,
+    )
+
+
+def test_an_earlier_peak_of_the_process_is_not_the_sessions(large):
+    python(
+        """
+import sys
+import numpy as np
+from bapq_edge import Session
+
+x = np.ones((1, 4096), np.float32)
+np.ones(400 << 20, np.uint8)  # and gone
+with Session(sys.argv[1], memory_budget="52MiB", level=8, threads=1) as session:
+    session.run(None, {"x": x})
+    hidden = session.stats().peak_bytes
+    assert 40 << 20 < hidden <= 52 << 20, hidden
+    large = np.ones(800 << 20, np.uint8)
+    assert session.stats().peak_bytes > 800 << 20
+""",
+        large,
+    )
+
+
 def test_sessions_that_stream_leave_no_memory_behind(large):
     python(
         """

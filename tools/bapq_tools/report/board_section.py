@@ -174,7 +174,8 @@ def _memory(boards: Sequence[Board], levels: Sequence[Level]) -> str:
                 _marked(format_size(board.profile.memory_mib << 20), board, "memory_mib"),
                 _marked(format_size(board.budget_bytes), board, "memory_mib"),
                 *(
-                    format_size(each) + ("" if each <= board.free_bytes else ", too much")
+                    _unbroken(format_size(each))
+                    + ("" if each <= board.free_bytes else ", too much")
                     for each in needed
                 ),
             ]
@@ -202,14 +203,21 @@ def _joules(board: Board, level: Level, limit_bytes: int | None) -> str:
         return "no power model"
     keys = ["gmac_s", "idle_w", "busy_w", "power_error_percent"]
     keys += [] if limit_bytes is None else ["storage_read_mb_s"]
-    figure = f"{_short(found.energy_j * 1e3)} ± {_short(found.error_j * 1e3)}"
+    figure = f"{_short(found.energy_j * 1e3)} ± {_short(found.error_j * 1e3, 2)}"
     return _marked(figure, board, *keys)
 
 
 def _marked(text: str, board: Board, *keys: str) -> str:
-    return text + (_MARK if board.profile.assumes(*keys) else "")
+    return _unbroken(text + (_MARK if board.profile.assumes(*keys) else ""))
 
 
-def _short(value: float) -> str:
-    """Three digits at most, and never in powers of ten."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else "< 0.001"
+def _unbroken(text: str) -> str:
+    """A figure that stays in one line on a narrow screen."""
+    return text.replace(" ", "\u00a0")
+
+
+def _short(value: float, digits: int = 3) -> str:
+    """So many digits, never in powers of ten."""
+    return (
+        f"{value:.0f}" if value >= 100 else f"{value:.{digits}g}" if value >= 0.001 else "< 0.001"
+    )

@@ -56,7 +56,9 @@ class SessionStats:
     """Weights in memory: pinned chunks, those that it shares with other sessions of the bank in
     this process included, ring and row cache."""
     peak_bytes: int
-    """Growth of the process's peak resident memory (VmHWM) since just before the session opened."""
+    """Growth of the process's peak resident memory (VmHWM) since just before the session opened.
+    While an earlier, higher peak of the process hides it: the most that was seen, now and, under a
+    budget, at the ends of runs."""
     streamed_bytes: int
     """Weights read from storage since the session opened."""
     read_wait_s: float

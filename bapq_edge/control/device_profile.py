@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..bank.layout import LEVELS, Level
 from ..bank.storage import storage_class
 from ..errors import ProfileError, StorageError
 from ..input_files import input_file_errors
 
 __all__ = ["DeviceProfile", "find_profile", "load_profile", "profile_names", "save_profile"]
 
+_SPEED_NAMES: dict[Level, str] = {level: f"level_{level}" for level in LEVELS}
 _BOARD_MODEL = "proc/device-tree/model"
 if os.path.exists(f"/{_BOARD_MODEL}"):
     # On a board every session reads a profile: what that takes comes with the package, not out of
@@ -50,6 +52,8 @@ class DeviceProfile:
     """A reading must be good again for so long before the controller takes one step back."""
     kernels: str | None = None
     """The kernel family that this board's CPU can run."""
+    gmac_s: Mapping[str, float] = field(default_factory=dict)
+    """10^9 multiply-adds per second of one core in our kernels, by level: level_8 and so on."""
     soft_limit_c: int | None = None
     """From this temperature on the firmware lowers the clock a little, below throttle_c."""
     storage_classes_mb_s: Mapping[str, int] = field(default_factory=dict)
@@ -73,6 +77,12 @@ class DeviceProfile:
             wanted, fits = _KINDS[kind]
             if not fits(value) and not (optional and value is None):
                 raise ProfileError(f"profile key {entry.name!r} is {value!r}, it needs {wanted}")
+        for name, speed in self.gmac_s.items():
+            if name not in _SPEED_NAMES.values() or speed <= 0:
+                raise ProfileError(
+                    f"profile key 'gmac_s' has {name}: {speed:g}, it needs positive numbers by "
+                    f"level, such as {_SPEED_NAMES[8]}: 3.5"
+                )
         if self.idle_w is not None and self.busy_w is not None and self.busy_w < self.idle_w:
             raise ProfileError(
                 f"profile key 'busy_w' is {self.busy_w:g}, the least is idle_w, {self.idle_w:g}"
@@ -81,6 +91,16 @@ class DeviceProfile:
     def read_mb_s(self, path: str | os.PathLike[str]) -> int:
         """Read speed to expect of the storage that holds this path, MB/s."""
         return self.storage_classes_mb_s.get(storage_class(path) or "", self.storage_read_mb_s)
+
+    def products_s(self, level: Level) -> float | None:
+        """Multiply-adds per second of one core at a level; None: not known."""
+        speed = self.gmac_s.get(_SPEED_NAMES[level])
+        return None if speed is None else speed * 1e9
+
+    def assumes(self, *keys: str) -> bool:
+        """Whether the value of one of these keys was not measured, published or chosen."""
+        unsure = ("assumption", "estimate")
+        return any(self.sources.get(key, unsure[0]).startswith(unsure) for key in keys)
 
 
 def _is_whole(value: Any) -> bool:

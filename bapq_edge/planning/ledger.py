@@ -29,6 +29,7 @@ class MemoryLedger:
         """Open the account: everything that comes from here on counts."""
         self._rss_before_bytes = rss_bytes()
         self._peak_before_bytes = peak_rss_bytes()
+        self._most_seen_bytes = 0
         self._largest_load = 0
         self._loading_bytes = 0
         self.overhead_bytes = 0
@@ -38,8 +39,16 @@ class MemoryLedger:
         where no axis is open."""
 
     def growth_bytes(self) -> int:
-        """Growth of the process's peak since the account was opened."""
-        return max(0, peak_rss_bytes() - self._rss_before_bytes)
+        """Growth of the process's peak since the account was opened.
+
+        As long as the peak is the one of before, it tells nothing of what came after: then it is
+        the most that was seen, now and at the ends of runs.
+        """
+        self._see(rss_bytes())
+        peak_bytes = peak_rss_bytes()
+        if peak_bytes == self._peak_before_bytes:
+            return self._most_seen_bytes
+        return max(0, peak_bytes - self._rss_before_bytes)
 
     def held_bytes(self) -> int:
         """What the process holds now beyond what it had when the account was opened."""
@@ -64,8 +73,13 @@ class MemoryLedger:
         Both as the process had them at the same moment, the run's buffers included. The arena
         keeps what it once had, so the end of a run shows its peak.
         """
+        self._see(process_bytes)
         overhead_bytes = process_bytes - self._rss_before_bytes - weight_bytes
         self.overhead_bytes = max(self.overhead_bytes, overhead_bytes)
+
+    def _see(self, process_bytes: int) -> None:
+        grown_bytes = process_bytes - self._rss_before_bytes
+        self._most_seen_bytes = max(self._most_seen_bytes, grown_bytes)
 
     def outgrows(self, planned_overhead_bytes: int) -> bool:
         """Whether the overhead is more than a plan for so much of it can bear."""

@@ -73,6 +73,10 @@ def calibrate(
         "memory_mib": psutil.virtual_memory().total >> 20,
         "page_bytes": mmap.PAGESIZE,
         "kernels": kernels_name(),
+        "gmac_s": {
+            f"level_{level}": float(f"{measured[f'gmac_s_level_{level}_196_rows']:.3g}")
+            for level in LEVELS
+        },
         "storage_read_mb_s": max(1, round(measured[f"read_mb_s_{_PLAN_BLOCK_KIB}_kib"])),
         **load.power,
     }

@@ -50,6 +50,33 @@ def test_the_page_of_a_bank_stands_alone(bapq, made, tmp_path):
         assert name in text
 
 
+def test_the_boards_are_predicted_for_the_input_that_is_given(bapq, made, tmp_path):
+    bapq("report", made / "one.bank", "-o", "report.html", "--profile", "raspberry_pi_5")
+    text = (tmp_path / "report.html").read_text()
+    Outline(text)
+    for said in ("8 in memory, ms", "Energy of a run: an estimate", "rests on an assumption"):
+        assert said in text
+    boards = re.findall(r"<tr><td>([a-z]\w+_\w+)</td>", text)
+    assert boards[0] == "raspberry_pi_5" and boards.count("raspberry_pi_5") == 3
+
+
+def test_an_input_that_does_not_fit_is_refused(refused, made):
+    arguments = ("report", made / "one.bank", "-o", "r.html")
+    assert "no input 'other'" in refused(errors.RunInputError, *arguments, "--shape", "other=1,64")
+    assert "no profile is named" in refused(errors.ProfileError, *arguments, "--profile", "toaster")
+
+
+def test_where_zeros_are_no_input_the_page_says_what_to_give(bapq, tmp_path):
+    from support.streaming import mobile_bank
+
+    bank = mobile_bank(tmp_path / "m.bank", open_image=True)
+    bapq("report", bank, "-o", "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "No times, memory and energy of the boards: input x is" in text and "--shape" in text
+    bapq("report", bank, "-o", "report.html", "--shape", "x=1,48,7,6")
+    assert "8 in memory, ms" in (tmp_path / "report.html").read_text()
+
+
 def test_a_trace_is_drawn(bapq, made, tmp_path):
     bapq("profile", made / "one.bank", "-o", "trace.json", "--seconds", 0.3)
     bapq("report", made / "one.bank", "-o", "report.html", "--trace", "trace.json")

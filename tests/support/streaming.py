@@ -139,8 +139,11 @@ def matrix_bank(path: Path, rows: int, columns: int, levels: tuple[Level, ...]) 
     return write_bank(path, graph_bytes(nodes, ["n", columns], ["n", rows]), layers, levels)
 
 
-def mobile_bank(path: Path) -> Path:
-    """x (n, 48, 7, 6) through an inverted bottleneck: 1x1 up, 3x3 depthwise, 1x1 down."""
+def mobile_bank(path: Path, open_image: bool = False) -> Path:
+    """x (n, 48, 7, 6) through an inverted bottleneck: 1x1 up, 3x3 depthwise, 1x1 down.
+
+    Where the image is open, its sides are not told.
+    """
 
     def conv(operator: str, source: str, target: str, layer: int, group: int, size: int) -> Any:
         fields = {"auto_pad": 1, "group": group, "kernel_h": size, "kernel_w": size}
@@ -158,7 +161,8 @@ def mobile_bank(path: Path) -> Path:
         conv("DepthwiseConv", "h", "d", 1, 120, 3),
         conv("Conv", "d", "y", 2, 1, 1),
     ]
-    return write_bank(path, graph_bytes(nodes, ["n", 48, 7, 6], ["n", 40, 7, 6]), layers)
+    sides = ["h", "w"] if open_image else [7, 6]
+    return write_bank(path, graph_bytes(nodes, ["n", 48, *sides], ["n", 40, *sides]), layers)
 
 
 BANKS = {

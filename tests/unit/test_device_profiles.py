@@ -97,6 +97,8 @@ def test_a_board_finds_its_profile(tmp_path, model, name):
         ("idle_w", 100, "busy_w"),
         ("soft_limit_c", "warm", "a positive integer"),
         ("storage_classes_mb_s", {"sd": 0.5}, "positive integers by name"),
+        ("gmac_s", {"level_8": 0}, "positive numbers by level, such as level_8"),
+        ("gmac_s", {"level_5": 1.5}, "positive numbers by level, such as level_8"),
         ("sources", ["here"], "texts by key"),
         ("colour", "red", "unknown keys"),
     ],
@@ -158,6 +160,10 @@ def test_calibration_writes_a_profile_that_loads(tmp_path):
         measured["read_mb_s_256_kib"], rel=0.01, abs=1
     )
     assert {f"gmac_s_level_{level}_one_row" for level in (32, 8, 4, 2, 1)} <= set(measured)
+    assert profile.products_s(8) == pytest.approx(
+        measured["gmac_s_level_8_196_rows"] * 1e9, rel=0.01
+    )
+    assert not profile.assumes("gmac_s", "memory_mib") and profile.assumes("power_unknown")
     assert measured["load_gmac_s_at_last"] > 0 and measured["load_throttled_share"] == 1
     assert profile.idle_w == pytest.approx(2, abs=0.3) and profile.busy_w > profile.idle_w
     assert profile.throttle_c == base.throttle_c

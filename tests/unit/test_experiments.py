@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import os
 import pickle
@@ -12,12 +13,15 @@ import onnx
 import onnxruntime
 import pytest
 
+from bapq_edge import Session
 from bapq_edge.errors import InputFileError
 from experiments.cnn_training import _gradients, _start, train_cnn
 from experiments.datasets import load_cifar10, read_checksums
 from experiments.networks import cnn_to_onnx, synthetic_mlp
 from experiments.pruning import prune_loaded
-from experiments.results import summary_path, write_results
+from experiments.results import in_own_process, summary_path, write_results
+from experiments.switching import Task, measure_level, trace_rows
+from support.streaming import matrix_bank
 
 
 def write_batch(path, images, labels, seed):
@@ -155,3 +159,20 @@ def test_results_and_summary_are_written(tmp_path):
     assert (eight["runs"], eight["time_s_mean"], eight["energy_j_mean"]) == ("2", "2.0", "")
     assert float(eight["time_s_sd"]) == pytest.approx(2**0.5)
     assert four["time_s_sd"] == ""
+
+
+def test_memory_is_the_sessions_and_not_that_of_judging_it(tmp_path):
+    """Answers of 50 MiB, kept or put together, would be in the peak of every later step."""
+    bank = matrix_bank(tmp_path / "m.bank", 4096, 64, (8, 4))
+    random = np.random.default_rng(0)
+    feeds = [{"x": random.standard_normal((16, 64)).astype(np.float32)} for _ in range(200)]
+    task = Task(tmp_path / "none.onnx", bank, {"x": feeds[0]["x"][:1]}, feeds, "y")
+    with Session(bank, level=8) as session:
+        np.save(tmp_path / "expected.npy", np.concatenate([*task.answers(session)]))
+    assert (tmp_path / "expected.npy").stat().st_size > 50 << 20
+    task = dataclasses.replace(task, expected=tmp_path / "expected.npy")
+    level = in_own_process(measure_level, task, "8")
+    trace = in_own_process(trace_rows, task)
+    assert level["accuracy"] == pytest.approx(1) and 0.9 < trace[-1]["accuracy"] <= 1.0001
+    peaks = [level["peak_bytes"], *(row["peak_bytes"] for row in trace)]
+    assert min(peaks) > 1 << 20 and max(peaks) < 25 << 20, peaks

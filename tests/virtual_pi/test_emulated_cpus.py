@@ -28,10 +28,14 @@ SUITE = (
     "end_to_end/test_depthwise.py",
     "end_to_end/test_rows.py",
     "end_to_end/test_streaming.py",
+    "end_to_end/test_memory.py",
     "end_to_end/test_controller_session.py",
 )
 """the project's own tests that need no host package"""
-MEMORY = "closing_gives or grows_by_no_more or leave_no_memory or digits"
+MEMORY = (
+    "closing_gives or grows_by_no_more or leave_no_memory or takes_no_memory or earlier_peak "
+    "or digits"
+)
 """but those that look at the process's memory, which is qemu's here; digits need scikit-learn"""
 
 pytestmark = pytest.mark.arm

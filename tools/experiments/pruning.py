@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,11 @@ import onnxruntime
 
 from bapq_edge import Session
 from bapq_edge.profiling import Meter
-from bapq_edge.telemetry import trim_heap
 from bapq_tools import build_bank
 from bapq_tools.onnx_graph.fold import fold
 from bapq_tools.onnx_graph.layers import find_layers
 from bapq_tools.quantize.prune import prune
+from experiments.results import forget_peak
 
 __all__ = ["prune_once", "pruned_accuracy"]
 
@@ -30,8 +28,6 @@ def prune_once(model: bytes, threshold: float) -> dict[str, Any]:
     process's peak resident memory grows by meanwhile, in units of 10^6 bytes.
     """
     prune_loaded(onnx.load_from_string(model), threshold)  # what loads late is there now
-    gc.collect()
-    trim_heap()
     forget_peak()
     with Meter() as meter:
         meter.measure_idle()
@@ -51,12 +47,6 @@ def prune_loaded(model: onnx.ModelProto, threshold: float) -> tuple[int, int]:
     """(weights that are left, weights) of the model's layers."""
     reports = [prune(layer, threshold) for layer in find_layers(fold(model)).layers]
     return sum(each.remaining for each in reports), sum(each.weights for each in reports)
-
-
-def forget_peak() -> None:
-    """Let VmHWM begin anew (proc(5), clear_refs); where the kernel refuses, it stays as it is."""
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")
 
 
 def accuracy_of(session: Any, images: np.ndarray, labels: np.ndarray, batch_size: int) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import gc
 import itertools
 import multiprocessing
 import statistics
@@ -14,9 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from bapq_edge.errors import BapqError, RequestError, StorageError
+from bapq_edge.telemetry import trim_heap
 from bapq_tools.build_support.extras import host_packages
 
-__all__ = ["Parser", "in_own_process", "plot_means", "run_script", "summary_path", "write_results"]
+__all__ = [
+    "Parser",
+    "forget_peak",
+    "in_own_process",
+    "plot_means",
+    "run_script",
+    "summary_path",
+    "write_results",
+]
 
 Row = Mapping[str, Any]
 
@@ -57,6 +68,17 @@ def in_own_process(work: Callable[..., Any], *arguments: Any) -> Any:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(work, *arguments).result()
+
+
+def forget_peak() -> None:
+    """Give free heap back and let VmHWM begin anew (proc(5), clear_refs).
+
+    Where the kernel refuses, it stays as it is.
+    """
+    gc.collect()
+    trim_heap()
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
 
 
 def summary_path(output: Path) -> Path:

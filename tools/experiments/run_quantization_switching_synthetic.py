@@ -38,7 +38,7 @@ def main(arguments: argparse.Namespace) -> None:
         onnx.save(synthetic_mlp(arguments.weights, seed=0), model)
         build_bank(model, bank, calibration={"x": calibration}, progress=False)
         task = Task(model, bank, {"x": x[:1]}, [{"x": x}], "scores")
-        answers = task.answers(task.open(FLOAT)).argmax(1)
+        (answers,) = (found.argmax(1) for found in task.answers(task.open(FLOAT)))
         report_switching(
             dataclasses.replace(task, labels=answers), arguments.runs, arguments.output
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from bapq_edge.bank.reader import Bank
 from bapq_edge.control.envelope import Envelope
 from bapq_edge.profiling import Meter
 from bapq_edge.telemetry import peak_rss_bytes, rss_bytes
+from experiments.results import forget_peak
 
 __all__ = ["FLOAT", "TRACE", "Task", "measure_level", "measure_switches", "measure_trace"]
 
@@ -44,8 +44,9 @@ class Task:
     """Output that holds the answer, (samples, scores)."""
     labels: np.ndarray | None = None
     """Right classes of the held-out samples; without them answers are compared with float32's."""
-    expected: np.ndarray | None = None
-    """Answers of float32 to the held-out samples, where there are no labels."""
+    expected: Path | None = None
+    """.npy of float32's answers to the held-out samples, where there are no labels. A file, because
+    the process that measures a session's memory is to hold no such arrays of its own."""
     threads: int = 1
 
     def open(self, level: str) -> Any:
@@ -58,21 +59,35 @@ class Task:
             str(self.model), options, providers=["CPUExecutionProvider"]
         )
 
-    def answers(self, session: Any) -> np.ndarray:
-        """The answers to all held-out samples, (samples, scores)."""
-        return np.concatenate([session.run([self.output], feed)[0] for feed in self.held_out])
+    def answers(self, session: Any) -> Iterator[np.ndarray]:
+        """The answers to the held-out samples, (samples, scores), feed by feed."""
+        for feed in self.held_out:
+            yield session.run([self.output], feed)[0]
 
     def accuracy(self, session: Any) -> float:
         """Share of right answers; without labels the mean cosine with the answers of float32."""
-        found = self.answers(session)
-        if self.labels is not None:
-            return float(np.mean(found.argmax(1) == self.labels))
-        if self.expected is None:
+        judge, right = (
+            (_cosines, np.load(self.expected, mmap_mode="r"))
+            if self.expected is not None
+            else (_right, self.labels)
+        )
+        if right is None:
             raise ValueError("neither labels nor expected answers: there is nothing to judge by")
-        expected = self.expected.reshape(len(found), -1)
-        found = found.reshape(len(found), -1)
-        norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
-        return float(np.mean(np.sum(found * expected, axis=1) / norms))
+        total, samples = 0.0, 0
+        for found in self.answers(session):
+            total += float(judge(found, right[samples : samples + len(found)]).sum())
+            samples += len(found)
+        return total / samples
+
+
+def _right(found: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return found.argmax(1) == labels
+
+
+def _cosines(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    found, expected = found.reshape(len(found), -1), expected.reshape(len(found), -1)
+    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+    return np.sum(found * expected, axis=1) / norms
 
 
 def measure_level(task: Task, level: str) -> dict[str, Any]:
@@ -80,7 +95,7 @@ def measure_level(task: Task, level: str) -> dict[str, Any]:
 
     Memory and times are those of single runs; the accuracy is measured after them.
     """
-    gc.collect()
+    forget_peak()
     before_bytes = rss_bytes()
     session = task.open(level)
     for _ in range(_WARM_RUNS):
@@ -156,10 +171,16 @@ def measure_switches(task: Task, low: str, high: str) -> list[dict[str, Any]]:
 
 
 def measure_trace(task: Task, shares: Sequence[float] = TRACE) -> Iterator[dict[str, Any]]:
-    """The scripted trace: after each change of the budget a row, with the planner's own levels."""
+    """The scripted trace: after each change of the budget a row, with the planner's own levels.
+
+    `peak_bytes` is the peak's growth since before the session, what judging it took left out.
+    """
     bank = Bank.open(task.bank)
     highest = max(bank.levels)
     whole_bytes = bank.weight_bytes(highest)
+    forget_peak()
+    before_bytes = rss_bytes()
+    peak_bytes = 0
     with Session(task.bank, level="auto", threads=task.threads) as session:
         replanner = session.internals.replanner
         smallest_bytes = replanner.smallest_limit()
@@ -174,6 +195,7 @@ def measure_trace(task: Task, shares: Sequence[float] = TRACE) -> Iterator[dict[
             switched_bytes = session.stats().streamed_bytes - read_bytes
             run_s = _median_run_s(session, task.single)
             stats = session.stats()
+            peak_bytes = max(peak_bytes, peak_rss_bytes() - before_bytes)
             steady_bytes = stats.streamed_bytes - read_bytes - switched_bytes
             yield {
                 "step": step,
@@ -181,13 +203,14 @@ def measure_trace(task: Task, shares: Sequence[float] = TRACE) -> Iterator[dict[
                 "budget_bytes": limit_bytes,
                 "bits_per_weight": stats.bits_per_weight,
                 "resident_bytes": stats.resident_bytes,
-                "peak_bytes": stats.peak_bytes,
+                "peak_bytes": peak_bytes,
                 "switch_ms": (both_s - run_s) * 1e3,
                 "switch_read_bytes": switched_bytes,
                 "read_bytes_per_run": steady_bytes / _WARM_RUNS,
                 "latency_ms": run_s * 1e3,
                 "accuracy": task.accuracy(session),
             }
+            forget_peak()
 
 
 def trace_rows(task: Task) -> list[dict[str, Any]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+
 from bapq_edge.bank.reader import Bank
 from experiments.results import in_own_process, plot_means, write_results
 from experiments.switching import FLOAT, Task, measure_level, measure_switches, trace_rows
@@ -17,7 +19,9 @@ def report_switching(task: Task, runs: int, output: Path) -> None:
     held = sorted((level for level in Bank.open(task.bank).levels if level != 32), reverse=True)
     levels = [FLOAT, *map(str, held)]
     if task.labels is None:
-        task = dataclasses.replace(task, expected=task.answers(task.open(FLOAT)))
+        expected = task.bank.with_name("float32.npy")
+        np.save(expected, np.concatenate([*task.answers(task.open(FLOAT))]))
+        task = dataclasses.replace(task, expected=expected)
     rows, switches, trace = [], [], []
     for run in range(1, runs + 1):
         for level in levels:

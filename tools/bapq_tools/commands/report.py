@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bapq_edge.bank.reader import Bank
+from bapq_edge.commands.feeds import add_feed, parse_shapes
 from bapq_edge.commands.options import add_bank
 from bapq_edge.commands.paths import check_output, put_text
-from bapq_edge.errors import RequestError
+from bapq_edge.errors import BapqError, RequestError
+
+if TYPE_CHECKING:
+    from ..report.run_costs import RunCosts
 
 __all__ = ["add_report_command"]
 
@@ -27,6 +31,14 @@ def add_report_command(commands: Any) -> None:
     report.add_argument(
         "--eval", type=Path, metavar="EVAL.json", help="result of bapq eval --json, to be drawn"
     )
+    add_feed(report)
+    report.add_argument(
+        "--profile",
+        action="append",
+        default=[],
+        metavar="NAME|FILE",
+        help="a board to show first, such as what bapq doctor --calibrate wrote of yours",
+    )
     report.set_defaults(command=_report)
 
 
@@ -38,14 +50,29 @@ def _report(arguments: argparse.Namespace) -> None:
     output: Path = arguments.output
     if output.suffix != ".html":
         raise RequestError(f"--output {output} must end in .html")
-    check_output(output, arguments.bank, arguments.trace, arguments.eval)
+    check_output(output, arguments.bank, arguments.trace, arguments.eval, arguments.input)
     events = read_trace(arguments.trace) if arguments.trace else []
     bank = Bank.open(arguments.bank)
     answers = [_answers(arguments.eval, bank)] if arguments.eval else []
     title = f"{bank.manifest.model.name}: {Path(bank.path).name}"
-    text = page(title, [*answers, *trace_sections(events), *bank_sections(bank)])
+    run = _run_costs(bank, arguments)
+    text = page(
+        title, [*answers, *trace_sections(events), *bank_sections(bank, run, arguments.profile)]
+    )
     put_text(text, output)
     print(f"{output}: {len(text) / 1e3:.0f} kB, open it in a browser")
+
+
+def _run_costs(bank: Bank, arguments: argparse.Namespace) -> RunCosts | str:
+    """What a run costs; where no input was given and zeros do not do, why not."""
+    from ..report.run_costs import measure_costs
+
+    try:
+        return measure_costs(bank, arguments.input, parse_shapes(arguments.shape))
+    except BapqError as error:
+        if arguments.input is not None or arguments.shape:
+            raise
+        return str(error)
 
 
 def _answers(path: Path, bank: Bank) -> str:

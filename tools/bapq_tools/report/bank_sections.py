@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from bapq_edge.adaptive.boundary_model import BoundaryModel
-from bapq_edge.bank.layout import PLANES_OF_LEVEL, Level
+from bapq_edge.bank.layout import PLANES_OF_LEVEL
 from bapq_edge.bank.reader import Bank
-from bapq_edge.control.device_profile import load_profile, profile_names
-from bapq_edge.planning.planner import Request, chunk_costs, plan, smallest_limit
+from bapq_edge.planning.planner import Request, chunk_costs, plan
 from bapq_edge.units import counted, format_size
 
+from .board_section import board_section
 from .charts import line_chart
 from .page import section, table
+from .run_costs import RunCosts
 
 __all__ = ["bank_sections"]
 
@@ -22,14 +23,14 @@ _PLANS = 40
 _MIB = 1 << 20
 
 
-def bank_sections(bank: Bank) -> Iterator[str]:
-    """The sections, most important first."""
+def bank_sections(bank: Bank, run: RunCosts | str, profiles: Sequence[str] = ()) -> Iterator[str]:
+    """The sections, most important first; `run` and `profiles`: see `board_section`."""
     yield _coverage(bank)
     yield _front(bank)
     yield _layers(bank)
     for entry in bank.manifest.boundary:
         yield _boundary(BoundaryModel.of(bank, entry.model))
-    yield _boards(bank)
+    yield board_section(bank, run, profiles)
 
 
 def _coverage(bank: Bank) -> str:
@@ -120,31 +121,4 @@ def _boundary(model: BoundaryModel) -> str:
             y_label="agreement with the float model",
         ),
         table(["bits", "agreement", "or more"], points),
-    )
-
-
-def _boards(bank: Bank) -> str:
-    """What reading alone takes in a run, where all, a half or a quarter of the weights fit."""
-    costs = chunk_costs(bank)
-    low = [level for level in bank.levels if level != 32]
-    level: Level = max(low) if low else 32
-    whole = bank.weight_bytes(level)
-    shares = (1.0, 0.5, 0.25)
-    read = []
-    for share in shares:
-        limit = max(int(share * whole), smallest_limit(costs, Request(level=level)))
-        limited = Request(level=level, weight_bytes_limit=None if share == 1 else limit)
-        read.append(plan(costs, limited).streamed_bytes)
-    rows = []
-    for name in profile_names():
-        profile = load_profile(name)
-        times = [f"{size / profile.storage_read_mb_s / 1e3:.1f}" for size in read]
-        power = "" if profile.busy_w is None else f"{profile.idle_w:g} to {profile.busy_w:g}"
-        rows.append([name, str(profile.storage_read_mb_s), *times, power])
-    heads = ["board", "MB/s", *(f"{share:.0%} in memory, ms" for share in shares), "W"]
-    return section(
-        "Boards",
-        f"The least time of a run at level {level} for reading, by the device profiles, where so "
-        "much of the weights fits into memory. Computing may hide it or take longer.",
-        table(heads, rows),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-__all__ = ["page", "section", "table"]
+__all__ = ["page", "paragraph", "section", "table"]
 
 _STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1b1f24;--soft:#5b6570;--rule:#d5dae0;
@@ -46,6 +46,11 @@ def page(title: str, sections: Sequence[str], *, refresh_s: int | None = None) -
 def section(title: str, text: str, *content: str) -> str:
     """A headed part; `text` is plain, the content is HTML."""
     return f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{''.join(content)}</section>"
+
+
+def paragraph(text: str) -> str:
+    """Plain text between two parts of a section's content."""
+    return f"<p>{escape(text)}</p>"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -33,28 +33,24 @@ static inline bapq_float4 max4(bapq_float4 best, bapq_float4 v) {
 #endif
 }
 
-/* `vectors` of four of a row; all are loaded before one is stored, as `to` may be one of the rows.
- */
-static inline __attribute__((always_inline)) void max_values(int vectors, const float *a,
-                                                             const float *b, const float *c,
-                                                             float *to) {
-    bapq_float4 best[4];
-    for (int k = 0; k < vectors; k++)
+enum { ROW_VALUES = 16 }; /* of a row at a time */
+
+static inline void max_values(const float *a, const float *b, const float *c, float *to) {
+    bapq_float4 best[ROW_VALUES / 4];
+    for (int k = 0; k < ROW_VALUES / 4; k++)
         best[k] = max4(max4(bapq_load4(a + 4 * k), bapq_load4(b + 4 * k)), bapq_load4(c + 4 * k));
-    for (int k = 0; k < vectors; k++) memcpy(to + 4 * k, &best[k], sizeof best[k]);
+    memcpy(to, best, sizeof best);
 }
 
 /* The largest of three rows' values; `to` may be one of them. */
 static void max_rows(const float *a, const float *b, const float *c, int64_t n, float *to) {
     int64_t i = 0;
-    if (n >= 16) {
-        for (; i + 16 <= n; i += 16) max_values(4, a + i, b + i, c + i, to + i);
-        if (i == n) return;
-        i = n - 16; /* what is left, and some again */
-        max_values(4, a + i, b + i, c + i, to + i);
+    for (; i + ROW_VALUES <= n; i += ROW_VALUES) max_values(a + i, b + i, c + i, to + i);
+    if (i < n && n >= ROW_VALUES) { /* what is left, and some again */
+        i = n - ROW_VALUES;
+        max_values(a + i, b + i, c + i, to + i);
         return;
     }
-    for (; i + 4 <= n; i += 4) max_values(1, a + i, b + i, c + i, to + i);
     for (; i < n; i++) to[i] = max1(max1(a[i], b[i]), c[i]);
 }
 

@@ -20,6 +20,7 @@ from bapq_edge.bank.layout import LEVELS
 from bapq_edge.bank.reader import Bank
 from bapq_edge.errors import BapqError, CalibrationWarning
 from bapq_tools import build_bank
+from bapq_tools.analyze import analyze
 from bapq_tools.evaluation.evaluate import Row, Subject, evaluate
 from bapq_tools.onnx_graph.importers.tflite_file import convert_tflite, is_tflite
 
@@ -32,6 +33,10 @@ BITS = (2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
 _SCORES = Path(__file__).with_name("scores.py")
 
 
+class MeasureError(RuntimeError):
+    """A measurement in a process of its own ended badly."""
+
+
 def figures_of(model: PublicModel, folder: Path, *, quick: bool = False) -> dict[str, Any]:
     """Build a bank of the model and measure it; `quick` leaves memory and time out.
 
@@ -41,7 +46,7 @@ def figures_of(model: PublicModel, folder: Path, *, quick: bool = False) -> dict
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return {**about, **_measured(model, folder, quick)}
-    except (BapqError, FileNotFoundError) as error:
+    except (BapqError, FileNotFoundError, MeasureError) as error:
         return {**about, "failed": f"{type(error).__name__}: {error}"}
 
 
@@ -81,6 +86,7 @@ def _measured(model: PublicModel, folder: Path, quick: bool) -> dict[str, Any]:
         "weights": opened.weights,
         "coverage": coverage.share,
         "kept": coverage.in_float,
+        "sensitive": _sensitive(opened),
         "fp32_bytes": path.stat().st_size,
         "bytes": {
             str(level): opened.manifest.graph.bytes + opened.weight_bytes(level)
@@ -92,6 +98,16 @@ def _measured(model: PublicModel, folder: Path, quick: bool) -> dict[str, Any]:
     if not quick:
         figures["memory_ratio"], figures["time_ratio"] = _costs(folder)
     return figures
+
+
+def _sensitive(bank: Bank) -> dict[str, dict[str, Any]]:
+    """By level, the layer that stands out most, and its share of the error there."""
+    worst: dict[str, dict[str, Any]] = {}
+    for layer in analyze(bank).findings:
+        level = str(layer.level)
+        if level not in worst or layer.error_share > worst[level]["share"]:
+            worst[level] = {"layer": layer.layer, "share": layer.error_share}
+    return worst
 
 
 def _score(row: Row) -> dict[str, float | None]:
@@ -125,12 +141,12 @@ def _costs(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
         command = [sys.executable, "-m", "benchmarks.measure", kind, str(folder), *more]
         ended = subprocess.run(command, capture_output=True, text=True, env=os.environ)
         if ended.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed: {ended.stderr.strip()[-300:]}")
+            raise MeasureError(f"{' '.join(command)} failed: {ended.stderr.strip()[-300:]}")
         return json.loads(ended.stdout)
 
     floats = measured("memory", "fp32")
     memory = {str(level): measured("memory", str(level)) / floats for level in SHOWN_LEVELS}
-    times = measured("latency")
+    times = measured("latency", *map(str, SHOWN_LEVELS))
     return memory, {str(level): times[str(level)] for level in SHOWN_LEVELS}
 
 

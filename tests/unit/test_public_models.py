@@ -113,7 +113,7 @@ def test_a_bad_row_says_why():
         "below 0.95 at level 4: 75% of the error is that of the layer head"
     )
     assert reason(of_a_model(level8=0.9, sensitive=worst)) == (
-        "below 0.95 at level 8: no layer stands out, the loss is spread over all"
+        "below 0.95 at level 8: the bank does not know of which layer"
     )
 
 

@@ -20,13 +20,12 @@ from bapq_edge.bank.layout import LEVELS
 from bapq_edge.bank.reader import Bank
 from bapq_edge.errors import BapqError, CalibrationWarning
 from bapq_tools import build_bank
-from bapq_tools.analyze import analyze
 from bapq_tools.evaluation.evaluate import Row, Subject, evaluate
 from bapq_tools.onnx_graph.importers.tflite_file import convert_tflite, is_tflite
 
 from .registry import PublicModel
 
-__all__ = ["BITS", "SHOWN_LEVELS", "figures_of", "plan_rows"]
+__all__ = ["BITS", "SHOWN_LEVELS", "figures_of", "plan_rows", "sensitive"]
 
 SHOWN_LEVELS = (8, 4, 2)
 BITS = (2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
@@ -86,7 +85,7 @@ def _measured(model: PublicModel, folder: Path, quick: bool) -> dict[str, Any]:
         "weights": opened.weights,
         "coverage": coverage.share,
         "kept": coverage.in_float,
-        "sensitive": _sensitive(opened),
+        "sensitive": sensitive(opened),
         "fp32_bytes": path.stat().st_size,
         "bytes": {
             str(level): opened.manifest.graph.bytes + opened.weight_bytes(level)
@@ -100,13 +99,18 @@ def _measured(model: PublicModel, folder: Path, quick: bool) -> dict[str, Any]:
     return figures
 
 
-def _sensitive(bank: Bank) -> dict[str, dict[str, Any]]:
-    """By level, the layer that stands out most, and its share of the error there."""
+def sensitive(bank: Bank) -> dict[str, dict[str, Any]]:
+    """By level, the layer that costs most, and its share of the error that the bank expects."""
+    table = bank.sensitivity()
     worst: dict[str, dict[str, Any]] = {}
-    for layer in analyze(bank).findings:
-        level = str(layer.level)
-        if level not in worst or layer.error_share > worst[level]["share"]:
-            worst[level] = {"layer": layer.layer, "share": layer.error_share}
+    for column, level in enumerate(bank.manifest.levels):
+        errors = {
+            layer.name: float(table[layer.chunk_range, column].sum())
+            for layer in bank.manifest.layers
+        }
+        name, total = max(errors, key=lambda each: errors[each]), sum(errors.values())
+        if total > 0:
+            worst[str(level)] = {"layer": name, "share": errors[name] / total}
     return worst
 
 

@@ -86,9 +86,9 @@ def reason(each: dict[str, Any]) -> str:
     if bad:
         worst = each["sensitive"].get(str(bad[0]))
         cause = (
-            "no layer stands out, the loss is spread over all"
+            "the bank does not know of which layer"
             if worst is None
-            else f"{worst['share']:.0%} of the error is that of the layer {worst['layer']}"
+            else f"{worst['share']:.0%} of the error is that of the layer {worst['layer']:.60}"
         )
         said.append(f"below {_GOOD} at level {bad[0]}: {cause}")
     return "; ".join(said)

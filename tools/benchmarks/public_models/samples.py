@@ -5,6 +5,7 @@ Each function gives feeds, the first of them for calibration; `count` is how man
 
 from __future__ import annotations
 
+import itertools
 import json
 import sysconfig
 from collections.abc import Iterator
@@ -39,10 +40,20 @@ def files(count: int) -> list[Feed]:
             by_kind.setdefault(path.suffix, []).append(path)
     random = np.random.default_rng(0)
     kinds = sorted(by_kind, key=lambda kind: -len(by_kind[kind]))[:40]
+    for kind in kinds:
+        by_kind[kind] = [by_kind[kind][n] for n in random.permutation(len(by_kind[kind]))]
     found: list[Feed] = []
-    while len(found) < count:
-        kind = by_kind[kinds[len(found) % len(kinds)]]
-        data = np.fromfile(kind[random.integers(len(kind))], np.uint8)
+    seen: set[bytes] = set()
+    for turn in itertools.count():
+        if len(found) == count:
+            break
+        left = by_kind[kinds[turn % len(kinds)]]
+        if not left:
+            continue  # a rare kind, whose files have all been taken
+        data = np.fromfile(left.pop(), np.uint8)
+        if data.tobytes() in seen:
+            continue  # a copy: what calibrates must not judge
+        seen.add(data.tobytes())
         ends = np.full(2048, 256, np.int32)
         begin, end = data[:1024], data[-1024:]
         ends[: len(begin)], ends[2048 - len(end) :] = begin, end

@@ -84,7 +84,7 @@ bench-boundary: $(VENV)/.ready $(MINILM)  ## measure what boundary models give
 	PYTHONPATH=tools $(BIN)/python -m benchmarks.region_pruning
 
 bench-models: $(VENV)/.ready $(MODELS) $(MINILM)  ## measure trained public models: coverage, answers, memory, time
-	@PYTHONPATH=tools $(BIN)/python -m benchmarks.public_models $(ARGS)
+	@PYTHONPATH=tools $(BIN)/python -m benchmarks.public_models -o build/bench $(ARGS)
 
 docs: $(VENV)/.docs  ## build the pages as a site, in build/site
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build

@@ -16,6 +16,7 @@ from bapq_edge.bank.verify import verify
 from bapq_edge.cli import main
 from bapq_edge.errors import InputFileError, RecipeError
 from bapq_tools import build_bank
+from bapq_tools.analyze import analyze
 from bapq_tools.quantize.options import LayerOptions
 from bapq_tools.recipe import load_recipe
 from support import onnx_models as models
@@ -260,6 +261,23 @@ def test_analysis_is_a_recipe_that_a_build_takes_unchanged(samples, tmp_path, ca
     again = yaml.safe_load(capsys.readouterr().out)["layers"]
     for name, settings in document["layers"].items():
         assert set(again[name]["levels"]) <= set(settings["levels"])
+
+
+def test_a_level_that_saves_no_bytes_is_left_out_for_free(tmp_path):
+    """A depthwise layer of nine columns takes no fewer bytes at level 2 than at level 4."""
+    nodes = [
+        node("Conv", ["x", "dw"], ["d"], "depthwise", group=64, pads=[1, 1, 1, 1]),
+        node("Relu", ["d"], ["r"]),
+        node("Conv", ["r", "pw"], ["y"], "pointwise"),
+    ]
+    constants = {"dw": weights(64, 1, 3, 3), "pw": weights(96, 64, 1, 1, seed=1)}
+    shapes = {"x": (FLOAT, ["n", 64, 6, 6])}, {"y": (FLOAT, ["n", 96, 6, 6])}
+    bank = tmp_path / "d.bank"
+    model = models.model(nodes, *shapes, constants)
+    build_bank(model, bank, calibration={"x": weights(16, 64, 6, 6)}, progress=False)
+    free = [each for each in analyze(Bank.open(bank)).findings if each.extra_bytes <= 0]
+    assert {(each.layer, each.level) for each in free} == {("depthwise", 2)}
+    assert np.isfinite(free[0].error_per_mib)
 
 
 def test_analysis_with_a_name_leaves_the_bank(samples, tmp_path, capsys):

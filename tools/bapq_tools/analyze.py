@@ -180,8 +180,11 @@ def _outstanding(
         if level in own and higher:
             error = table.error(name, own, level)
             saved = table.bytes(name, higher, level) - table.bytes(name, own, level)
-            steps.append(((error - table.error(name, higher, level)) / saved, saved, error, name))
-    usual = np.median([step[0] for step in steps]) if steps else 0.0
+            gained = error - table.error(name, higher, level)
+            # Records of a few columns may be no shorter at the lower level: it saves nothing.
+            steps.append((gained / max(saved, 1), saved, error, name))
+    saving = [step[0] for step in steps if step[1] > 0]
+    usual = np.median(saving) if saving else 0.0
     findings = []
     for per_byte, saved, error, name in sorted(steps, key=lambda step: -step[0]):
         if per_byte > max(_OUTSTANDING * usual, 0) and saved <= most:

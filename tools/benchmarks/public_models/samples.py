@@ -5,6 +5,7 @@ Each function gives feeds, the first of them for calibration; `count` is how man
 
 from __future__ import annotations
 
+import itertools
 import json
 import sysconfig
 from collections.abc import Iterator
@@ -39,10 +40,20 @@ def files(count: int) -> list[Feed]:
             by_kind.setdefault(path.suffix, []).append(path)
     random = np.random.default_rng(0)
     kinds = sorted(by_kind, key=lambda kind: -len(by_kind[kind]))[:40]
+    for kind in kinds:
+        by_kind[kind] = [by_kind[kind][n] for n in random.permutation(len(by_kind[kind]))]
     found: list[Feed] = []
-    while len(found) < count:
-        kind = by_kind[kinds[len(found) % len(kinds)]]
-        data = np.fromfile(kind[random.integers(len(kind))], np.uint8)
+    seen: set[bytes] = set()
+    for turn in itertools.count():
+        if len(found) == count:
+            break
+        left = by_kind[kinds[turn % len(kinds)]]
+        if not left:
+            continue  # a rare kind, whose files have all been taken
+        data = np.fromfile(left.pop(), np.uint8)
+        if data.tobytes() in seen:
+            continue  # a copy: what calibrates must not judge
+        seen.add(data.tobytes())
         ends = np.full(2048, 256, np.int32)
         begin, end = data[:1024], data[-1024:]
         ends[: len(begin)], ends[2048 - len(end) :] = begin, end
@@ -120,6 +131,24 @@ def recordings(count: int) -> list[Feed]:
     return found
 
 
+def spectra(count: int, model: Path) -> list[Feed]:
+    """Windows of a spectrum of voices in a room, 76 steps of 32 bands: (1, 76, 32, 1)."""
+    from onnxruntime import InferenceSession
+
+    session = InferenceSession(model.with_name("melspectrogram.onnx"))
+    random, found = np.random.default_rng(7), []
+    while len(found) < count:
+        n = len(found)
+        sound = np.concatenate([room(0.5, n), voice(1.5, n) * random.uniform(0.1, 1.0)])
+        pressure = np.asarray(sound[None] * 32767, np.float32)
+        bands = session.run(None, {"input": pressure})[0].squeeze() / 10 + 2
+        found += [
+            {"input_1": np.ascontiguousarray(bands[start : start + 76][None, :, :, None])}
+            for start in range(0, len(bands) - 75, 16)
+        ]
+    return found[:count]
+
+
 def melodies(count: int, name: str) -> list[Feed]:
     """Two seconds of plucked strings, one to three notes at a time."""
     random, found = np.random.default_rng(3), []
@@ -185,8 +214,11 @@ def pages(count: int, height: int, width: int, name: str, *, turned: bool = Fals
     return found
 
 
-def portraits(count: int, size: int, name: str, photo: Path) -> list[Feed]:
-    """Parts of a photo of a person, of several sizes and brightnesses: (1, size, size, 3)."""
+def portraits(count: int, size: int, name: str, photo: Path, *, darkest: float = 0.0) -> list[Feed]:
+    """Parts of a photo of a person, of several sizes and brightnesses: (1, size, size, 3).
+
+    Black is `darkest`, white 1.
+    """
     random, image, found = np.random.default_rng(6), Image.open(photo).convert("RGB"), []
     for _ in range(count):
         side = int(random.integers(200, min(image.size)))
@@ -194,5 +226,6 @@ def portraits(count: int, size: int, name: str, photo: Path) -> list[Feed]:
         part = image.crop((left, top, left + side, min(top + side, image.height)))
         pixels = np.asarray(part.resize((size, size)), np.float32) / 255 * random.uniform(0.6, 1.0)
         pixels = pixels[:, ::-1] if random.random() < 0.5 else pixels
+        pixels = np.float32(darkest) + np.float32(1 - darkest) * pixels
         found.append({name: np.ascontiguousarray(pixels)[None]})
     return found

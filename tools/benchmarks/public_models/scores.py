@@ -36,11 +36,6 @@ def text_map(outputs, wanted, label):
     return overlap(_only(outputs) > 0.3, _only(wanted) > 0.3)
 
 
-def mask(outputs, wanted, label):
-    """Overlap of the masks: intersection over union at 0.5."""
-    return overlap(_only(outputs) > 0.5, _only(wanted) > 0.5)
-
-
 def overlap(ours, theirs):
     """Intersection over union; 1 where there is nothing in either."""
     either = int((ours | theirs).sum())
@@ -88,3 +83,41 @@ def regions(outputs, wanted, label):
     theirs = np.concatenate([(wanted[name] > 0.4).ravel() for name in names])
     both = int(ours.sum()) + int(theirs.sum())
     return 1.0 if both == 0 else 2 * int((ours & theirs).sum()) / both
+
+
+def features(outputs, wanted, label):
+    """The cosine of two lists of features, whatever their shape."""
+    a, b = _only(outputs).ravel(), _only(wanted).ravel()
+    return float((a * b).sum() / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
+
+
+def face(outputs, wanted, label):
+    """Overlap of the boxes of the surest face, intersection over union; none in both is 1."""
+    ours, theirs = _box(outputs), _box(wanted)
+    if ours is None or theirs is None:
+        return float(ours is None and theirs is None)
+    low, high = np.maximum(ours[:2], theirs[:2]), np.minimum(ours[2:], theirs[2:])
+    shared = np.prod(np.maximum(high - low, 0))
+    both = np.prod(ours[2:] - ours[:2]) + np.prod(theirs[2:] - theirs[:2])
+    return float(shared / max(both - shared, 1e-12))
+
+
+def _box(outputs):
+    """(left, top, right, bottom) in parts of the image; None where no face is as likely as not."""
+    chances, boxes = outputs["classificators"][0, :, 0], outputs["regressors"][0]
+    best = int(chances.argmax())
+    if chances[best] < 0:
+        return None
+    # 2 boxes for each of 16 x 16 places, then 6 for each of 8 x 8
+    side, place = (16, best // 2) if best < 512 else (8, (best - 512) // 6)
+    centre = (np.array([place % side, place // side]) + 0.5) / side + boxes[best, :2] / 128
+    half = np.abs(boxes[best, 2:4]) / 256
+    return np.concatenate([centre - half, centre + half])
+
+
+def points(outputs, wanted, label):
+    """1 less the mean distance of the points of a face, over the face's size; at least 0."""
+    name = max(wanted, key=lambda each: wanted[each].size)
+    ours, theirs = outputs[name].reshape(-1, 3)[:, :2], wanted[name].reshape(-1, 3)[:, :2]
+    size = np.linalg.norm(np.ptp(theirs, axis=0))
+    return float(max(0, 1 - np.linalg.norm(ours - theirs, axis=1).mean() / max(size, 1e-12)))

@@ -1,7 +1,7 @@
 """Lines of text as images, for models that read: samples for run_quantization_switching_cnn.py.
 
     pip download --no-deps rapidocr-onnxruntime==1.4.4 && unzip rapidocr_onnxruntime-*.whl
-    python tools/experiments/render_lines.py lines.npz --count 20
+    python tools/experiments/render_lines.py lines.npz --count 120
     python tools/experiments/run_quantization_switching_cnn.py --samples lines.npz \\
         --model rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx
 

@@ -37,8 +37,8 @@ _ABOUT = (
 )
 _ABOUT_TIMES = (
     "Time of a run, as the planner predicts it from the layers' multiplications at the board's "
-    "kernel speed and from its storage. The rest of a run comes on top: 7 to 75 % in instructions "
-    "on large models. Streamed: as few weights in memory as can be."
+    "kernel speed and from its storage. The rest of a run comes on top, and can be more than "
+    "that in a net of many small operators. Streamed: as few weights in memory as can be."
 )
 _ABOUT_MEMORY = (
     "Memory. What the levels need was measured here, as growth of a process's peak; least is level "

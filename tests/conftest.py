@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
+from collections.abc import Iterator
 
 import pytest
 
@@ -29,3 +31,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def use_isa(monkeypatch: pytest.MonkeyPatch, kernel_family: str) -> None:
     """Compute with every kernel family in turn."""
     monkeypatch.setenv("BAPQ_ISA", kernel_family)
+
+
+@pytest.fixture
+def watchdog() -> Iterator[None]:
+    """A deadlock must not hang the suite: it ends with every thread's stack."""
+    faulthandler.dump_traceback_later(240, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import shutil
 import subprocess
@@ -44,12 +43,7 @@ from support.streaming import (
 SUPPORT = Path(support.__file__).parent
 
 
-@pytest.fixture(autouse=True)
-def watchdog():
-    """A deadlock must not hang the suite: it ends with every thread's stack."""
-    faulthandler.dump_traceback_later(240, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
+pytestmark = pytest.mark.usefixtures("watchdog")
 
 
 # ---- the disk: in processes of their own, where a preloaded library answers the reads ----

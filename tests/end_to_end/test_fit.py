@@ -346,6 +346,9 @@ def test_models_that_a_plan_for_all_inputs_makes_needless_are_left_out(place, tm
     bounds = [point.agreement_bound for point in manifest.static]
     assert bounds == sorted(bounds, reverse=True) and best.bits <= 2
     assert "answer-2-8 left out: " in str(report).replace("gate, ", "")
+    cheapest = min(kept, key=lambda point: point.bits)
+    assert report.static_plan.precision == str(cheapest.precision)
+    assert f"{cheapest.precision} for all inputs keeps 0.9" in str(report)
     with Session(tmp_path / "m.bank", target_agreement=0.9, threads=1) as session:
         session.run(None, {"image": IMAGES["cnn"][:1]})
         chosen = min(kept, key=lambda point: point.bits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import subprocess
 import sys
@@ -18,12 +17,7 @@ from support.streaming import chain_bank, inputs, matrix_bank, run, settled
 MIB = 1 << 20
 
 
-@pytest.fixture(autouse=True)
-def watchdog():
-    """A deadlock must not hang the suite: it ends with every thread's stack."""
-    faulthandler.dump_traceback_later(240, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
+pytestmark = pytest.mark.usefixtures("watchdog")
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,6 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]] | NDArr
     Raises InputFileError when it cannot be read, ValueError when it holds anything but plain
     arrays.
     """
-    check_seekable_file(path)
     with _as_array_file(path), open(path, "rb") as file:  # np.load leaves a damaged file open
         loaded = np.load(file, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
@@ -42,7 +41,6 @@ def map_arrays(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]] | NDArra
 
     So it takes no memory that the system could not have back. The file must not change meanwhile.
     """
-    check_seekable_file(path)
     with _as_array_file(path):
         with open(path, "rb") as file:
             is_npz = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
@@ -84,6 +82,7 @@ def _data_offset(path: str | os.PathLike[str], info: zipfile.ZipInfo) -> int:
 
 @contextlib.contextmanager
 def _as_array_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    check_seekable_file(path)
     try:
         with input_file_errors(path):
             yield

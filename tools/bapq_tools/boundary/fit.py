@@ -175,12 +175,13 @@ def fit_models(
     reports = [each.report(target_agreement) for each in found]
     target = 0.0 if target_agreement is None else target_agreement
     static = fitter.static_points(target) if target else []
-    enough = [point.bits for point in static if point.agreement_bound >= target]
-    if target and not enough and all(each.chosen is None for each in reports):
+    enough = [point for point in static if point.agreement_bound >= target]
+    plan = min(enough, key=lambda point: point.bits, default=None)
+    if target and plan is None and all(each.chosen is None for each in reports):
         raise TargetNotMetError(_refusal(target, fitter, found))
-    left_out = [
-        each.name for each in reports if enough and not keep_all and _is_needless(each, min(enough))
-    ]
+    left_out = []
+    if plan is not None and not keep_all:
+        left_out = [each.name for each in reports if _is_needless(each, plan.bits)]
     found = [each for each in found if each.model.name not in left_out]
     escalates = any(each.model.stage == "answer" for each in found)
     batched = find_batched(study) if escalates else None
@@ -195,6 +196,7 @@ def fit_models(
         batched=batched is not None,
         static=_all_static(fitter.static(), static),
         models=reports,
+        static_plan=None if plan is None else _static_report(plan),
         left_out=left_out,
     )
     cut = next((each.cut for each in found if each.cut is not None), None)
@@ -210,10 +212,12 @@ def _is_needless(model: ModelReport, static_bits: float) -> bool:
 def _all_static(found: list[StaticReport], points: list[StaticPoint]) -> list[StaticReport]:
     """What was measured for all inputs; of one precision the bound that holds for a choice."""
     reports = {each.precision: each for each in found}
-    for point in points:
-        name = str(point.precision)
-        reports[name] = StaticReport(name, point.bits, point.agreement, point.agreement_bound)
+    reports |= {str(point.precision): _static_report(point) for point in points}
     return list(reports.values())
+
+
+def _static_report(point: StaticPoint) -> StaticReport:
+    return StaticReport(str(point.precision), point.bits, point.agreement, point.agreement_bound)
 
 
 def _check_request(target_agreement: object, confidence: object, seed: object) -> None:

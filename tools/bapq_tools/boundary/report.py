@@ -78,12 +78,10 @@ class FitReport:
     static: list[StaticReport]
     models: list[ModelReport]
     """All that were fitted; those of `left_out` are not in the bank."""
+    static_plan: StaticReport | None
+    """The plan for all inputs of fewest bits that keeps the target, of those tried in order."""
     left_out: list[str]
     """Names of models that a static plan makes needless: it keeps the target with no more bits."""
-
-    @property
-    def _target(self) -> float:
-        return 1.0 if self.target_agreement is None else self.target_agreement
 
     def __str__(self) -> str:
         """List what people want to know: one line per precision and operating point."""
@@ -109,11 +107,7 @@ class FitReport:
                 )
                 kept = f", keeps {self.target_agreement:g}" if i == model.chosen else ""
                 lines.append(f"  {_figures(point)}; {shares}{kept}")
-        if self.left_out:
-            plan = min(
-                (each for each in self.static if each.agreement_bound >= self._target),
-                key=lambda each: each.bits,
-            )
+        if (plan := self.static_plan) is not None and self.left_out:
             lines.append(
                 f"{', '.join(self.left_out)} left out: {plan.precision} for all inputs keeps "
                 f"{self.target_agreement:g} with no more bits, {plan.bits:.2f}; --keep-all keeps "

@@ -31,7 +31,6 @@ from bapq_edge.engine.executor import execute
 from bapq_edge.engine.graph import Graph, open_graph
 from bapq_edge.engine.store import Store
 from bapq_tools import build_bank
-from bapq_tools.boundary.rewrite import rewrite
 from bapq_tools.boundary.study import Study
 from bapq_tools.build_support.progress import Progress
 from bapq_tools.row_skipping.row_gate import RowGate, fit_row_gate
@@ -132,14 +131,7 @@ def measure(name: str, advance: Callable[[], None]) -> dict[str, Any]:
         for seed in range(SPLITS):
             fitted, clean, distorted = split_of(groups, seed)
             gate = fit_row_gate(study, fitted, LEVEL, tolerance=TOLERANCE, doubt=DOUBT, seed=seed)
-            rewrite(
-                built,
-                out,
-                row_order=gate.pruning.row_order,
-                chunk_rows=gate.pruning.chunk_rows,
-                boundary=[(gate.model, gate.arrays)],
-                split=gate.split,
-            )
+            gate.write(built, out)
             outcomes.append(judged(study, gate, out, clean, distorted, labels))
             if seed == 0 and gate.pruning.skipped_rows:
                 cost = costs(study, gate, out, clean[:TIMED_INPUTS])

@@ -16,7 +16,6 @@ from bapq_edge.bank.writer import check_bank_target
 from bapq_edge.errors import BoundaryError, RequestError, UnknownLevelError
 from bapq_edge.units import counted
 
-from ..boundary.rewrite import rewrite
 from ..boundary.study import Study
 from ..build_support.progress import Progress
 from ..calibration.samples import CalibrationSource
@@ -118,14 +117,7 @@ def fit_rows(
             )
         layers, whole_bits = study.bank.manifest.layers, study.runner.bits(Precision(level=level))
     target = os.fspath(bank if out is None else out)
-    rewrite(
-        bank,
-        target,
-        row_order=gate.pruning.row_order,
-        chunk_rows=gate.pruning.chunk_rows,
-        boundary=[(gate.model, gate.arrays)],
-        split=gate.split,
-    )
+    gate.write(bank, target)
     mix = gate.arrays["mix"].astype(np.float64)
     bits, agreement, bound = (float(value) for value in gate.arrays["outlook"][0])
     skipped = gate.pruning.skipped_rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from bapq_edge.errors import NoTapError, RequestError
 from ..boundary.features import Probe, class_probe
 from ..boundary.folds import held_out
 from ..boundary.operating_points import HeldOut
-from ..boundary.rewrite import Split
+from ..boundary.rewrite import Split, rewrite
 from ..boundary.study import Study, Tap
 from ..boundary.taps import Cut
 from .pruning import RowPruning, Samples, prune_rows
@@ -34,6 +35,17 @@ class RowGate:
     model: Boundary
     arrays: BoundaryArrays
     split: Split | None
+
+    def write(self, bank: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+        """Write the bank again for it, with it alone; see `rewrite`."""
+        rewrite(
+            bank,
+            out,
+            row_order=self.pruning.row_order,
+            chunk_rows=self.pruning.chunk_rows,
+            boundary=[(self.model, self.arrays)],
+            split=self.split,
+        )
 
 
 def fit_row_gate(

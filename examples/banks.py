@@ -37,22 +37,14 @@ def minilm() -> Path:
 
 def voice() -> Path:
     """The bank of a trained detector of voices; `make .cache/silero/.ready` fetches it."""
-    import onnxruntime
-
     from bapq_tools import build_bank
-    from benchmarks.zoo.voice import RATE_HZ, detector_path, frames, room, voice
+    from benchmarks.zoo.voice import conversation, detector_path, listen, open_detector
 
     bank, model = ROOT / "build" / "examples" / "voice.bank", detector_path()
     if not bank.is_dir():
         bank.parent.mkdir(parents=True, exist_ok=True)
-        heard = np.concatenate([np.r_[room(0.8, n), voice(0.8, n)] for n in range(100, 106)])
-        rate, options = np.array(RATE_HZ, np.int64), onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only
-        floats = onnxruntime.InferenceSession(model, options)
-        state, samples = np.zeros((2, 1, 128), np.float32), []
-        for frame in frames(heard):  # the state of a frame is what the one before left
-            samples.append({"input": frame, "state": state, "sr": rate})
-            state = floats.run(["stateN"], {**samples[-1], "input": frame[None]})[0]
-        data = {name: np.stack([each[name] for each in samples]) for name in samples[0]}
+        heard = listen(open_detector(model).run, conversation(range(100, 106)))
+        feeds = [{**feed, "input": feed["input"][0]} for feed, _ in heard]
+        data = {name: np.stack([feed[name] for feed in feeds]) for name in feeds[0]}
         build_bank(model, bank, calibration=data)
     return bank

@@ -35,7 +35,7 @@ from bapq_tools import build_bank
 
 from .run_overhead import cpu_name
 from .tables import add_format, format_mib, print_table
-from .zoo.voice import RATE_HZ, detector_path, frames, room, voice
+from .zoo.voice import conversation, detector_path, listen, open_detector
 
 CASES = [
     ("LSTM", hidden, steps) for hidden in (64, 128, 256, 512) for steps in (1, 100)
@@ -97,14 +97,13 @@ def _random(folder: Path, rounds: int) -> tuple[list[str], list[list[str]]]:
 
 def _voice(folder: Path, rounds: int) -> tuple[list[str], list[list[str]]]:
     model, path = detector_path(), folder / "voice.bank"
-    floats = onnxruntime.InferenceSession(model, _one_thread())
-    collected: list[dict[str, np.ndarray]] = []
-    _listen(floats.run, _sound(100, 112), collected)
+    floats = open_detector(model)
+    collected = [feed for feed, _ in listen(floats.run, conversation(range(100, 112)))]
     data = {name: np.stack([each[name] for each in collected]) for name in collected[0]}
     report = build_bank(model, path, calibration=data, levels=LEVELS, progress=False, workers=1)
     print(f"coverage {report.coverage:.1%}; {report.weights_in_float or 'nothing'} in float\n")
-    sound = _sound(0, 16)
-    wanted = _listen(floats.run, sound)
+    sound = conversation(range(16))
+    wanted = _hears(floats.run, sound)
     one = collected[-1]
     rows = []
     with contextlib.ExitStack() as stack:
@@ -114,8 +113,7 @@ def _voice(folder: Path, rounds: int) -> tuple[list[str], list[list[str]]]:
             ("5 bits", {"bits": 5}),
         ):
             session = stack.enter_context(Session(path, threads=1, **how))
-            chances = _listen(session.run, sound)
-            otherwise = int(((chances > 0.5) != (wanted > 0.5)).sum())
+            otherwise = int((_hears(session.run, sound) != wanted).sum())
             runs[name] = lambda session=session: session.run(None, one)
             weight_bytes = session.stats().resident_bytes
             rows.append([name, format_mib(weight_bytes), f"{otherwise} of {len(wanted)}"])
@@ -129,22 +127,9 @@ def _voice(folder: Path, rounds: int) -> tuple[list[str], list[list[str]]]:
     return ["plan", "weights", "frames otherwise", "time of a frame"], rows
 
 
-def _sound(first: int, last: int) -> np.ndarray:
-    return np.concatenate([np.r_[room(0.8, n), voice(0.8, n)] for n in range(first, last)])
-
-
-def _listen(
-    run: Callable[..., Any], sound: np.ndarray, collected: list[dict[str, np.ndarray]] | None = None
-) -> np.ndarray:
-    """The chance of a voice in each frame, (frames,); what was fed goes to `collected`."""
-    state, chances = np.zeros((2, 1, 128), np.float32), []
-    for frame in frames(sound):
-        feed = {"input": frame[None], "state": state, "sr": np.array(RATE_HZ, np.int64)}
-        if collected is not None:
-            collected.append(feed)
-        chance, state = run(None, feed)
-        chances.append(chance[0, 0])
-    return np.array(chances)
+def _hears(run: Callable[..., Any], sound: np.ndarray) -> np.ndarray:
+    """Whether a voice is heard in each frame, (frames,)."""
+    return np.array([chance > 0.5 for _, chance in listen(run, sound)])
 
 
 def _model(kind: str, hidden: int, steps: int) -> onnx.ModelProto:

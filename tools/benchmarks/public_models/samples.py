@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.zoo.lines import render
 from benchmarks.zoo.sentences import load_sentences
-from benchmarks.zoo.voice import RATE_HZ, frames, room, voice
+from benchmarks.zoo.voice import conversation, listen, open_detector, room, voice
 
 Feed = dict[str, NDArray[Any]]
 
@@ -107,18 +107,8 @@ def sentences(count: int) -> list[Feed]:
 
 def speech_frames(count: int, model: Path) -> list[Feed]:
     """Frames of voices and silences, with the state that the float model has there."""
-    from onnxruntime import InferenceSession, SessionOptions
-
-    options = SessionOptions()
-    options.log_severity_level = 3
-    session = InferenceSession(model, options)
-    sounds = [np.concatenate([room(0.7, n), voice(0.7, n)]) for n in range(count // 40 + 1)]
-    state, rate = np.zeros((2, 1, 128), np.float32), np.array(RATE_HZ, np.int64)
-    found: list[Feed] = []
-    for frame in frames(np.concatenate(sounds))[:count]:
-        found.append({"input": frame[None], "state": state, "sr": rate})
-        state = session.run(["stateN"], found[-1])[0]
-    return found
+    heard = listen(open_detector(model).run, conversation(range(count // 40 + 1), 0.7))
+    return [feed for feed, _ in itertools.islice(heard, count)]
 
 
 def recordings(count: int) -> list[Feed]:

@@ -7,13 +7,26 @@ resonators that move from vowel to vowel. The detector is Silero's, out of its p
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from onnxruntime import InferenceSession, SessionOptions
 from scipy.signal import lfilter
 
-__all__ = ["FRAME", "RATE_HZ", "detector_path", "frames", "room", "voice"]
+__all__ = [
+    "FRAME",
+    "RATE_HZ",
+    "conversation",
+    "detector_path",
+    "frames",
+    "listen",
+    "open_detector",
+    "room",
+    "voice",
+]
 
 RATE_HZ = 16_000
 FRAME = 512
@@ -77,6 +90,31 @@ def frames(sound: Sound) -> Sound:
     whole = np.concatenate([np.zeros(_CONTEXT, np.float32), sound])
     count = len(sound) // FRAME
     return np.stack([whole[i * FRAME : (i + 1) * FRAME + _CONTEXT] for i in range(count)])
+
+
+def conversation(seeds: Iterable[int], seconds: float = 0.8) -> Sound:
+    """Voices of these seeds, each behind as long a silence, (values,) in -1..1."""
+    return np.concatenate([np.r_[room(seconds, seed), voice(seconds, seed)] for seed in seeds])
+
+
+def open_detector(path: str | Path) -> InferenceSession:
+    """The detector in ONNX Runtime, on one thread and without its warnings."""
+    options = SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3  # errors only
+    return InferenceSession(path, options)
+
+
+def listen(run: Callable[..., Any], sound: Sound) -> Iterator[tuple[dict[str, Any], float]]:
+    """What the detector is fed with, frame by frame, and the chance of a voice that it tells.
+
+    `run` is that of any session; the state of a frame is what the one before left.
+    """
+    state, rate_hz = np.zeros((2, 1, 128), np.float32), np.array(RATE_HZ, np.int64)
+    for frame in frames(sound):
+        feed = {"input": frame[None], "state": state, "sr": rate_hz}
+        chance, state = run(None, feed)
+        yield feed, float(chance[0, 0])
 
 
 def _times(count: int) -> NDArray[np.float64]:

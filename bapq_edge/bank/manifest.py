@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import re
 from dataclasses import dataclass, field, replace
 
@@ -133,6 +135,9 @@ class Calibration:
     blake2b: Digest
 
 
+_MOST_LOGARITHM = 700.0  # the exponential of 710 is beyond float64
+
+
 @dataclass(frozen=True)
 class ExpectedPoint:
     """A plan that the build has run on samples that it had not calibrated with."""
@@ -162,13 +167,45 @@ class Expected:
     outputs and the float model's."""
     factor: Fraction
     exponent: Fraction
-    """The error of a mixture is `factor` * (sum of its sensitivities) ** `exponent`."""
+    """The error of mixtures is about `factor` * (sum of their sensitivities) ** `exponent`."""
     points: tuple[ExpectedPoint, ...]
     """By bits, the fewest first."""
 
     def level(self, level: Level) -> ExpectedPoint | None:
         """The point of a uniform level, if it was measured."""
         return next((point for point in self.points if point.level == level), None)
+
+    def of_mixture(self, table: float) -> float:
+        """Error of a mixture whose sensitivities add up to `table`, above 0.
+
+        Between measured mixtures it is read off their curve, a line through the logarithms that
+        never falls; beyond them, and without them, it follows the power law.
+        """
+        tables, errors = self._mixtures
+        x = math.log(table)
+        if len(tables):
+            nearest = min(max(x, float(tables[0])), float(tables[-1]))
+            found = float(np.interp(nearest, tables, errors)) + self.exponent * (x - nearest)
+        elif self.factor:
+            found = math.log(self.factor) + self.exponent * x
+        else:
+            return 0.0
+        return math.exp(min(found, _MOST_LOGARITHM))  # a forged exponent must not overflow
+
+    @functools.cached_property
+    def _mixtures(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Logarithms of the tables of measured mixtures, rising, and of their errors.
+
+        Errors never fall: each is the mean of the largest so far and of the smallest from there on.
+        """
+        known = sorted(
+            (point.table, point.error)
+            for point in self.points
+            if point.level == 0 and point.table > 0 and point.error > 0
+        )
+        tables, errors = np.log(np.array(known, np.float64).reshape(-1, 2)).T
+        rising = np.maximum.accumulate(errors), np.minimum.accumulate(errors[::-1])[::-1]
+        return tables, (rising[0] + rising[1]) / 2
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class ChunkCosts:
             measured = self.expected.level(self.levels[of_others[0]])
             if measured is not None and measured.table > 0:
                 return measured.error * min(total / measured.table, 1.0)
-        return float(self.expected.factor * total**self.expected.exponent)
+        return self.expected.of_mixture(total)
 
     def by_layer(self, values: NDArray[np.int64]) -> NDArray[np.float64]:
         """Sums of values, (chunks,), over the chunks of each layer: (layers,)."""

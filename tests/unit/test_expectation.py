@@ -95,10 +95,34 @@ def test_the_planner_expects_what_was_measured(bank):
     mixed = [point for point in expected.points if point.level == 0]
     assert len(mixed) >= 4
     for point in mixed:
-        fitted = expected.factor * point.table**expected.exponent
+        fitted = expected.of_mixture(point.table)
         assert fitted == pytest.approx(point.error, rel=0.5)
         found = plan(costs, Request(bits=point.bits * (1 + 1e-5)))
         assert found.predicted_error <= fitted * (1 + 1e-3)
+
+
+def test_a_mixture_is_expected_to_do_as_its_measured_neighbours():
+    def told(*measured):
+        points = [
+            ExpectedPoint(level=0, bits=3.0, table=table, error=error, answers=1.0)
+            for table, error in measured
+        ]
+        return Expected(8, True, "agreement", 1.0, 0.5, tuple(points))
+
+    curve = told((0.01, 0.02), (0.04, 0.08), (0.16, 0.08))
+    assert curve.of_mixture(0.02) == pytest.approx(0.04)  # halfway on both logarithmic axes
+    assert curve.of_mixture(0.08) == pytest.approx(0.08)
+    assert curve.of_mixture(0.01 / 4) == pytest.approx(0.01)  # beyond: by the exponent
+    assert curve.of_mixture(0.64) == pytest.approx(0.16)
+    falls = told((0.01, 0.02), (0.04, 0.16), (0.16, 0.04))
+    assert falls.of_mixture(0.04) == pytest.approx(0.08)  # noise: more error never helps
+    assert falls.of_mixture(0.16) == pytest.approx(0.08)
+    assert told().of_mixture(0.25) == pytest.approx(0.5)
+    assert dataclasses.replace(told(), factor=0.0).of_mixture(0.25) == 0
+    for expected in (told(), curve):  # as a forged manifest may have it
+        assert np.isfinite(dataclasses.replace(expected, exponent=1e300).of_mixture(2.0))
+    same = told((0.01, 0.02), (0.01, 0.02))
+    assert same.of_mixture(0.01) == pytest.approx(0.02)
 
 
 def test_a_level_that_does_better_than_its_errors_add_up_to_is_chosen(bank):
